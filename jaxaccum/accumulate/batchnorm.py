@@ -1,0 +1,186 @@
+"""Batch norm as part of the recipe: statistics over groups of samples, whatever the microbatch.
+
+Batch statistics are taken over groups of `size` consecutive samples of the effective batch;
+samples of weight zero are masked out. Each layer also reports additive moments, from which the
+running statistics of the whole update are merged by the law of total variance and moved once.
+
+Source: Ioffe and Szegedy 2015, arXiv:1502.03167; groups as in "ghost batch norm", Hoffer et al.
+2017, arXiv:1705.08741.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+class Groups(NamedTuple):
+    """How a microbatch shares batch statistics.
+
+    Attributes:
+      size: samples per group; the microbatch is a multiple of it.
+      weight: (samples,) 1 for a real sample, 0 for a padded one.
+    """
+
+    size: int
+    weight: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def normalise(x, scale, bias, weight, size: int, eps: float, silu: bool):
+    """Batch norm over groups of samples, then optionally SiLU.
+
+    One custom derivative for both, so that of everything inside only `x` is kept for the
+    backward pass.
+
+    Args:
+      x: (samples, ..., channels).
+      scale, bias: (channels,).
+      weight: (samples,) 0 or 1.
+      size: samples per group.
+      eps: added to the variance.
+      silu: apply x * sigmoid(x) to the result.
+    Returns:
+      y like x, and mean, variance (groups, channels) and count (groups,) in the dtype of scale.
+      Only y is differentiable.
+    """
+    return _normalise_forward(x, scale, bias, weight, size, eps, silu)[0]
+
+
+def _grouped(x, weight, size):
+    """x as (groups, values, channels) in at least float32, and the weight of each value."""
+    samples, channels = x.shape[0], x.shape[-1]
+    pixels = x.size // (samples * channels)
+    xg = x.reshape(samples // size, size * pixels, channels)
+    xg = xg.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wg = jnp.broadcast_to(weight[:, None], (samples, pixels)).reshape(xg.shape[0], -1, 1)
+    return xg, wg.astype(xg.dtype)
+
+
+def _normalise_forward(x, scale, bias, weight, size, eps, silu):
+    xg, wg = _grouped(x, weight, size)
+    count = jnp.sum(wg, axis=1)
+    divisor = jnp.maximum(count, 1)
+    mean = jnp.sum(xg * wg, axis=1) / divisor
+    var = jnp.sum(jnp.square(xg - mean[:, None]) * wg, axis=1) / divisor
+    inv = jax.lax.rsqrt(var + eps)
+    y = (xg - mean[:, None]) * (inv * scale)[:, None] + bias
+    y = y * jax.nn.sigmoid(y) if silu else y
+    out = (y.astype(x.dtype).reshape(x.shape), mean, var, count[:, 0])
+    return out, (x, scale, bias, weight, mean, inv, divisor)
+
+
+def _normalise_backward(size, eps, silu, residuals, cotangents):
+    x, scale, bias, weight, mean, inv, divisor = residuals
+    xg, wg = _grouped(x, weight, size)
+    dy = cotangents[0].reshape(xg.shape).astype(xg.dtype)
+    xhat = (xg - mean[:, None]) * inv[:, None]
+    if silu:
+        y = xhat * scale + bias
+        s = jax.nn.sigmoid(y)
+        dy = dy * (s * (1 + y * (1 - s)))
+    sum_dy = jnp.sum(dy, axis=1)
+    sum_dy_xhat = jnp.sum(dy * xhat, axis=1)
+    pulled = (sum_dy[:, None] + xhat * sum_dy_xhat[:, None]) * (wg / divisor[:, None])
+    dx = (dy - pulled) * (inv * scale)[:, None]
+    return (
+        dx.astype(x.dtype).reshape(x.shape),
+        jnp.sum(sum_dy_xhat, axis=0).astype(scale.dtype),
+        jnp.sum(sum_dy, axis=0).astype(bias.dtype),
+        jnp.zeros_like(weight),
+    )
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class GroupBatchNorm(nn.Module):
+    """Batch norm over groups, as a Linen layer, optionally followed by SiLU.
+
+    Variables: params/{scale, bias}, batch_stats/{mean, var}; writes moments/{count, first,
+    second} when called with groups.
+
+    Attributes:
+      eps: added to the variance.
+      silu: apply SiLU to the result.
+    """
+
+    eps: float = 1e-3
+    silu: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        """x: (samples, ..., channels); groups: None normalises by the running statistics."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, (channels,)).value,
+            "var": self.variable("batch_stats", "var", jnp.ones, (channels,)).value,
+        }
+        if groups is None:
+            factor = scale * jax.lax.rsqrt(running["var"] + self.eps)
+            shift = bias - running["mean"] * factor
+            y = x.astype(factor.dtype) * factor + shift
+            return (nn.silu(y) if self.silu else y).astype(x.dtype)
+        y, mean, var, count = normalise(
+            x, scale, bias, groups.weight, groups.size, self.eps, self.silu
+        )
+        if self.is_mutable_collection("moments"):
+            for name, value in moments(mean, var, count, running["mean"]).items():
+                self.put_variable("moments", name, value)
+        return y
+
+
+def moments(mean, var, count, origin) -> dict[str, jax.Array]:
+    """Moments of a layer that add up over groups, microbatches and devices.
+
+    Args:
+      mean, var: (groups, channels), biased variance; count: (groups,) values per channel.
+      origin: (channels,) point to take the moments about; the running mean keeps the second
+        moment from cancelling and is the same on every geometry.
+    Returns:
+      count (), first = sum of (x - origin) and second = sum of (x - origin)^2, (channels,).
+    """
+    mean, var, count, origin = jax.lax.stop_gradient((mean, var, count, origin))
+    offset = mean - origin
+    return {
+        "count": jnp.sum(count),
+        "first": jnp.sum(count[:, None] * offset, axis=0),
+        "second": jnp.sum(count[:, None] * (var + jnp.square(offset)), axis=0),
+    }
+
+
+def move_statistics(stats: PyTree, moments: PyTree, momentum: jax.Array | float) -> PyTree:
+    """Moves the running statistics by one update.
+
+    Args:
+      stats: nested dict with leaves {mean, var}; moments: same nesting with {count, first,
+        second}, summed over the update; {} leaves the statistics alone.
+      momentum: weight of the new statistics (PyTorch's convention).
+    Returns:
+      stats with mean + momentum * (batch mean - mean) and the unbiased batch variance likewise.
+    """
+    if not moments:
+        return stats
+    if "count" in moments:
+        count = jnp.maximum(moments["count"], 1)
+        offset = moments["first"] / count
+        var = jnp.maximum(moments["second"] / count - jnp.square(offset), 0)
+        var = var * (count / jnp.maximum(count - 1, 1))
+        rate = jnp.where(moments["count"] > 0, momentum, 0.0)
+        return {
+            "mean": (stats["mean"] + rate * offset).astype(stats["mean"].dtype),
+            "var": (stats["var"] + rate * (var - stats["var"])).astype(stats["var"].dtype),
+        }
+    assert isinstance(stats, Mapping)
+    return {
+        k: move_statistics(v, moments[k], momentum) if k in moments else v for k, v in stats.items()
+    }

@@ -1,0 +1,184 @@
+"""Recipe and geometry: what is learned, and how it is computed.
+
+A recipe fixes the training run. A geometry fixes only its seconds and its bytes. A window is
+the two put together: which sample of an update is computed in which microbatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Group = int | Literal["all", "frozen"]
+Engine = Literal["scan", "multisteps"]
+
+
+class GeometryError(ValueError):
+    """The geometry cannot compute the recipe; the message says which one could."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides the update.
+
+    Attributes:
+      nbs: the effective batch, in samples per update.
+      bn_group: consecutive samples of the effective batch that share batch statistics; "all" for
+        the whole effective batch, "frozen" for the running statistics.
+      settings: everything else that is learned from (loss, optimizer, schedule, data, seed ...),
+        as plain JSON values. Only its fingerprint is used here.
+    """
+
+    nbs: int
+    bn_group: Group
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.nbs, int) or self.nbs < 1:
+            raise ValueError(f"nbs is the effective batch, a positive integer; got {self.nbs!r}")
+        group = self.bn_group
+        if group not in ("all", "frozen") and (not isinstance(group, int) or group < 1):
+            raise ValueError(
+                f"bn_group is a number of samples, 'all' or 'frozen'; got {group!r}"
+            )
+
+    @property
+    def group(self) -> int | None:
+        """Samples that share batch statistics; None when the running statistics are used."""
+        if self.bn_group == "frozen":
+            return None
+        return self.nbs if self.bn_group == "all" else min(int(self.bn_group), self.nbs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field of the recipe as plain JSON values, nested as in the config."""
+        plain = {"nbs": self.nbs, "bn_group": self.bn_group, **self.settings}
+        return json.loads(json.dumps(plain, sort_keys=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits; two runs with one fingerprint have one curve."""
+        text = json.dumps(self.as_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields (dotted) whose values differ from `other`, an `as_dict()`: (other's, ours)."""
+        theirs, ours = _flatten(other), _flatten(self.as_dict())
+        return {
+            key: (theirs.get(key), ours.get(key))
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        }
+
+    def __str__(self) -> str:
+        return f"recipe {self.fingerprint}: effective batch {self.nbs}, bn_group {self.bn_group}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What decides only time and memory.
+
+    Attributes:
+      microbatch: samples in one forward and backward pass on one device.
+      devices: number of devices that share an update.
+      engine: "scan" (one jitted call per update) or "multisteps" (one per microbatch).
+    """
+
+    microbatch: int
+    devices: int = 1
+    engine: Engine = "scan"
+
+    def __post_init__(self):
+        if self.engine not in ("scan", "multisteps"):
+            raise GeometryError(f"engine is 'scan' or 'multisteps'; got {self.engine!r}")
+        for name in ("microbatch", "devices"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise GeometryError(f"{name} is a positive integer; got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The microbatches of one update: a recipe laid out on a geometry.
+
+    Sample i of the effective batch is computed in microbatch i // (microbatch * devices), on
+    device (i // microbatch) % devices. The last microbatches are filled up with samples of
+    weight zero.
+
+    Raises:
+      GeometryError: the microbatch would cut a batch-norm group in two.
+    """
+
+    recipe: Recipe
+    geometry: Geometry
+
+    def __post_init__(self):
+        group, microbatch = self.recipe.group, self.geometry.microbatch
+        if group is None or microbatch % group == 0:
+            return
+        smaller = [g for g in range(min(group, microbatch), 0, -1) if microbatch % g == 0][:1]
+        fits = f"use a microbatch of {group}" + ("" if self.recipe.bn_group == "all" else
+                                                 f" or {2 * group}")
+        raise GeometryError(
+            f"microbatch {microbatch} is not a multiple of bn_group {self.recipe.bn_group}"
+            f"{f' (= {group} samples)' if self.recipe.bn_group == 'all' else ''}: {fits}, "
+            f"or change the recipe to bn_group {smaller[0]} or 'frozen' "
+            "(that is another training run)."
+        )
+
+    @property
+    def steps(self) -> int:
+        """Accumulation steps: microbatches per device per update."""
+        return -(-self.recipe.nbs // (self.geometry.microbatch * self.geometry.devices))
+
+    @property
+    def padding(self) -> int:
+        """Samples of weight zero that fill up the last microbatches."""
+        return self.steps * self.geometry.microbatch * self.geometry.devices - self.recipe.nbs
+
+    def split(self, batch: Any, steps: int | None = None) -> Any:
+        """Lays an effective batch out as microbatches.
+
+        Args:
+          batch: pytree of host arrays with a leading axis of at most `nbs` samples, one of them
+            named `weight` with 1 for a real sample.
+          steps: lay out this many microbatches instead (an effective batch that ramps up is laid
+            out in the room of the full one).
+        Returns:
+          the same pytree with leading axes (steps, microbatch * devices), filled with zeros.
+        """
+        steps = self.steps if steps is None else steps
+        width = self.geometry.microbatch * self.geometry.devices
+
+        def lay(array):
+            array = np.asarray(array)
+            missing = steps * width - array.shape[0]
+            if missing:
+                array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+            return array.reshape(steps, width, *array.shape[1:])
+
+        return jax.tree.map(lay, batch)
+
+    def __str__(self) -> str:
+        geometry = self.geometry
+        padded = f" ({self.padding} padded)" if self.padding else ""
+        return (
+            f"{self.recipe} | geometry: microbatch {geometry.microbatch} x {self.steps} steps x "
+            f"{geometry.devices} {'device' if geometry.devices == 1 else 'devices'}{padded}, "
+            f"{geometry.engine}"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,202 @@
+"""Losses as ratios of sums, and the sums that an update is made of.
+
+    loss = sum_t  gain_t * (sum of numerator_t) / max(sum of denominator_t, floor_t)
+
+where both sums run over the samples of the effective batch. Sums add up over microbatches and
+devices; ratios do not. So gradients of numerators and the denominators are carried side by side,
+and the division happens once, at the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of a loss: `gain` times a numerator over a denominator (by name)."""
+
+    name: str
+    gain: float
+    denominator: str
+
+
+class Output(NamedTuple):
+    """What a task returns for one microbatch; every leaf is a sum over its samples.
+
+    Attributes:
+      numerators: term name -> scalar, differentiable in the parameters, without its gain.
+      denominators: denominator name -> scalar that carries no gradient.
+      moments: additive moments of the batch-norm layers (accumulate.batchnorm), or {}.
+    """
+
+    numerators: Mapping[str, jax.Array]
+    denominators: Mapping[str, jax.Array]
+    moments: PyTree
+
+
+Forward = Callable[[PyTree, PyTree, PyTree], Output]
+"""(params, stats, microbatch) -> Output. Padded samples have `microbatch["weight"] == 0`."""
+
+
+class Sums(NamedTuple):
+    """What an update is made of; adds up over microbatches and over devices.
+
+    Attributes:
+      gradients: denominator name -> gradient of the sum of gain * numerator over its terms.
+      numerators, denominators, moments: as in `Output`.
+      samples: real samples, sum of the weights.
+      bad: microbatches whose sums were not finite (counted by the multisteps engine, which must
+        not let them into its accumulator).
+    """
+
+    gradients: Mapping[str, PyTree]
+    numerators: Mapping[str, jax.Array]
+    denominators: Mapping[str, jax.Array]
+    moments: PyTree
+    samples: jax.Array
+    bad: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The terms of a loss and how their sums become a gradient.
+
+    Attributes:
+      terms: the terms. Terms that share a denominator share one gradient accumulator.
+      floors: denominator name -> smallest value to divide by, applied once per update.
+      scale: the gradient is that of `scale * loss`; the log shows the loss itself. The YOLO
+        recipes use the effective batch here, so that clipping acts on a sum over images.
+      compat: the rule of the usual trainers instead: every microbatch divides by its own
+        denominator and counts with its number of samples. Kept for comparison only.
+    """
+
+    terms: tuple[Term, ...]
+    floors: Mapping[str, float]
+    scale: float = 1.0
+    compat: bool = False
+
+    def __post_init__(self):
+        missing = {t.denominator for t in self.terms} - set(self.floors)
+        if missing:
+            raise ValueError(f"no floor given for the denominators {sorted(missing)}")
+
+    def divisor(self, name: str, denominators: Mapping[str, jax.Array]) -> jax.Array:
+        """The denominator `name`, floored."""
+        return jnp.maximum(denominators[name], self.floors[name])
+
+    def sums(self, forward: Forward, params: PyTree, stats: PyTree, batch: PyTree) -> Sums:
+        """Gradients of the numerators and all other sums of one microbatch."""
+
+        def weighted(params):
+            out = forward(params, stats, batch)
+            totals = {
+                name: sum(t.gain * out.numerators[t.name] for t in self._sharing(name))
+                for name in self.floors
+            }
+            return totals, out
+
+        totals, pull_back, out = jax.vjp(weighted, params, has_aux=True)
+        gradients = {}
+        for name in self.floors:
+            (gradients[name],) = pull_back(
+                {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
+            )
+        samples = jnp.sum(batch["weight"]).astype(jnp.result_type(*totals.values()))
+        sums = Sums(
+            gradients, dict(out.numerators), dict(out.denominators), out.moments, samples,
+            jnp.zeros_like(samples),
+        )  # fmt: skip
+        return self._normalised(sums) if self.compat else sums
+
+    def gradient(self, sums: Sums) -> PyTree:
+        """The gradient of `scale * loss` over the effective batch."""
+        if self.compat:
+            factors = {name: 1.0 for name in self.floors}
+        else:
+            factors = {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+        parts = [
+            jax.tree.map(lambda g, f=factors[name]: g * f, sums.gradients[name])
+            for name in self.floors
+        ]
+        return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
+
+    def log(self, sums: Sums) -> dict[str, jax.Array]:
+        """The loss of the effective batch, and its terms, gains included, as "loss/NAME"."""
+        if self.compat:
+            values = {t.name: t.gain * sums.numerators[t.name] / sums.samples for t in self.terms}
+        else:
+            values = {
+                t.name: t.gain
+                * sums.numerators[t.name]
+                / self.divisor(t.denominator, sums.denominators)
+                for t in self.terms
+            }
+        return {"loss": sum(values.values())} | {f"loss/{k}": v for k, v in values.items()}
+
+    def _sharing(self, denominator: str) -> list[Term]:
+        return [t for t in self.terms if t.denominator == denominator]
+
+    def _normalised(self, sums: Sums) -> Sums:
+        """The compat rule: this microbatch's b * loss, divided by its own denominators."""
+        by = {n: sums.samples / self.divisor(n, sums.denominators) for n in self.floors}
+        return sums._replace(
+            gradients={
+                n: jax.tree.map(lambda g, n=n: g * by[n], tree)
+                for n, tree in sums.gradients.items()
+            },
+            numerators={
+                t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms
+            },
+        )
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise sum of two trees of one structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def require_constant_denominators(
+    forward: Forward, params: PyTree, stats: PyTree, batch: PyTree
+) -> None:
+    """Refuses a task whose denominators depend on the parameters.
+
+    The division by a denominator happens outside of the gradient, so it must be a constant. The
+    check traces a directional derivative and looks for a path from its input to its output; it
+    compiles and computes nothing.
+
+    Args: as of `forward`; arrays or `jax.ShapeDtypeStruct`.
+    Raises:
+      ValueError: names the denominators that carry a gradient.
+    """
+    names: list[str] = []
+
+    def derivative(params, stats, batch, tangent):
+        def denominators(p):
+            out = dict(forward(p, stats, batch).denominators)
+            names[:] = sorted(out)
+            return [out[name] for name in names]
+
+        return jax.jvp(denominators, (params,), (tangent,))[1]
+
+    closed = jax.make_jaxpr(derivative)(params, stats, batch, params)
+    jaxpr = closed.jaxpr
+    reached = set(jaxpr.invars[-len(jax.tree.leaves(params)) :])
+    for equation in jaxpr.eqns:
+        if any(not hasattr(v, "val") and v in reached for v in equation.invars):
+            reached.update(equation.outvars)
+    guilty = [
+        n for n, v in zip(names, jaxpr.outvars, strict=True) if not hasattr(v, "val") and v in reached
+    ]
+    if guilty:
+        raise ValueError(
+            f"the denominators {guilty} carry a gradient; a denominator is a constant of the "
+            "update: put jax.lax.stop_gradient around what it is computed from"
+        )

@@ -1,0 +1,193 @@
+"""What a data set is to the rest of jaxaccum: images, objects, an identity and a report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Boxes = NDArray[np.float32]
+Classes = NDArray[np.int32]
+Image = NDArray[np.uint8]
+
+
+class DataError(ValueError):
+    """Data that cannot be used as given.
+
+    The message says what was given, what was expected, where, and what to do.
+
+    Attributes:
+      file: the file at fault, or "".
+      line: its line, counted from 1, or None.
+    """
+
+    def __init__(self, message: str, *, file: str = "", line: int | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        self.line = line
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions pickle by their args alone; worker processes must not lose the rest.
+        return (_rebuild, (str(self), self.file, self.line))
+
+
+def _rebuild(message: str, file: str, line: int | None) -> DataError:
+    return DataError(message, file=file, line=line)
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The labelled objects of one image.
+
+    Attributes:
+      boxes: (n, 4) float32, xyxy in pixels of the original image, inside it.
+      classes: (n,) int32, class ids.
+    """
+
+    boxes: Boxes
+    classes: Classes
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def no_objects() -> Objects:
+    """The objects of a background image: none."""
+    return Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+
+
+@dataclass
+class Report:
+    """What a source holds and what it left out, counted.
+
+    Attributes:
+      where: the data set and split, for people.
+      images: images kept.
+      objects: labelled objects kept.
+      backgrounds: images kept that have no object.
+      skipped: reason -> the (file, line or None) of everything left out for it.
+    """
+
+    where: str
+    images: int = 0
+    objects: int = 0
+    backgrounds: int = 0
+    skipped: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict)
+
+    def skip(self, reason: str, file: str, line: int | None = None) -> None:
+        """Counts one thing left out."""
+        self.skipped.setdefault(reason, []).append((file, line))
+
+    def count(self, objects: Iterable[Objects]) -> None:
+        """Counts the images kept, one `Objects` each."""
+        for one in objects:
+            self.images += 1
+            self.objects += len(one)
+            self.backgrounds += len(one) == 0
+
+    def lines(self, examples: int = 3) -> list[str]:
+        """A summary for people: one line of totals, then one for each reason to skip."""
+        summary = [
+            f"{self.where}: {self.images} images, {self.objects} objects, "
+            f"{self.backgrounds} images without objects"
+        ]
+        for reason, places in self.skipped.items():
+            shown = [f if line is None else f"{f}:{line}" for f, line in places[:examples]]
+            more = ", ..." if len(places) > examples else ""
+            summary.append(f"  skipped {len(places)} x {reason}: {', '.join(shown)}{more}")
+        return summary
+
+
+class Source(Protocol):
+    """A data set of one split, read by index.
+
+    Attributes:
+      names: class names; the index is the class id.
+      identity: 12 hex characters, a hash of what is learned from (image names relative to the
+        split, sizes, objects, class names) and not of where it lies on disk.
+      report: what was kept and what was left out.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def report(self) -> Report: ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image:
+        """(H, W, 3) uint8 RGB."""
+        ...
+
+    def objects(self, index: int) -> Objects:
+        """The labelled objects of image `index`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """File name or id of image `index`, for messages and predictions."""
+        ...
+
+
+def identify(names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], Objects]]) -> str:
+    """The identity of a data set: 12 hex characters.
+
+    Args:
+      names: class names.
+      images: for each image its name relative to the split, its (height, width), its objects.
+    """
+    digest = hashlib.sha256("\0".join(names).encode())
+    for name, (height, width), objects in images:
+        digest.update(f"\0{name}\0{height}x{width}\0{len(objects)}\0".encode())
+        digest.update(np.ascontiguousarray(objects.boxes, "<f4").tobytes())
+        digest.update(np.ascontiguousarray(objects.classes, "<i4").tobytes())
+    return digest.hexdigest()[:12]
+
+
+def normalised_objects(
+    rows: NDArray[np.float64],
+    size: tuple[int, int],
+    report: Report,
+    file: str,
+    lines: Sequence[int | None],
+) -> Objects:
+    """Turns checked label rows into objects, and counts the rows it leaves out.
+
+    Left out: duplicates of an earlier row, boxes without area, boxes wholly outside the image.
+
+    Args:
+      rows: (n, 5) class, centre x, centre y, width, height; as parts of the image's size.
+      size: (height, width) of the image in pixels.
+      report: takes the counts.
+      file: label file or image, for the report.
+      lines: for each row its line in `file`, or None.
+    """
+    height, width = size
+    seen: set[tuple[float, ...]] = set()
+    boxes, classes = [], []
+    for row, line in zip(rows.tolist(), lines, strict=True):
+        label, x, y, w, h = row
+        if tuple(row) in seen:
+            report.skip("duplicate label", file, line)
+            continue
+        seen.add(tuple(row))
+        if w <= 0 or h <= 0:
+            report.skip("box without area", file, line)
+            continue
+        left, right = max(x - w / 2, 0.0) * width, min(x + w / 2, 1.0) * width
+        top, bottom = max(y - h / 2, 0.0) * height, min(y + h / 2, 1.0) * height
+        if right <= left or bottom <= top:
+            report.skip("box outside the image", file, line)
+            continue
+        boxes.append((left, top, right, bottom))
+        classes.append(label)
+    return Objects(
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, np.int32).reshape(-1)
+    )

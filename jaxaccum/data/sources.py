@@ -1,0 +1,74 @@
+"""Opens a data set by its path: embedded scenes, YOLO, COCO or TensorFlow Datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxaccum.data.base import DataError, Objects, Report, Source
+from jaxaccum.data.coco import open_coco
+from jaxaccum.data.scenes import Scenes
+from jaxaccum.data.tfds import open_tfds
+from jaxaccum.data.yolo import open_yolo
+
+__all__ = ["DataError", "Objects", "Report", "Source", "open_source"]
+
+
+def open_source(
+    path: str,
+    split: str,
+    *,
+    val_path: str = "",
+    images: str = "",
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    on_error: str = "raise",
+) -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      path: "" for the embedded scenes; `*.yaml` or `*.yml` for a YOLO data.yaml; `*.json` for the
+        train json of a COCO data set; `tfds:NAME[:TRAIN_SPLIT[:VAL_SPLIT]]` for TFDS.
+      split: "train" or "val".
+      val_path: COCO only: the val json; "" takes the train json's name with train replaced by val.
+      images: COCO only: the folder of images; "" guesses it.
+      seed: embedded scenes only: which scenes.
+      names: the class names that the data set must have, usually those of the train split.
+      on_error: "raise" refuses data with an error in its labels; "skip" drops the image, counts
+        and reports it.
+
+    Raises:
+      DataError: the data cannot be used as given; says where and what to do.
+    """
+    if split not in ("train", "val"):
+        raise DataError(f"split is {split!r}, expected 'train' or 'val'.")
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
+    coco = path.endswith(".json")
+    if not coco and (val_path or images):
+        given = f"val_path={val_path!r}" if val_path else f"images={images!r}"
+        raise DataError(
+            f"{given} belongs to a COCO train json, but the data set is {path!r}. Leave it out, "
+            f"or give the train json as the path."
+        )
+    source: Source
+    if not path:
+        source = Scenes(split, seed=seed)
+    elif path.startswith("tfds:"):
+        source = open_tfds(path, split)
+    elif path.endswith((".yaml", ".yml")):
+        source = open_yolo(path, split, on_error=on_error)
+    elif coco:
+        source = open_coco(
+            path, split, val_path=val_path, images=images, names=names, on_error=on_error
+        )
+    else:
+        raise DataError(
+            f"{path!r}: no known data set. Expected a YOLO data.yaml (*.yaml), a COCO json "
+            f"(*.json), tfds:NAME, or '' for the embedded scenes."
+        )
+    if names is not None and tuple(names) != source.names:
+        raise DataError(
+            f"{path or 'embedded scenes'}: has the classes {list(source.names)}, expected "
+            f"{list(names)}. Use the data set that the model was made for."
+        )
+    return source

@@ -1,0 +1,36 @@
+"""Overlaps of axis-aligned boxes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def complete_iou(a: jax.Array, b: jax.Array, eps: float = 1e-7) -> jax.Array:
+    """Complete IoU of boxes (..., 4), x1 y1 x2 y2, broadcast against each other.
+
+        CIoU = IoU - |centre distance|^2 / |enclosing diagonal|^2 - alpha v
+        v = 4/pi^2 (atan(w_b/h_b) - atan(w_a/h_a))^2,  alpha = v / (1 - IoU + v)
+
+    alpha is a constant of the gradient. Zheng et al. 2020, arXiv:1911.08287. As in the reference
+    eps is added to the heights, the union and the squared diagonal.
+    """
+    ax1, ay1, ax2, ay2 = (a[..., i] for i in range(4))
+    bx1, by1, bx2, by2 = (b[..., i] for i in range(4))
+    aw, ah = ax2 - ax1, ay2 - ay1 + eps
+    bw, bh = bx2 - bx1, by2 - by1 + eps
+    width = jnp.maximum(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1), 0)
+    height = jnp.maximum(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1), 0)
+    intersection = width * height
+    iou = intersection / (aw * ah + bw * bh - intersection + eps)
+    diagonal = (
+        jnp.square(jnp.maximum(ax2, bx2) - jnp.minimum(ax1, bx1))
+        + jnp.square(jnp.maximum(ay2, by2) - jnp.minimum(ay1, by1))
+        + eps
+    )
+    distance = (jnp.square(bx1 + bx2 - ax1 - ax2) + jnp.square(by1 + by2 - ay1 - ay2)) / 4
+    v = (4 / math.pi**2) * jnp.square(jnp.arctan(bw / bh) - jnp.arctan(aw / ah))
+    alpha = jax.lax.stop_gradient(v / (v - iou + (1 + eps)))
+    return iou - (distance / diagonal + v * alpha)

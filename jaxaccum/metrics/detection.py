@@ -1,0 +1,320 @@
+"""Detection metrics: from raw network outputs of one image to COCO mAP over a data set.
+
+Three steps, each on its own: `nms` keeps the best boxes of one image, `unletterbox` moves them to
+the original image's pixels, and `DetectionMetrics` scores them against the ground truth with
+pycocotools. Boxes are (n, 4) in pixels, xyxy: left, top, right, bottom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+MAX_DETECTIONS = 100  # per image and class, the COCO standard
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """The detections of one image, by descending score.
+
+    Attributes:
+      boxes: (n, 4) float32, xyxy pixels.
+      scores: (n,) float32 in [0, 1].
+      classes: (n,) int32.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        if self.boxes.shape != (n, 4) or self.scores.shape != (n,) or self.classes.shape != (n,):
+            raise ValueError(
+                "Detections need boxes (n, 4), scores (n,), classes (n,); got "
+                f"{self.boxes.shape}, {self.scores.shape}, {self.classes.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def nms(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    *,
+    conf: float,
+    iou: float,
+    max_det: int = 300,
+    max_nms: int = 30000,
+    multi_label: bool,
+) -> Detections:
+    """Class-aware greedy non-maximum suppression of one image.
+
+    A box is suppressed by a better box of its class if their IoU is above `iou`. For validation
+    use conf 0.001, iou 0.7, multi_label; for prediction conf 0.25, iou 0.7, best class only.
+    There is no time limit, so the result depends on nothing but the arguments.
+
+    Args:
+      boxes: (anchors, 4) xyxy pixels. Boxes that are not finite or have no area match nothing and
+        are dropped.
+      scores: (anchors, classes) probabilities.
+      conf: keep scores strictly above this.
+      iou: suppress above this overlap, in [0, 1].
+      max_det: detections to return at most.
+      max_nms: candidates to consider at most, the best by score.
+      multi_label: every class above `conf` is a detection of its own; otherwise only the best class
+        of each anchor is.
+
+    Raises:
+      ValueError: on shapes or thresholds that do not fit.
+    """
+    boxes = np.asarray(boxes, np.float32)
+    scores = np.asarray(scores, np.float32)
+    if scores.ndim != 2 or boxes.shape != (len(scores), 4):
+        raise ValueError(
+            f"nms needs boxes (A, 4) and scores (A, classes), got {boxes.shape}, {scores.shape}"
+        )
+    if not (0 <= conf <= 1 and 0 <= iou <= 1 and max_det > 0 and max_nms > 0):
+        raise ValueError(
+            "nms needs conf and iou in [0, 1] and positive max_det and max_nms, got "
+            f"{conf=}, {iou=}, {max_det=}, {max_nms=}"
+        )
+    usable = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    candidate = (scores > conf) & usable[:, None]
+    if not multi_label and scores.size:
+        candidate &= np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    anchor, label = np.nonzero(candidate)
+    best_first = np.argsort(-scores[anchor, label], kind="stable")[:max_nms]
+    anchor, label = anchor[best_first], label[best_first]
+    boxes, scores, classes = boxes[anchor], scores[anchor, label], label.astype(np.int32)
+    kept = _greedy(boxes, scores, classes, iou, max_det)
+    return Detections(boxes[kept], scores[kept], classes[kept])
+
+
+def _greedy(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    classes: NDArray[np.int32],
+    iou: float,
+    max_det: int,
+) -> NDArray[np.intp]:
+    """Indices of the first `max_det` survivors among candidates sorted by descending score."""
+    if not len(scores):
+        return np.zeros(0, np.intp)
+    # OpenCV keeps classes apart by shifting each beyond the largest coordinate, which separates
+    # them only if no coordinate is negative.
+    corners = boxes.astype(np.float64) - boxes.min()
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    # What survives among the best k candidates does not depend on the rest: grow k until enough do.
+    suppress: Any = cv2.dnn.NMSBoxesBatched  # its stubs ask for nested lists, it takes arrays
+    k = 4 * max_det
+    while True:
+        kept = suppress(xywh[:k], scores[:k], classes[:k], 0.0, iou)
+        if len(kept) >= max_det or k >= len(scores):
+            return np.asarray(kept, np.intp)[:max_det]
+        k *= 2
+
+
+def unletterbox(
+    boxes: ArrayLike, ratio: ArrayLike, pad: ArrayLike, size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Boxes of the letterboxed image, moved back to the original image and clipped to it.
+
+    Args:
+      boxes: (n, 4) xyxy in network pixels.
+      ratio: (2,) network pixels per original pixel, (x, y).
+      pad: (2,) border in network pixels left and above the image, (x, y).
+      size: (height, width) of the original image.
+
+    Returns:
+      (n, 4) float32 xyxy in original pixels.
+    """
+    height, width = size
+    scale, border = np.tile(np.asarray([ratio, pad], np.float64), 2)
+    original: NDArray[np.float64] = (np.asarray(boxes).reshape(-1, 4) - border) / scale
+    limit = np.array([width, height, width, height], np.float64)
+    return original.clip(0, limit).astype(np.float32)
+
+
+class _Image(NamedTuple):
+    detections: Detections
+    gt_boxes: NDArray[np.float64]
+    gt_classes: NDArray[np.int64]
+    size: tuple[int, int]
+
+
+class DetectionMetrics:
+    """Collects images one by one and reports COCO mAP (pycocotools, boxes, all areas).
+
+    The result does not depend on the order in which images were added.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """`names[c]` is the name of class c; they label the per-class results and must differ."""
+        self.names = tuple(names)
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"class names must differ, got {self.names}")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every image."""
+        self._images: dict[str, _Image] = {}
+
+    def add(
+        self,
+        name: str,
+        detections: Detections,
+        gt_boxes: ArrayLike,
+        gt_classes: ArrayLike,
+        size: tuple[int, int],
+    ) -> None:
+        """Adds one image.
+
+        Args:
+          name: identifies the image; each may be added once.
+          detections: in original pixels; the best 100 of each class count.
+          gt_boxes: (n, 4) xyxy in original pixels.
+          gt_classes: (n,) integers.
+          size: (height, width) in original pixels.
+
+        Raises:
+          ValueError: on a repeated name, shapes that do not fit or a class without a name.
+        """
+        if name in self._images:
+            raise ValueError(f"image {name!r} was added before")
+        gt_boxes = np.asarray(gt_boxes, np.float64).reshape(-1, 4)
+        gt_classes = np.asarray(gt_classes, np.int64).reshape(-1)
+        if len(gt_boxes) != len(gt_classes):
+            raise ValueError(f"{name}: {len(gt_boxes)} boxes but {len(gt_classes)} classes")
+        for what, classes in ("ground truth", gt_classes), ("detections", detections.classes):
+            if len(classes) and (classes.min() < 0 or classes.max() >= len(self.names)):
+                raise ValueError(
+                    f"{name}: {what} has classes {classes.min()}..{classes.max()}, "
+                    f"but there are {len(self.names)} names"
+                )
+        self._images[name] = _Image(detections, gt_boxes, gt_classes, size)
+
+    def compute(self) -> dict[str, float]:
+        """Scores all images added so far.
+
+        Returns:
+          map50_95, map50, map75: mean AP over the classes that occur in the ground truth.
+          precision, recall, confidence: at IoU 0.5, the mean over those classes at the confidence
+            where their mean F1, smoothed over a tenth of the confidence range, is best. A class
+            without a detection at that confidence has precision 0.
+          ap50/<name>: AP at IoU 0.5 of each class, in the order of the names.
+          images, objects: how many images and ground-truth boxes were scored.
+
+        A class without ground truth has no AP: its value is nan, and without any ground truth so
+        are all scores. Ground truth without any detection scores 0.
+        """
+        evaluator = self._evaluate()
+        precision = evaluator.eval["precision"][..., 0, 0]  # (IoU, recall, class), -1 if no truth
+        average = np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (IoU, class)
+        present = ~np.isnan(average[0])
+        mean = average[:, present].mean(1) if present.any() else np.full(len(average), np.nan)
+        return {
+            "map50_95": float(mean.mean()),
+            "map50": float(mean[0]),
+            "map75": float(mean[5]),
+            **_best_f1(evaluator, np.flatnonzero(present)),
+            **{f"ap50/{n}": float(ap) for n, ap in zip(self.names, average[0], strict=True)},
+            "images": len(self._images),
+            "objects": sum(len(image.gt_classes) for image in self._images.values()),
+        }
+
+    def _evaluate(self) -> COCOeval:
+        """The images, sorted by name, through pycocotools."""
+        truth: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
+        images = [image for _, image in sorted(self._images.items())]
+        for image_id, image in enumerate(images):
+            detections = image.detections
+            truth += _annotations(image_id, image.gt_boxes, image.gt_classes)
+            found += _annotations(image_id, detections.boxes, detections.classes, detections.scores)
+        records = [
+            {"id": i, "height": image.size[0], "width": image.size[1]}
+            for i, image in enumerate(images)
+        ]
+        categories = [{"id": c, "name": name} for c, name in enumerate(self.names)]
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
+            evaluator = COCOeval(
+                _dataset(records, categories, truth), _dataset(records, categories, found), "bbox"
+            )
+            evaluator.params.maxDets = [MAX_DETECTIONS]
+            evaluator.params.areaRng = evaluator.params.areaRng[:1]
+            evaluator.params.areaRngLbl = evaluator.params.areaRngLbl[:1]
+            evaluator.evaluate()
+            evaluator.accumulate()
+        return evaluator
+
+
+def _annotations(
+    image_id: int,
+    boxes: NDArray[Any],
+    classes: NDArray[Any],
+    scores: NDArray[Any] | None = None,
+) -> list[dict[str, Any]]:
+    """COCO annotation records (without ids) of one image."""
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
+    records = [
+        {"image_id": image_id, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
+        for c, b in zip(classes.tolist(), xywh.tolist(), strict=True)
+    ]
+    if scores is not None:
+        for record, score in zip(records, scores.tolist(), strict=True):
+            record["score"] = score
+    return records
+
+
+def _dataset(
+    images: list[dict[str, Any]],
+    categories: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+) -> COCO:
+    # Ids start at 1: pycocotools writes "unmatched" as 0.
+    numbered = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
+    coco = COCO()
+    coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
+    coco.createIndex()
+    return coco
+
+
+def _best_f1(evaluator: COCOeval, present: NDArray[np.intp]) -> dict[str, float]:
+    """Mean precision and recall of the `present` classes at the confidence of their best F1."""
+    if not len(present):
+        return {"precision": np.nan, "recall": np.nan, "confidence": np.nan}
+    grid = np.linspace(0, 1, 1001)
+    results = np.array(evaluator.evalImgs, object).reshape(len(evaluator.params.catIds), -1)
+    precision, recall, f1 = np.zeros((3, len(present), len(grid)))
+    for row, c in enumerate(present):
+        images = [result for result in results[c] if result is not None]
+        scores = np.concatenate([result["dtScores"] for result in images])
+        correct = np.concatenate([result["dtMatches"][0] > 0 for result in images])
+        objects = sum(len(result["gtIds"]) for result in images)
+        best_first = np.argsort(-scores, kind="stable")
+        found = np.searchsorted(-scores[best_first], -grid, side="right")  # detections >= grid
+        true = np.concatenate([[0], np.cumsum(correct[best_first])])[found]
+        precision[row] = true / np.maximum(found, 1)
+        recall[row] = true / objects
+        f1[row] = 2 * true / (found + objects)
+    half = len(grid) // 20
+    smooth = np.convolve(
+        np.pad(f1.mean(0), half, mode="edge"), np.full(2 * half + 1, 1 / (2 * half + 1)), "valid"
+    )
+    best = int(smooth.round(12).argmax())  # rounded, so that a plateau's first point wins
+    return {
+        "precision": float(precision[:, best].mean()),
+        "recall": float(recall[:, best].mean()),
+        "confidence": float(grid[best]),
+    }

@@ -1,0 +1,71 @@
+"""Parameters from random numbers, made on the host.
+
+Every parameter is drawn by numpy from its own path and the seed: the same values on every
+device count and JAX version, and no compilation.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def initialise(
+    model: nn.Module,
+    example: jax.ShapeDtypeStruct,
+    seed: int,
+    constants: Mapping[str, float] | None = None,
+    dtype: Any = np.float32,
+) -> tuple[PyTree, PyTree]:
+    """Initial parameters and running statistics.
+
+    Kernels and biases of convolutions are uniform in +-1/sqrt(fan_in) (PyTorch's default),
+    batch norm starts as the identity.
+
+    Args:
+      model: a Linen module.
+      example: shape and dtype of its input.
+      seed: the run's seed.
+      constants: parameter path ("model.22/cv2.0.2/bias") -> value to fill it with.
+      dtype: of the parameters and statistics.
+    Returns:
+      (params, stats), nested dicts of numpy arrays.
+    """
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
+    constants = dict(constants or {})
+    flat = flax.traverse_util.flatten_dict(shapes["params"])
+    params = {}
+    for path, leaf in flat.items():
+        name = "/".join(path)
+        if name in constants:
+            params[path] = np.full(leaf.shape, constants.pop(name), dtype)
+        elif path[-1] == "scale":
+            params[path] = np.ones(leaf.shape, dtype)
+        elif path[-1] == "bias" and (*path[:-1], "kernel") not in flat:
+            params[path] = np.zeros(leaf.shape, dtype)
+        else:
+            kernel = flat[(*path[:-1], "kernel")].shape
+            bound = 1 / np.sqrt(np.prod(kernel[:-1]))
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            params[path] = rng.uniform(-bound, bound, leaf.shape).astype(dtype)
+    if constants:
+        raise KeyError(f"the model has no parameters named {sorted(constants)}")
+    stats = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (np.ones if path[-1].key == "var" else np.zeros)(leaf.shape, dtype),
+        shapes.get("batch_stats", {}),
+    )
+    return flax.traverse_util.unflatten_dict(params), stats
+
+
+def count(params: PyTree) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(params))

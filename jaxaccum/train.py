@@ -1,0 +1,269 @@
+"""python -m jaxaccum.train --config=FILE[:arg] [--workdir=DIR] [--config.key=value ...]
+
+Trains a model from a config. Started again on the same workdir, it continues.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxaccum import config as configs
+from jaxaccum import data, run
+from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
+from jaxaccum.checkpoint import CheckpointError, Checkpoints, require_same_recipe
+from jaxaccum.draw import contact_sheet
+from jaxaccum.evaluation import Evaluator, recompute_statistics
+from jaxaccum.logs import Board, Console, MetricsFile, format_line
+from jaxaccum.models.init import count
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: Path, accept_other_recipe: bool = False
+) -> dict[str, float]:
+    """Trains, evaluates, logs and saves; returns the last evaluation's metrics.
+
+    Args:
+      config: as made by a file in configs/.
+      workdir: holds metrics.jsonl, last/, best/ and events/; continued if it has a checkpoint.
+      accept_other_recipe: continue a run that was started under another recipe.
+    """
+    train_set, val_set = run.open_sources(config)
+    for line in (*train_set.report.lines(), *val_set.report.lines()):
+        print(line)
+    this = run.prepare(
+        config,
+        num_classes=len(train_set.names),
+        samples=len(train_set),
+        identity={"identity": train_set.identity, "samples": len(train_set)},
+    )
+    stream = run.make_stream(this, train_set)
+    engine = make_engine(this.task.forward, this.rule, this.window)
+    params, stats = this.task.initialise(config.seed)
+    require_constant_denominators(
+        this.task.forward, params, stats,
+        this.task.example(this.window.geometry.microbatch, config.data.max_objects),
+    )  # fmt: skip
+    describe(this, len(train_set), count(params), workdir)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    fingerprint = this.recipe.fingerprint
+    log_file = MetricsFile(workdir / "metrics.jsonl", fingerprint)
+    per_epoch = max(round(len(train_set) / this.recipe.nbs), 1)
+    every = {
+        name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")
+    }
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        state = engine.init(params, stats)
+        best: dict[str, float] = {}
+        if checkpoints.latest is not None:
+            meta = checkpoints.meta()
+            if not accept_other_recipe:
+                require_same_recipe(meta, this.recipe, workdir)
+            template = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=engine.replicated), state
+            )
+            state, meta = checkpoints.restore(template)
+            best = meta["best"]
+            print(f"continuing from update {int(state.step)} in {workdir}")
+        done, consumed = int(state.step), int(state.windows)
+        log_file.rewind(done)
+
+        console = Console(this.steps, done, this.recipe.nbs)
+        board = Board(workdir / "events", done) if config.log.tensorboard else None
+        evaluator = Evaluator(this.task, val_set, config.eval)
+        position = int(this.sizes[:consumed].sum())
+        windows = stream.windows(
+            position, _endless(this.sizes[consumed:]), workers=config.data.workers,
+            prefetch=config.data.prefetch,
+        )  # fmt: skip
+
+        def meta_now(**more) -> dict[str, Any]:
+            return {
+                "fingerprint": fingerprint,
+                "recipe": this.recipe.as_dict(),
+                "config": config.to_dict(),
+                "names": list(train_set.names),
+                "best": best,
+                **more,
+            }
+
+        def evaluate_now(step: int) -> None:
+            nonlocal best
+            weights = state.ema or {"params": state.params, "stats": state.stats}
+            if config.eval.precise_bn:
+                weights = weights | {
+                    "stats": recompute_statistics(
+                        this.task, weights["params"], weights["stats"], stream,
+                        config.eval.precise_bn,
+                    )
+                }  # fmt: skip
+            result, pictures = evaluator(weights["params"], weights["stats"], config.log.images)
+            log_file.write({"step": step, "kind": "eval", **result})
+            console.line(format_line(step, this.steps, {"kind": "eval", **result}))
+            if board:
+                board.scalars({f"val/{k}": v for k, v in result.items()}, step)
+                if pictures:
+                    board.image("val/detections", contact_sheet(pictures, 2), step)
+            if not best or result["map50_95"] > best["map50_95"]:
+                best = {"step": step, **result}
+                checkpoints.save_best(step, weights, meta_now(metrics=best))
+
+        def report(number: int, indices: np.ndarray, log: dict[str, jax.Array]) -> bool:
+            """Reads the log of an update while the next one runs; whether it was one."""
+            log = {k: v.item() for k, v in jax.device_get(log).items()}
+            console.update(int(log["ok"]), samples=len(indices))
+            if not log["ok"]:
+                _skipped(console, number, indices, log, train_set, config.max_skipped)
+                return False
+            step = log["step"]
+            if step % every["log"] and step != this.steps:
+                return True
+            record = {
+                "step": step,
+                "kind": "train",
+                "epoch": float(this.sizes[: number + 1].sum() / len(train_set)),
+                **{k: v for k, v in log.items() if k.startswith("loss")},
+                "lr": float(this.schedule.lr[step - 1]),
+                "grad_norm": log["grad_norm"],
+                **{k: v for k, v in log.items() if k.startswith("sums/")},
+                "samples": int(log["samples"]),
+            }
+            log_file.write(record)
+            speed = {"images_per_second": console.images_per_second}
+            shown = {k: v for k, v in record.items() if not k.startswith(("samples", "sums/"))}
+            console.line(format_line(step, this.steps, shown | speed))
+            if board:
+                board.scalars(record | speed, step)
+            return True
+
+        def due(name: str, step: int) -> bool:
+            return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
+
+        width = this.window.geometry.microbatch * this.window.geometry.devices
+        pending: deque = deque()
+        while done < this.steps:
+            batch = next(windows)
+            state, log = engine.update(state, batch, -(-len(batch["weight"]) // width))
+            pending.append((consumed, batch["index"], log))
+            consumed, done = consumed + 1, done + 1
+            if len(pending) > 1:
+                done -= not report(*pending.popleft())
+            if due("eval", done) or due("checkpoint", done):
+                while pending:
+                    done -= not report(*pending.popleft())
+                with console.pause():
+                    if due("eval", done):
+                        evaluate_now(done)
+                    if due("checkpoint", done):
+                        checkpoints.save(done, state, meta_now())
+            while done == this.steps and pending:  # a window skipped at the end is made up for
+                done -= not report(*pending.popleft())
+        console.close()
+        if board:
+            board.close()
+        log_file.close()
+        if stream.truncated:
+            print(
+                f"{stream.truncated} objects were left out: samples with more than "
+                f"data.max_objects={config.data.max_objects} (the smallest go first)"
+            )
+        checkpoints.wait()
+        if best:
+            print(
+                f"best: update {best['step']}, mAP50 {best['map50']:.4f}, "
+                f"mAP50-95 {best['map50_95']:.4f} in {workdir / 'best'}"
+            )
+    return best
+
+
+def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> None:
+    """Prints what was derived from the config."""
+    config = this.config
+    print(f"{config.model}: {parameters:,} parameters, {config.dtype}, {jax.default_backend()}")
+    print(this.window)
+    print(
+        f"{this.steps} updates over {samples} samples "
+        f"({this.sizes.sum() / max(samples, 1):.1f} epochs), "
+        f"{config.optimizer.name}, peak learning rate {this.schedule.lr.max():.3g}, weight decay "
+        f"{run.optim.weight_decay(config):.3g}"
+    )
+    if config.compat:
+        print(
+            f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
+            f"{this.sizes.max()} samples, every microbatch normalised by itself"
+        )
+    print(f"workdir {workdir}", flush=True)
+
+
+def _endless(sizes: np.ndarray):
+    yield from (int(s) for s in sizes)
+    while True:  # windows that were skipped are made up for
+        yield int(sizes[-1]) if len(sizes) else 1
+
+
+def _skipped(console, number, indices, log, source: data.Source, limit: int) -> None:
+    names = ", ".join(source.name(int(i)) for i in indices)
+    console.line(
+        f"window {number} skipped ({log['skipped_in_row']} in a row): loss {log['loss']}, "
+        f"gradient norm {log['grad_norm']}"
+    )
+    if log["skipped_in_row"] >= limit:
+        raise TrainingError(
+            f"{limit} windows in a row had a loss or gradient that is not finite; the last was "
+            f"window {number} with the samples {indices.tolist()} ({names}). Look at these, lower "
+            "lr.base, or raise max_skipped."
+        )
+
+
+def default_workdir(config_argument: str) -> Path:
+    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for --config=configs/NAME.py:ARG."""
+    path, _, argument = config_argument.partition(":")
+    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
+
+
+USER_ERRORS = (
+    configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError
+)  # fmt: skip
+
+
+def main_with_clear_errors(main) -> None:
+    """Runs an absl main; what a user can mend is printed without a traceback, exit status 1."""
+
+    def clear(argv):
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(clear)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
+    _OTHER = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
+    flags.mark_flag_as_required("config")
+
+    def main(_) -> int:
+        logging.set_verbosity(logging.ERROR)
+        run.use_compilation_cache()
+        argument = next(a for a in sys.argv if a.startswith(("--config=", "-config=")))
+        workdir = Path(_WORKDIR.value or default_workdir(argument.split("=", 1)[1]))
+        train(_CONFIG.value, workdir, _OTHER.value)
+        return 0
+
+    main_with_clear_errors(main)

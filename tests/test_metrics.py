@@ -1,0 +1,269 @@
+"""Detection metrics against hand-made cases and a plain greedy NMS."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxaccum.metrics.detection import DetectionMetrics, Detections, nms, unletterbox
+
+A, B, C = [10, 10, 50, 50], [100, 100, 180, 160], [200, 20, 240, 90]
+
+
+def detections(*rows):
+    """Rows of (box, score, class)."""
+    return Detections(
+        np.array([row[0] for row in rows], np.float32).reshape(-1, 4),
+        np.array([row[1] for row in rows], np.float32),
+        np.array([row[2] for row in rows], np.int32),
+    )
+
+
+def score(found, boxes, classes, names=("cat", "dog")):
+    metrics = DetectionMetrics(names)
+    metrics.add("image", found, boxes, classes, (300, 400))
+    return metrics.compute()
+
+
+def iou_of(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area - width * height)
+
+
+def plain_nms(boxes, scores, conf, iou, max_det, multi_label):
+    candidates = [
+        (-p, anchor, label)
+        for anchor, row in enumerate(scores.tolist())
+        for label, p in enumerate(row)
+        if p > conf and (multi_label or label == int(np.argmax(row)))
+    ]
+    kept = []
+    for negative, anchor, label in sorted(candidates):
+        box = boxes[anchor].tolist()
+        if all(label != other or iou_of(box, rival) <= iou for rival, _, other in kept):
+            kept.append((box, -negative, label))
+    return kept[:max_det]
+
+
+# Coordinates are whole, so that no IoU falls within rounding of these thresholds unless it is one
+# half exactly, which is representable and must not suppress.
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    anchors=st.integers(0, 40),
+    classes=st.integers(1, 4),
+    iou=st.sampled_from([0.2001, 0.5, 0.7001]),
+    max_det=st.sampled_from([1, 3, 300]),
+    shift=st.sampled_from([0, -200]),
+    multi_label=st.booleans(),
+)
+def test_nms_equals_plain_greedy(seed, anchors, classes, iou, max_det, shift, multi_label):
+    rng = np.random.default_rng(seed)
+    corner = rng.integers(0, 20, (anchors, 2))
+    boxes = np.concatenate([corner, corner + rng.integers(1, 20, (anchors, 2))], axis=1) + shift
+    # few distinct scores: ties happen, and the earlier anchor wins
+    scores = (rng.integers(0, 200, (anchors, classes)) / 200).astype(np.float32)
+
+    found = nms(boxes, scores, conf=0.25, iou=iou, max_det=max_det, multi_label=multi_label)
+
+    expected = plain_nms(boxes, scores, 0.25, iou, max_det, multi_label)
+    assert found.boxes.tolist() == [box for box, _, _ in expected]
+    assert found.scores.tolist() == [p for _, p, _ in expected]
+    assert found.classes.tolist() == [label for _, _, label in expected]
+    assert (found.boxes.dtype, found.scores.dtype) == (np.float32, np.float32)
+    assert found.classes.dtype == np.int32
+
+
+def test_nms_multi_label_keeps_every_class_of_an_anchor():
+    scores = [[0.9, 0.6]]
+    both = nms([A], scores, conf=0.25, iou=0.7, multi_label=True)
+    best = nms([A], scores, conf=0.25, iou=0.7, multi_label=False)
+    assert both.classes.tolist() == [0, 1]
+    assert best.classes.tolist() == [0]
+
+
+def test_nms_thresholds_are_strict():
+    assert len(nms([A], [[0.5]], conf=0.5, iou=0.7, multi_label=True)) == 0
+    halves = [[0, 0, 10, 10], [0, 0, 10, 5]]
+    assert len(nms(halves, [[0.9], [0.8]], conf=0.1, iou=0.5, multi_label=True)) == 2
+    assert len(nms(halves, [[0.9], [0.8]], conf=0.1, iou=0.49, multi_label=True)) == 1
+
+
+def test_nms_keeps_classes_apart_at_negative_coordinates():
+    # OpenCV by itself shifts class 1 by one pixel here and suppresses it.
+    boxes = [[-100, -100, -90, -90], [-11, -11, -1, -1]]
+    scores = [[0.9, 0.0], [0.0, 0.8]]
+    assert len(nms(boxes, scores, conf=0.1, iou=0.3, multi_label=True)) == 2
+
+
+def test_nms_drops_boxes_without_area_and_without_numbers():
+    boxes = [[5, 5, 5, 9], [9, 9, 5, 5], [np.nan, 0, 5, 5], [0, 0, np.inf, 5], A]
+    found = nms(boxes, np.full((5, 1), 0.9), conf=0.1, iou=0.7, multi_label=True)
+    assert found.boxes.tolist() == [A]
+
+
+def test_nms_considers_only_the_best_candidates():
+    found = nms([A, B, C], [[0.3], [0.9], [0.5]], conf=0.1, iou=0.7, max_nms=2, multi_label=True)
+    assert found.boxes.tolist() == [B, C]
+
+
+def test_nms_looks_past_the_first_block_of_suppressed_candidates():
+    boxes = [A] * 50 + [B]
+    scores = np.linspace(0.9, 0.5, 51)[:, None]
+    found = nms(boxes, scores, conf=0.1, iou=0.7, max_det=2, multi_label=False)
+    assert found.boxes.tolist() == [A, B]
+
+
+@pytest.mark.parametrize("change", [{"conf": -0.1}, {"iou": 1.5}, {"max_det": 0}])
+def test_nms_refuses_thresholds_out_of_range(change):
+    with pytest.raises(ValueError, match="nms needs"):
+        nms([A], [[0.5]], **{"conf": 0.1, "iou": 0.7, "multi_label": True, **change})
+
+
+def test_nms_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\(A, classes\)"):
+        nms([A, B], [[0.5]], conf=0.1, iou=0.7, multi_label=True)
+
+
+def test_unletterbox_inverts_the_letterbox_and_clips():
+    boxes = np.array([[20, 30, 90, 110]], np.float32)
+    ratio, pad = np.array([0.5, 0.25]), np.array([7, 3])
+    letterboxed = boxes * np.tile(ratio, 2) + np.tile(pad, 2)
+    np.testing.assert_allclose(unletterbox(letterboxed, ratio, pad, (200, 300)), boxes)
+    clipped = unletterbox(letterboxed, ratio, pad, (100, 80))
+    np.testing.assert_allclose(clipped, [[20, 30, 80, 100]])
+    assert clipped.dtype == np.float32
+    assert unletterbox(np.zeros((0, 4)), ratio, pad, (100, 80)).shape == (0, 4)
+
+
+def test_perfect_detections_score_one():
+    result = score(detections((A, 0.9, 0), (B, 0.8, 1)), [A, B], [0, 1])
+    for key in ("map50", "map75", "map50_95", "precision", "recall", "ap50/cat", "ap50/dog"):
+        assert result[key] == pytest.approx(1.0, abs=1e-9), key
+    assert (result["images"], result["objects"]) == (1, 2)
+
+
+def test_one_of_two_objects_found():
+    result = score(detections((A, 0.9, 0)), [A, B], [0, 0])
+    assert result["map50"] == pytest.approx(51 / 101, abs=1e-9)  # 0.50495
+    assert result["map50_95"] == pytest.approx(51 / 101, abs=1e-9)
+    assert result["precision"] == 1.0
+    assert result["recall"] == 0.5
+
+
+def test_a_shifted_box_counts_up_to_its_iou():
+    shifted = [10, 10, 50, 40]  # IoU with A is 0.75 exactly, reached by six of ten thresholds
+    result = score(detections((shifted, 0.9, 0)), [A], [0])
+    assert result["map50"] == result["map75"] == pytest.approx(1.0, abs=1e-9)
+    assert result["map50_95"] == pytest.approx(0.6, abs=1e-9)
+
+
+def test_the_wrong_class_does_not_match():
+    result = score(detections((A, 0.9, 1)), [A], [0])
+    assert result["map50"] == result["ap50/cat"] == 0.0
+    assert np.isnan(result["ap50/dog"])  # no ground truth, so not part of the mean
+
+
+def test_a_duplicate_is_a_false_positive():
+    # Ahead of the second object's match: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
+    result = score(detections((A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)), [A, B], [0, 0])
+    assert result["map50"] == pytest.approx((51 + 50 * 2 / 3) / 101, abs=1e-9)
+
+
+def test_precision_and_recall_are_taken_at_the_best_confidence():
+    wrong = [(C, 0.2 - i / 1000, 0) for i in range(20)]
+    result = score(detections((A, 0.9, 0), (B, 0.8, 0), *wrong), [A, B], [0, 0])
+    assert 0.2 < result["confidence"] <= 0.8
+    assert (result["precision"], result["recall"]) == (1.0, 1.0)
+
+
+def test_the_best_confidence_is_the_middle_of_a_plateau_not_a_narrow_peak():
+    # F1 is 1 between confidences 0.79 and 0.8 alone, and 0.8 everywhere below.
+    found = detections((A, 0.9, 0), (B, 0.8, 0), (C, 0.79, 0))
+    result = score(found, [A, B], [0, 0])
+    assert result["confidence"] < 0.78
+    assert (result["precision"], result["recall"]) == (pytest.approx(2 / 3), 1.0)
+
+
+def test_the_mean_is_over_classes_not_over_objects():
+    result = score(detections((A, 0.9, 0)), [A, B, C], [0, 1, 1])
+    assert result["map50"] == pytest.approx(0.5, abs=1e-9)
+    assert (result["precision"], result["recall"]) == (0.5, 0.5)
+
+
+def test_no_detections_score_zero(capsys):
+    result = score(detections(), [A, B], [0, 1])
+    assert [result[key] for key in ("map50", "map50_95", "precision", "recall")] == [0.0] * 4
+    assert capsys.readouterr().out == ""
+
+
+def test_no_ground_truth_has_no_score():
+    result = score(detections((A, 0.9, 0)), [], [])
+    assert all(np.isnan(result[key]) for key in ("map50", "map50_95", "map75", "precision"))
+    assert (result["images"], result["objects"]) == (1, 0)
+
+
+def test_nothing_at_all_has_no_score():
+    result = DetectionMetrics(["cat"]).compute()
+    assert np.isnan(result["map50"])
+    assert result["images"] == 0
+
+
+def random_image(rng, n, classes):
+    corner = rng.uniform(0, 300, (n, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(10, 90, (n, 2))], axis=1)
+    return boxes, rng.integers(0, classes, n)
+
+
+def test_the_order_of_images_does_not_matter_and_reset_forgets():
+    rng = np.random.default_rng(0)
+    images = []
+    for name in "abcdef":
+        boxes, classes = random_image(rng, 8, 2)
+        noisy = boxes + rng.normal(0, 4, boxes.shape)
+        # equal scores across images: only a fixed order of images breaks the ties the same way
+        found = detections(*zip(noisy, [0.9, 0.8, 0.7, 0.6] * 2, classes, strict=True))
+        images.append((name, found, boxes, classes, (400, 400)))
+    metrics = DetectionMetrics(["cat", "dog"])
+    results = []
+    for order in (images, images[::-1]):
+        metrics.reset()
+        for image in order:
+            metrics.add(*image)
+        results.append(metrics.compute())
+    assert results[0] == results[1]
+    assert 0.1 < results[0]["map50_95"] < 0.9
+
+
+def test_a_validation_set_is_scored_quickly():
+    rng = np.random.default_rng(0)
+    metrics = DetectionMetrics(["a", "b", "c"])
+    for i in range(65):
+        boxes, classes = random_image(rng, 300, 3)
+        order = np.sort(rng.uniform(0, 1, 300))[::-1]
+        found = detections(*zip(boxes, order, classes, strict=True))
+        metrics.add(str(i), found, *random_image(rng, 14, 3), (400, 400))
+    begin = time.process_time()
+    metrics.compute()
+    assert time.process_time() - begin < 2
+
+
+def test_add_refuses_what_does_not_fit():
+    metrics = DetectionMetrics(["cat"])
+    metrics.add("image", detections(), [A], [0], (300, 400))
+    with pytest.raises(ValueError, match="added before"):
+        metrics.add("image", detections(), [A], [0], (300, 400))
+    with pytest.raises(ValueError, match="ground truth has classes 1"):
+        metrics.add("other", detections(), [A], [1], (300, 400))
+    with pytest.raises(ValueError, match="detections has classes"):
+        metrics.add("other", detections((A, 0.5, 3)), [A], [0], (300, 400))
+    with pytest.raises(ValueError, match="2 boxes but 1 classes"):
+        metrics.add("other", detections(), [A, B], [0], (300, 400))
+    with pytest.raises(ValueError, match="must differ"):
+        DetectionMetrics(["cat", "cat"])
