@@ -48,7 +48,9 @@ def read_header(file: str | Path | io.BytesIO) -> Header:
     try:
         with PIL.Image.open(file) as image:
             width, height = image.size
-            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+            # Asked for EXIF that is not at its front, a PNG would be decoded to its end.
+            told = image.format != "PNG" or "exif" in image.info
+            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1)) if told else 1
     except FileNotFoundError:
         raise Unreadable("image missing") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
@@ -86,7 +88,7 @@ def decode(data: bytes, name: str, orientation: int = 1) -> Image:
 
 
 def _refuse_damage(data: bytes, name: str) -> None:
-    """Raises DataError if the image is cut off: OpenCV would fill the rest with grey."""
+    """Raises DataError if the image is cut off: OpenCV 4 fills the rest with grey."""
     import PIL.Image
 
     try:

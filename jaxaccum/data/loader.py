@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any, Literal
 
 import cv2
@@ -187,9 +188,8 @@ class TrainStream:
     ) -> Iterator[Batch]:
         import grain
 
-        ahead: deque[int] = deque()
         remaining = iter(sizes)
-        ahead.extend(size for size, _ in zip(remaining, range(prefetch + 1), strict=False))
+        ahead = deque(islice(remaining, prefetch + 1))
         if not ahead:
             return
         options = grain.ReadOptions(
@@ -213,7 +213,7 @@ class TrainStream:
         try:
             while ahead:
                 size = ahead.popleft()
-                ahead.extend(size for size, _ in zip(remaining, range(1), strict=False))
+                ahead.extend(islice(remaining, 1))
                 batch = _empty(size, self._size, self._rows)
                 for i in range(size):
                     sample, truncated = next(iterator)
@@ -384,7 +384,7 @@ def _empty(count: int, size: int, rows: int) -> Batch:
 def _write(batch: Batch, row: int, sample: Sample) -> int:
     """Writes a sample into a row of a batch; returns how many of its objects did not fit."""
     image, boxes, classes = sample
-    rows = batch["valid"].shape[1]
+    rows = int(batch["valid"].shape[1])
     excess = len(classes) - rows
     if excess > 0:
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

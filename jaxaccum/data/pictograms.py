@@ -6,7 +6,7 @@ A pictogram stands on y = 0 and is 1 high, x to the right and y up, centred near
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,7 +29,7 @@ def polygon(*points: float) -> Points:
     return np.array(points, np.float32).reshape(-1, 2)
 
 
-def box(left: float, bottom: float, right: float, top: float) -> Points:
+def rectangle(left: float, bottom: float, right: float, top: float) -> Points:
     return polygon(left, bottom, right, bottom, right, top, left, top)
 
 
@@ -81,8 +81,12 @@ class Mood:
 
 
 MOODS = (
-    Mood((104, 170, 214), (240, 226, 200), (170, 120, 70), (196, 156, 80), (84, 140, 160), "autumn"),
-    Mood((150, 190, 222), (232, 238, 244), (160, 178, 196), (232, 238, 244), (110, 150, 180), "snow"),
+    Mood(
+        (104, 170, 214), (240, 226, 200), (170, 120, 70), (196, 156, 80), (84, 140, 160), "autumn"
+    ),
+    Mood(
+        (150, 190, 222), (232, 238, 244), (160, 178, 196), (232, 238, 244), (110, 150, 180), "snow"
+    ),
     Mood((84, 156, 222), (206, 230, 244), (92, 140, 100), (122, 170, 84), (72, 140, 180)),
     Mood((120, 184, 230), (236, 240, 228), (110, 150, 90), (160, 184, 92), (96, 170, 190)),
     Mood((96, 96, 160), (250, 176, 120), (110, 92, 120), (116, 120, 84), (150, 120, 140)),
@@ -123,26 +127,31 @@ def _house(r: random.Random, mood: Mood) -> list[Part]:
     parts = []
     if r.random() < 0.6:
         x = r.choice((-1, 1)) * half * r.uniform(0.4, 0.6)
-        parts.append(Part(box(x - 0.06, eaves, x + 0.06, r.uniform(0.9, 1.0)), shade(roof, 0.8)))
-    parts.append(Part(box(-half, 0, half, eaves), wall))
+        parts.append(
+            Part(rectangle(x - 0.06, eaves, x + 0.06, r.uniform(0.9, 1.0)), shade(roof, 0.8))
+        )
+    parts.append(Part(rectangle(-half, 0, half, eaves), wall))
     side = half * r.uniform(0.1, 0.5)
-    parts.append(Part(box(side, 0, half, eaves), shade(wall, 0.86), False))
+    parts.append(Part(rectangle(side, 0, half, eaves), shade(wall, 0.86), False))
     over = half * 1.13
     parts.append(Part(polygon(-over, eaves, over, eaves, hip, 1, -hip, 1), roof))
     parts.append(Part(polygon(side, eaves, over, eaves, hip, 1), shade(roof, 0.84), False))
     pane: Colour = (255, 214, 120) if mood.dark else (120, 160, 190)
     door = r.uniform(-0.7, 0.5) * half
-    parts.append(Part(box(door, 0, door + 0.17, 0.34), shade(roof, 0.7), False))
+    parts.append(Part(rectangle(door, 0, door + 0.17, 0.34), shade(roof, 0.7), False))
     for x in np.linspace(-half * 0.72, half * 0.72, r.randint(2, 4)):
         if abs(x - door - 0.085) > 0.2:
             low = eaves * 0.42
-            parts.append(Part(box(x - 0.085, low, x + 0.085, low + 0.19), (245, 242, 235), False))
-            parts.append(Part(box(x - 0.06, low + 0.03, x + 0.06, low + 0.16), pane, False))
+            parts.append(
+                Part(rectangle(x - 0.085, low, x + 0.085, low + 0.19), (245, 242, 235), False)
+            )
+            parts.append(Part(rectangle(x - 0.06, low + 0.03, x + 0.06, low + 0.16), pane, False))
     return parts
 
 
 def _tree(r: random.Random, mood: Mood) -> list[Part]:
-    leaf = r.choice(_AUTUMN if r.random() < (0.85 if mood.kind == "autumn" else 0.08) else _LEAVES)
+    turned = r.random() < (0.85 if mood.kind == "autumn" else 0.08)
+    leaf = r.choice(_AUTUMN if turned else _LEAVES)
     leaf = shade(leaf, r.uniform(0.8, 1.15))
     bark: Colour = shade((104, 76, 52), r.uniform(0.7, 1.2))
     kind = r.choice(("round", "round", "fir", "fir", "poplar"))
@@ -166,7 +175,7 @@ def _tree(r: random.Random, mood: Mood) -> list[Part]:
     else:
         half = r.uniform(0.28, 0.4)
         crown = [(0.0, 0.66, half * 0.8, 0.34)]
-        for x in (-1, 1):
+        for x in (-1.0, 1.0):
             crown.append((x * half * 0.45, r.uniform(0.5, 0.62), half * 0.55, r.uniform(0.2, 0.26)))
         parts += [Part(ellipse(*blob), shade(leaf, 0.82)) for blob in crown]
         lit = shade(leaf, 1.08)
@@ -197,7 +206,7 @@ def _car(r: random.Random, mood: Mood) -> list[Part]:
     parts = [
         Part(polygon(a, belt - 0.02, b, 1, c, 1, d, belt - 0.02), shade(paint, 0.92)),
         Part(body, paint),
-        Part(box(-half, 0.18, half, 0.28), shade(paint, 0.66), False),
+        Part(rectangle(-half, 0.18, half, 0.28), shade(paint, 0.66), False),
     ]
     middle = (b + c) / 2 if kind != "pickup" else c
     spans = [(a, b, middle, middle), (middle, middle, c, d)] if middle < c else [(a, b, c, d)]
@@ -211,8 +220,8 @@ def _car(r: random.Random, mood: Mood) -> list[Part]:
     for x in (-0.6 * half, 0.6 * half):
         parts.append(Part(ellipse(x, 0.2, 0.2, 0.2), (34, 34, 38)))
         parts.append(Part(ellipse(x, 0.2, 0.1, 0.1), (176, 178, 184), False))
-    parts.append(Part(box(half * 0.93, 0.38, half, 0.48), (255, 240, 170), False))
-    parts.append(Part(box(-half, 0.38, -half * 0.95, 0.5), (200, 40, 36), False))
+    parts.append(Part(rectangle(half * 0.93, 0.38, half, 0.48), (255, 240, 170), False))
+    parts.append(Part(rectangle(-half, 0.38, -half * 0.95, 0.5), (200, 40, 36), False))
     return parts
 
 
@@ -230,8 +239,8 @@ def _balloon(r: random.Random, mood: Mood) -> list[Part]:
     parts = [
         Part(stroke(polygon(-0.07, 0.1, -wide[0], 0.24), 0.016), rope),
         Part(stroke(polygon(0.07, 0.1, wide[0], 0.24), 0.016), rope),
-        Part(box(-0.08, 0, 0.08, 0.12), (134, 92, 54)),
-        Part(box(-0.08, 0.09, 0.08, 0.12), (92, 62, 40), False),
+        Part(rectangle(-0.08, 0, 0.08, 0.12), (134, 92, 54)),
+        Part(rectangle(-0.08, 0.09, 0.08, 0.12), (92, 62, 40), False),
     ]
     for i in range(len(edges) - 1):
         left, right = np.stack([wide * edges[i], y], 1), np.stack([wide * edges[i + 1], y], 1)
@@ -256,7 +265,7 @@ def _boat(r: random.Random, mood: Mood) -> list[Part]:
     if r.random() < 0.68:
         sail: Colour = r.choice(((250, 246, 236), (244, 232, 206), *_PAINTS[:3]))
         mast = r.uniform(-0.12, 0.06)
-        stick = box(mast - 0.014, deck * 0.9, mast + 0.014, 1)
+        stick = rectangle(mast - 0.014, deck * 0.9, mast + 0.014, 1)
         boom = deck + 0.07
         parts.append(Part(stick, (110, 82, 56)))
         main = polygon(mast - 0.02, 0.97, mast - 0.02, boom, -half * 0.92, boom + 0.02)
@@ -268,13 +277,13 @@ def _boat(r: random.Random, mood: Mood) -> list[Part]:
     else:
         # A fishing boat: lower, so that it is wider for its height.
         shape = shape * np.array([1.7, 1.6], np.float32)
-        cabin = box(-0.42 * half, 0.3, 0.5 * half, 0.72)
+        cabin = rectangle(-0.42 * half, 0.3, 0.5 * half, 0.72)
         parts += [
-            Part(box(-0.02, 0.7, 0.02, 1), (110, 82, 56)),
+            Part(rectangle(-0.02, 0.7, 0.02, 1), (110, 82, 56)),
             Part(cabin, (244, 242, 236)),
-            Part(box(-0.55 * half, 0.7, 0.62 * half, 0.78), shade(hull, 0.8)),
-            Part(box(-0.3 * half, 0.48, 0.0, 0.64), (96, 130, 156), False),
-            Part(box(0.12 * half, 0.48, 0.4 * half, 0.64), (96, 130, 156), False),
+            Part(rectangle(-0.55 * half, 0.7, 0.62 * half, 0.78), shade(hull, 0.8)),
+            Part(rectangle(-0.3 * half, 0.48, 0.0, 0.64), (96, 130, 156), False),
+            Part(rectangle(0.12 * half, 0.48, 0.4 * half, 0.64), (96, 130, 156), False),
             Part(shape, hull),
         ]
     stripe = shape * np.array([0.97, 0.35], np.float32)

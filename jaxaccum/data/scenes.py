@@ -12,15 +12,29 @@ import functools
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum.data.base import DataError, Image, Objects, Report, no_objects
+from jaxaccum.data.pictograms import (
+    BIRD,
+    MOODS,
+    PICTOGRAMS,
+    TUFT,
+    Colour,
+    Part,
+    Points,
+    ellipse,
+    mix,
+    polygon,
+    rectangle,
+    shade,
+    stroke,
+)
 
 NAMES = tuple(PICTOGRAMS)
 LENGTHS = {"train": 2048, "val": 256}
@@ -28,6 +42,7 @@ _VERSION = 1  # of the drawing; part of the identity
 _MOST = 8  # objects in a scene
 _LEAST_VISIBLE = 0.3  # of an object's pixels; one that shows less is not drawn at all
 _SHIFT = 4  # fractional bits of OpenCV's polygon coordinates
+
 
 @dataclass
 class Item:
@@ -96,6 +111,7 @@ class Scenes:
         if length < 1:
             raise DataError(f"embedded scenes: length is {length}, expected at least 1.")
         self._split, self._size, self._length, self._seed = split, size, length, seed
+        self._objects: dict[int, Objects] = {}
         described = f"scenes {_VERSION} {split} {size} {length} {seed}"
         self.identity = hashlib.sha256(described.encode()).hexdigest()[:12]
 
@@ -115,11 +131,14 @@ class Scenes:
 
     def image(self, index: int) -> Image:
         """(H, W, 3) uint8 RGB."""
-        return _paint(self._plan(index)[0])
+        plan, self._objects[index] = self._plan(index)
+        return _paint(plan)
 
     def objects(self, index: int) -> Objects:
         """Boxes are the extents of what is visible of each object."""
-        return self._plan(index)[1]
+        if index not in self._objects:
+            self._objects[index] = self._plan(index)[1]
+        return self._objects[index]
 
     def _plan(self, index: int) -> tuple[Plan, Objects]:
         key = f"{self._seed}/{self._split}/{self._checked(index)}"
@@ -280,9 +299,9 @@ class _Planner:
         for _ in range(r.randint(1, 3)):  # fields
             y = self.shore + r.uniform(0.05, 0.9) * span
             left, reach = r.uniform(-0.3, 0.8) * self.width, r.uniform(0.3, 0.9) * self.width
-            field = ellipse(left + reach / 2, y, reach / 2, r.uniform(0.04, 0.12) * span)
-            shade = self._jitter(shade(ground, r.uniform(0.86, 1.1)), 8)
-            self._add([Part(field, shade)], -0.9)
+            meadow = ellipse(left + reach / 2, y, reach / 2, r.uniform(0.04, 0.12) * span)
+            green = self._jitter(shade(ground, r.uniform(0.86, 1.1)), 8)
+            self._add([Part(meadow, green)], -0.9)
         self.road: float | None = None
         if r.random() < 0.5:
             middle = self.shore + r.uniform(0.35, 0.8) * span
@@ -411,11 +430,11 @@ class _Planner:
             left = r.uniform(-0.2, 0.7) * self.width
             right = left + r.uniform(0.2, 0.6) * self.width
             rails = [
-                box(left, y - tall * k - tall * 0.07, right, y - tall * k + tall * 0.07)
+                rectangle(left, y - tall * k - tall * 0.07, right, y - tall * k + tall * 0.07)
                 for k in (0.35, 0.75)
             ]
             posts = [
-                box(x - tall * 0.08, y - tall, x + tall * 0.08, y)
+                rectangle(x - tall * 0.08, y - tall, x + tall * 0.08, y)
                 for x in np.arange(left, right, tall * 0.9)
             ]
             self._add([Part(p, wood) for p in rails + posts], near)
