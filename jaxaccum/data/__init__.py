@@ -2,11 +2,13 @@
 
 from jaxaccum.data.augment import Augment, letterbox
 from jaxaccum.data.base import DataError, Objects, Report, Source
+from jaxaccum.data.images import SUFFIXES, read_image
 from jaxaccum.data.loader import TrainStream, eval_batches
 from jaxaccum.data.scenes import Scenes
 from jaxaccum.data.sources import open_source
 
 __all__ = [
+    "SUFFIXES",
     "Augment",
     "DataError",
     "Objects",
@@ -17,4 +19,5 @@ __all__ = [
     "eval_batches",
     "letterbox",
     "open_source",
+    "read_image",
 ]

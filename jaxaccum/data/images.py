@@ -87,6 +87,19 @@ def decode(data: bytes, name: str, orientation: int = 1) -> Image:
     return _upright(np.asarray(pixels, np.uint8), orientation)
 
 
+def read_image(file: str | Path) -> Image:
+    """An image file as (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+      DataError: it is missing, no image, or damaged.
+    """
+    try:
+        header = read_header(file)
+    except Unreadable as reason:
+        raise DataError(f"{file}: {reason}", file=str(file)) from reason
+    return decode(Path(file).read_bytes(), str(file), header.orientation)
+
+
 def _refuse_damage(data: bytes, name: str) -> None:
     """Raises DataError if the image is cut off: OpenCV 4 fills the rest with grey."""
     import PIL.Image

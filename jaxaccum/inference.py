@@ -1,0 +1,77 @@
+"""A trained detector taken from a workdir, for evaluation and prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxaccum import config as configs
+from jaxaccum import models
+from jaxaccum.accumulate import Recipe
+from jaxaccum.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.tasks.detection import DetectionTask
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A detector with the weights of a run.
+
+    Attributes:
+      task: the model and its input size.
+      params, stats: the weight average with the best mAP50-95, or the newest.
+      config: the run's config.
+      names: class names.
+      step: update the weights are of.
+      fingerprint: of the recipe they were learned by.
+    """
+
+    task: DetectionTask
+    params: PyTree
+    stats: PyTree
+    config: ml_collections.ConfigDict
+    names: tuple[str, ...]
+    step: int
+    fingerprint: str
+
+
+def load(workdir: Path) -> Trained:
+    """The best weights of a run.
+
+    Raises:
+      CheckpointError: the workdir holds none.
+    """
+    if not (workdir / "best").is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no trained weights (no folder 'best'): give the --workdir of a run "
+            "that has evaluated at least once"
+        )
+    with Checkpoints(workdir) as checkpoints:
+        if checkpoints.best is None:
+            raise CheckpointError(f"{workdir}/best is empty: the run has not evaluated yet")
+        meta = checkpoints.meta(best=True)
+        config = configs.detection()
+        with config.unlocked():
+            config.update(meta["config"])
+        names = tuple(meta["names"])
+        model = models.create(config.model, num_classes=len(names), dtype=jnp.dtype(config.dtype))
+        recipe = Recipe(config.nbs, config.bn_group)
+        task = DetectionTask(model, config.data.image_size, recipe.group)
+        params, stats = task.initialise(0)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        template = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=device),
+            {"params": params, "stats": stats},
+        )
+        weights, _ = checkpoints.restore_best(template)
+        return Trained(
+            task, weights["params"], weights["stats"], config, names, checkpoints.best,
+            meta["fingerprint"],
+        )  # fmt: skip

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Trains a small detector on generated scenes, evaluates it and draws what it finds; needs only
+# Python 3.11 or later. Started again, it continues where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh
+install
+
+workdir=runs/quickstart
+"$python" -m jaxaccum.train --config=configs/quickstart.py --workdir="$workdir"
+metrics=$("$python" -m jaxaccum.evaluate --workdir="$workdir" | tail -n 1)
+
+"$python" - "$workdir/scenes" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from jaxaccum.data import Scenes
+from jaxaccum.draw import save_image
+
+folder, scenes = Path(sys.argv[1]), Scenes("val")
+folder.mkdir(parents=True, exist_ok=True)
+for index in range(8):
+    save_image(folder / f"{scenes.name(index)}.png", scenes.image(index))
+PYTHON
+"$python" -m jaxaccum.predict --workdir="$workdir" --source="$workdir/scenes" --out="$workdir/drawn"
+
+"$python" - "$metrics" "$workdir/drawn" <<'PYTHON'
+import json
+import sys
+
+metrics = json.loads(sys.argv[1])
+print(f"mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} on the generated val split")
+print(f"pictures: {sys.argv[2]}")
+PYTHON

@@ -1,0 +1,34 @@
+"""Test set-up: four host devices, and where the development data lies if it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+import tiny  # noqa: F401 registers the model "tiny-t"
+
+from jaxaccum import run
+
+run.use_compilation_cache()
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of development data; a test that needs it skips where it is absent."""
+    folder = Path(os.environ.get("JAXACCUM_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip("development data (JAXACCUM_SHARED or ../shared) is not here")
+    return folder
+
+
+@pytest.fixture
+def x64():
+    """Computes in float64."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,130 @@
+"""Group batch norm against numpy, and its moments against the law of total variance."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxaccum.accumulate import GroupBatchNorm, Groups, batchnorm
+
+EPS = 1e-3
+
+
+def silu(y):
+    return y / (1 + np.exp(-y))
+
+
+def expected(x, scale, bias, weight, size):
+    """The definition, a group at a time."""
+    out = np.empty_like(x)
+    for start in range(0, len(x), size):
+        group, w = x[start : start + size], weight[start : start + size]
+        real = group[w > 0].reshape(-1, x.shape[-1])
+        mean = real.mean(0) if len(real) else np.zeros(x.shape[-1])
+        var = real.var(0) if len(real) else np.zeros(x.shape[-1])
+        out[start : start + size] = (group - mean) / np.sqrt(var + EPS) * scale + bias
+    return out
+
+
+def data(samples=6, channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(3.0, 2.0, (samples, 4, 5, channels))
+    return x, rng.uniform(0.5, 2, channels), rng.normal(size=channels)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("activate", [False, True])
+def test_forward_is_the_definition(x64, size, activate):
+    x, scale, bias = data()
+    weight = np.array([1, 1, 1, 1, 1, 0.0])
+    y, *_ = batchnorm.normalise(x, scale, bias, weight, size, EPS, activate)
+    wanted = expected(x, scale, bias, weight, size)
+    wanted = silu(wanted) if activate else wanted
+    real = weight > 0
+    np.testing.assert_allclose(np.asarray(y)[real], wanted[real], rtol=1e-12, atol=1e-12)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("activate", [False, True])
+def test_gradient_is_that_of_the_definition(x64, size, activate):
+    x, scale, bias = (jnp.asarray(a) for a in data())
+    weight = jnp.array([1, 1, 0, 1, 1, 0.0])
+    probe = jax.random.normal(jax.random.key(1), x.shape) * weight[:, None, None, None]
+
+    def plain(x, scale, bias):
+        xg = x.reshape(-1, size, 4, 5, 3)
+        w = weight.reshape(-1, size, 1, 1, 1)
+        n = jnp.maximum(w.sum((1, 2, 3), keepdims=True) * 20, 1)
+        mean = (xg * w).sum((1, 2, 3), keepdims=True) / n
+        var = (jnp.square(xg - mean) * w).sum((1, 2, 3), keepdims=True) / n
+        y = ((xg - mean) / jnp.sqrt(var + EPS) * scale + bias).reshape(x.shape)
+        return jnp.sum(probe * (jax.nn.silu(y) if activate else y))
+
+    def ours(x, scale, bias):
+        return jnp.sum(probe * batchnorm.normalise(x, scale, bias, weight, size, EPS, activate)[0])
+
+    for a, b in zip(
+        jax.grad(ours, (0, 1, 2))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(1, 12), size=st.integers(1, 4), padded=st.integers(0, 3),
+    cuts=st.integers(1, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_merged_moments_are_those_of_all_samples(samples, size, padded, cuts, seed):
+    """However the samples are cut into groups and microbatches."""
+    rng = np.random.default_rng(seed)
+    groups = -(-(samples + padded) // size)
+    x = rng.normal(5.0, 2.0, (groups * size, 7, 3))
+    weight = (np.arange(len(x)) < samples).astype(float)
+    running = {"mean": rng.normal(size=3), "var": rng.uniform(0.5, 2, 3)}
+    with jax.enable_x64(True):
+        total = None
+        for part in np.array_split(np.arange(groups), min(cuts, groups)):
+            rows = (part[:, None] * size + np.arange(size)).ravel()
+            xs, ws = x[rows], weight[rows]
+            _, mean, var, count = batchnorm.normalise(
+                xs, np.ones(3), np.zeros(3), ws, size, EPS, False
+            )
+            new = batchnorm.moments(mean, var, count, running["mean"])
+            total = new if total is None else jax.tree.map(jnp.add, total, new)
+        moved = batchnorm.move_statistics(running, total, 0.1)
+    real = x[:samples].reshape(-1, 3)
+    wanted = {"mean": real.mean(0), "var": real.var(0, ddof=1)}
+    for name, value in wanted.items():
+        blend = 0.9 * running[name] + 0.1 * value
+        np.testing.assert_allclose(moved[name], blend, rtol=1e-10, atol=1e-12)
+
+
+def test_a_window_without_samples_moves_nothing():
+    zero = {"count": jnp.zeros(()), "first": jnp.zeros(3), "second": jnp.zeros(3)}
+    stats = {"a": {"mean": jnp.ones(3), "var": jnp.full(3, 2.0)}}
+    moved = batchnorm.move_statistics(stats, {"a": zero}, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, moved, stats)
+
+
+def test_running_statistics_without_groups():
+    layer = GroupBatchNorm()
+    x = jnp.asarray(data()[0], jnp.float32)
+    variables = layer.init(jax.random.key(0), x, None)
+    variables["batch_stats"] = {"mean": jnp.full(3, 3.0), "var": jnp.full(3, 4.0)}
+    y, changed = layer.apply(variables, x, None, mutable=["moments"])
+    np.testing.assert_allclose(y, (x - 3) / np.sqrt(4 + EPS), rtol=1e-5, atol=1e-6)
+    assert not changed
+    _, changed = layer.apply(variables, x, Groups(3, jnp.ones(6)), mutable=["moments"])
+    assert set(changed["moments"]) == {"count", "first", "second"}
+
+
+def test_bfloat16_statistics_are_float32():
+    x = jnp.asarray(data()[0], jnp.bfloat16)
+    y, mean, var, _ = batchnorm.normalise(x, jnp.ones(3), jnp.zeros(3), jnp.ones(6), 6, EPS, False)
+    assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)

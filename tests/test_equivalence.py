@@ -1,0 +1,260 @@
+"""The law: geometry changes nothing that is learned. And the check that says so can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxaccum import equivalence
+from jaxaccum.accumulate import Geometry, Objective, Recipe, engines, make_engine
+from jaxaccum.accumulate.recipe import Window
+
+UPDATES = 3
+
+
+def run(geometry, nbs=8, bn_group=4, *, forward=None, objective=Objective, amount=1.0):
+    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
+    recipe = Recipe(nbs, bn_group)
+    return equivalence.trace(
+        forward or toy.make_forward(recipe.group), toy.make_rule(nbs, objective), recipe, geometry,
+        *toy.initial(dtype), toy.make_batches(nbs, dtype, amount=amount), UPDATES,
+    )  # fmt: skip
+
+
+@functools.cache
+def reference(x64, nbs=8, bn_group=4, amount=1.0):
+    """The whole effective batch as one microbatch (of whole groups)."""
+    assert jax.config.jax_enable_x64 == x64
+    size = nbs if bn_group == "frozen" else -(-nbs // bn_group) * bn_group
+    return run(Geometry(size), nbs, bn_group, amount=amount)
+
+
+def assert_one_run(found, x64):
+    assert equivalence.within(found, equivalence.Tolerance.of(x64)), found
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("bn_group", "microbatch"),
+    [("frozen", 1), ("frozen", 2), ("frozen", 4), ("frozen", 8), (4, 4), (4, 8)],
+)
+def test_every_geometry_is_one_run_float64(x64, microbatch, devices, engine, bn_group):
+    nbs = 10  # not a multiple of any of them: uneven tails
+    trace = run(Geometry(microbatch, devices, engine), nbs, bn_group)
+    assert_one_run(equivalence.differences(trace, reference(True, nbs, bn_group)), True)
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_one_run_float32(engine):
+    found = equivalence.differences(run(Geometry(4, 2, engine)), reference(False))
+    assert_one_run(found, False)
+
+
+def test_whole_batch_statistics(x64):
+    """bn_group "all" is one group of the effective batch."""
+    found = equivalence.differences(run(Geometry(8), 8, "all"), reference(True, 8, 8))
+    assert_one_run(found, True)
+
+
+def test_denominator_below_its_floor(x64):
+    """With almost no objects the sum of the window is below 1, and is clamped once."""
+    whole = reference(True, amount=0.11)
+    assert 0 < whole.logs[0]["sums/objects"] < 1
+    for geometry in (Geometry(4), Geometry(4, 2, "multisteps")):
+        assert_one_run(equivalence.differences(run(geometry, amount=0.11), whole), True)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(
+    nbs=st.integers(1, 12), microbatch=st.integers(1, 6), devices=st.sampled_from([1, 2, 4]),
+    engine=st.sampled_from(["scan", "multisteps"]),
+)  # fmt: skip
+def test_any_geometry(nbs, microbatch, devices, engine):
+    with jax.enable_x64(True):
+        found = equivalence.differences(
+            run(Geometry(microbatch, devices, engine), nbs, "frozen"),
+            run(Geometry(nbs), nbs, "frozen"),
+        )
+        assert_one_run(found, True)
+
+
+# --- The check must notice a broken core. ---
+
+
+class DividesPerMicrobatch(Objective):
+    """Each microbatch by its own denominator, then averaged: the usual trainers."""
+
+    def sums(self, forward, params, stats, batch):
+        sums = super().sums(forward, params, stats, batch)
+        return sums._replace(
+            gradients={
+                n: jax.tree.map(
+                    lambda g, n=n: g / self.divisor(n, sums.denominators) * sums.samples, tree
+                )
+                for n, tree in sums.gradients.items()
+            },
+        )
+
+    def gradient(self, sums):
+        parts = sums.gradients.values()
+        return jax.tree.map(lambda *g: sum(g) * self.scale / sums.samples, *parts)
+
+
+class ClampsPerMicrobatch(Objective):
+    """Denominators floored in every microbatch instead of once."""
+
+    def sums(self, forward, params, stats, batch):
+        sums = super().sums(forward, params, stats, batch)
+        return sums._replace(
+            denominators={n: self.divisor(n, sums.denominators) for n in sums.denominators}
+        )
+
+
+class AveragesInsteadOfSums(Objective):
+    """The numerators' gradient as a mean over microbatches."""
+
+    def sums(self, forward, params, stats, batch):
+        sums = super().sums(forward, params, stats, batch)
+        share = batch["weight"].shape[0] / self.scale  # 1 / number of microbatches
+        return sums._replace(gradients=jax.tree.map(lambda g: g * share, sums.gradients))
+
+
+forward = toy.make_forward
+BROKEN = {  # name: (how `run` is called, effective batch, bn_group)
+    "divide per microbatch": (dict(objective=DividesPerMicrobatch), 8, 4),
+    "clamp per microbatch": (dict(objective=ClampsPerMicrobatch, amount=0.11), 8, 4),
+    "mean instead of sum": (dict(objective=AveragesInsteadOfSums), 8, 4),
+    "statistics per microbatch": (dict(forward=forward(4, group_of=lambda size: size)), 8, 4),
+    "noise by place": (dict(forward=forward(4, by_place=True)), 8, 4),
+    "padding not masked": (dict(forward=forward(None, mask=False)), 10, "frozen"),
+}
+
+
+@functools.cache
+def broken_reference(name):
+    options, nbs, bn_group = BROKEN[name]
+    return run(Geometry(nbs), nbs, bn_group, **options)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("geometry", [Geometry(4, 2), Geometry(4, 1, "multisteps")], ids=str)
+def test_the_check_notices(x64, name, geometry):
+    options, nbs, bn_group = BROKEN[name]
+    trace = run(geometry, nbs, bn_group, **options)
+    found = equivalence.differences(trace, broken_reference(name))
+    assert not equivalence.within(found, equivalence.Tolerance.of(True)), found
+    assert found["gradient"] > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_the_check_notices_a_double_reduction(x64, monkeypatch, engine):
+    expected, once = reference(True), jax.lax.psum
+
+    def twice(tree, axis):
+        again = jax.tree.map(lambda a: jax.lax.pcast(a, axis, to="varying"), once(tree, axis))
+        return once(again, axis)
+
+    monkeypatch.setattr(engines.jax.lax, "psum", twice)
+    found = equivalence.differences(run(Geometry(4, 2, engine)), expected)
+    assert not equivalence.within(found, equivalence.Tolerance.of(True)), found
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_the_check_notices_statistics_moved_per_microbatch(x64, monkeypatch, engine):
+    """Running statistics that move by a group's own moments instead of the merged ones."""
+    from jaxaccum.accumulate import batchnorm
+
+    expected = reference(True)
+    merged = batchnorm.move_statistics
+
+    def twice(stats, moments, momentum):
+        return merged(merged(stats, moments, momentum), moments, momentum)
+
+    monkeypatch.setattr(batchnorm, "move_statistics", twice)
+    found = equivalence.differences(run(Geometry(4, 1, engine)), expected)
+    assert found["statistics"] > 1e-6
+
+
+# --- What the engines promise beside it. ---
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_a_window_that_is_not_finite_is_skipped(engine):
+    recipe = Recipe(8, 4)
+    rule = toy.make_rule(8)
+    machine = make_engine(toy.make_forward(4), rule, Window(recipe, Geometry(4, 2, engine)))
+    state = machine.init(*toy.initial(np.float32))
+    before = jax.device_get(state)
+    batches = toy.make_batches(8, np.float32)()
+    bad = next(batches)
+    bad["x"][5] = np.nan
+    state, log = machine.update(state, bad)
+    assert not log["ok"]
+    assert (int(state.step), int(state.windows), int(state.skipped_in_row)) == (0, 1, 1)
+    for name in ("params", "stats", "opt_state", "ema"):
+        assert equivalence.distance(getattr(state, name), getattr(before, name)) == 0, name
+    state, log = machine.update(state, next(batches))  # and leaves nothing behind
+    assert log["ok"] and np.isfinite(log["loss"])
+    assert (int(state.step), int(state.windows), int(state.skipped_in_row)) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_a_ramp_of_the_effective_batch(x64, engine):
+    """A smaller effective batch in the room of the full one, without a second compilation."""
+    machine = make_engine(
+        toy.make_forward(4), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
+    )
+    state = machine.init(*toy.initial(np.float64))
+    batch = next(toy.make_batches(8, np.float64)())
+    half = {k: v[:4] for k, v in batch.items()}
+    ramped, _ = machine.update(state, half, steps=1)
+
+    whole = make_engine(toy.make_forward(4), toy.make_rule(8), Window(Recipe(4, 4), Geometry(4)))
+    expected, _ = whole.update(whole.init(*toy.initial(np.float64)), half)
+    assert equivalence.distance(ramped.params, expected.params) < 1e-14
+    machine.update(ramped, batch)
+    if engine == "scan":
+        assert machine._jitted._cache_size() == 1
+
+
+def test_the_gradient_is_that_of_the_ratio(x64):
+    """Against plain autodiff of the loss over the whole effective batch."""
+    nbs, forward, rule = 8, toy.make_forward(None), toy.make_rule(8)
+    params, stats = toy.initial(np.float64)
+    batch = next(toy.make_batches(nbs, np.float64)())
+
+    def loss(params):
+        out = forward(params, stats, batch)
+        fit = 2.0 * out.numerators["fit"] / jnp.maximum(out.denominators["objects"], 1)
+        calm = 0.5 * out.numerators["calm"] / jnp.maximum(out.denominators["points"], 1)
+        return nbs * (fit + calm)
+
+    expected = jax.grad(loss)(params)
+    trace = run(Geometry(2, 2), nbs, "frozen")
+    assert equivalence.distance(trace.gradient, expected) < 1e-12
+    assert trace.logs[0]["loss"] == pytest.approx(float(loss(params)) / nbs, rel=1e-12)
+
+
+def test_clipping_acts_once_on_the_divided_gradient(x64):
+    rule = dataclasses.replace(
+        toy.make_rule(8), optimizer=optax.scale(-1.0), clip=0.01, ema_decay=None
+    )
+    machine = make_engine(toy.make_forward(4), rule, Window(Recipe(8, 4), Geometry(4)))
+    params, stats = toy.initial(np.float64)
+    state, log = machine.update(
+        machine.init(params, stats), next(toy.make_batches(8, np.float64)())
+    )
+    assert log["grad_norm"] > 0.01
+    moved = jax.tree.map(np.subtract, jax.device_get(state.params), params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-9)

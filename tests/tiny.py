@@ -1,0 +1,54 @@
+"""A detector that compiles in seconds, with all that a real one has; also a run of it to kill.
+
+python tests/tiny.py WORKDIR [STEPS] trains it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jaxaccum import config as configs
+from jaxaccum.models import yolo
+
+yolo.FAMILIES["tiny"] = yolo.Family(
+    depth={"t": 1.0},
+    width={"t": 0.25},
+    max_channels={"t": 1024},
+    rows=(
+        (-1, 1, "Conv", (32, 3, 2)),
+        (-1, 1, "Conv", (32, 3, 2)),
+        (-1, 1, "Conv", (64, 3, 2)),  # 2, stride 8
+        (-1, 1, "C2f", (64, True)),
+        (-1, 1, "Conv", (64, 3, 2)),  # 4, stride 16
+        ((3, 4), 1, "Detect", ()),
+    ),
+)
+
+
+def tiny_config(**changes):
+    """A run on the embedded scenes at 64 px; `changes` are dotted fields."""
+    config = configs.detection()
+    config.model = "tiny-t"
+    config.update_from_flattened_dict(
+        {
+            "nbs": 4, "bn_group": 2, "microbatch": 2, "devices": 1, "steps": 12,
+            "data.image_size": 64, "data.max_objects": 32, "log.every": 1, "log.images": 1,
+            "log.tensorboard": False, "eval.every": 6, "eval.batch": 64, "checkpoint.every": 3,
+            "lr.warmup_epochs": 0.0, "optimizer.name": "adamw", "optimizer.momentum": 0.9,
+        }
+        | changes
+    )  # fmt: skip
+    return config.lock()
+
+
+if __name__ == "__main__":
+    import jax
+
+    from jaxaccum import run, train
+
+    jax.config.update("jax_platforms", "cpu")
+    run.use_compilation_cache()
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
+    changes = {"steps": steps, "eval.every": 10, "checkpoint.every": 2}
+    train.train(tiny_config(**changes), Path(sys.argv[1]))
