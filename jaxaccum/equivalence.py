@@ -60,23 +60,28 @@ def trace(
     Args:
       forward, rule, recipe, geometry: what to run.
       params, stats: initial values, on the host.
-      batches: makes an iterator over effective batches; called twice.
+      batches: makes an iterator over effective batches.
       updates: how many.
     """
-    window = Window(recipe, geometry)
-    # An optimizer that only remembers shows the gradient that the real one is given.
-    memory = dataclasses.replace(rule, optimizer=optax.trace(decay=0.0), clip=0.0, ema_decay=None)
-    engine = make_engine(forward, memory, window)
-    state, _ = engine.update(engine.init(params, stats), next(batches()))
-    gradient = jax.device_get(state.opt_state.trace)
-
-    engine = make_engine(forward, rule, window)
-    state, logs = engine.init(params, stats), []
+    # In front of the real optimizer one that remembers shows the gradient that it is given.
+    shown = dataclasses.replace(rule, optimizer=optax.chain(_memory(), rule.optimizer))
+    engine = make_engine(forward, shown, Window(recipe, geometry))
+    state, logs, gradient = engine.init(params, stats), [], None
     source = batches()
     for _ in range(updates):
         state, log = engine.update(state, next(source))
         logs.append({k: float(v) for k, v in log.items()})
+        if gradient is None:
+            clipped = max(logs[0]["grad_norm"] / rule.clip, 1.0) if rule.clip else 1.0
+            gradient = jax.tree.map(lambda g: g * clipped, jax.device_get(state.opt_state[0]))
     return Trace(gradient, *jax.device_get((state.params, state.stats, state.ema)), logs)
+
+
+def _memory() -> optax.GradientTransformation:
+    """Passes gradients on; its state is the last one."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(np.zeros_like, params), lambda g, s, p=None: (g, g)
+    )
 
 
 def distance(a: PyTree, b: PyTree) -> float:

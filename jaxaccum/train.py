@@ -171,6 +171,7 @@ def train(
                         checkpoints.save(done, state, meta_now())
             while done == this.steps and pending:  # a window skipped at the end is made up for
                 done -= not report(*pending.popleft())
+        windows.close()
         console.close()
         if board:
             board.close()

@@ -1,0 +1,73 @@
+"""The law on a whole detector and its own pipeline: images, augmentation, assignment, loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from jaxaccum import data, equivalence, run
+from jaxaccum.accumulate import Geometry, Output, require_constant_denominators
+
+NBS, UPDATES = 10, 2  # uneven tails; some of the scenes have no objects
+
+
+def trace(geometry, bn_group, x64=True):
+    source = data.Scenes("train", size=64, length=40)
+    config = tiny_config(
+        nbs=NBS, bn_group=bn_group, microbatch=geometry.microbatch, devices=geometry.devices,
+        engine=geometry.engine, dtype="float64" if x64 else "float32",
+    )  # fmt: skip
+    this = run.prepare(config, num_classes=len(source.names), samples=len(source), identity={})
+
+    def batches():
+        return run.make_stream(this, source).windows(0, [NBS] * UPDATES, backend="threads")
+
+    return equivalence.trace(
+        this.task.forward, this.rule, this.recipe, geometry,
+        *this.task.initialise(0, np.float64 if x64 else np.float32), batches, UPDATES,
+    )  # fmt: skip
+
+
+CASES = [
+    ("frozen", Geometry(1, 4)), ("frozen", Geometry(4, 1, "multisteps")),
+    (4, Geometry(4)), (4, Geometry(4, 2)), (4, Geometry(8, 1, "multisteps")),
+    (4, Geometry(4, 4, "multisteps")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole():
+    with jax.enable_x64(True):
+        return {group: trace(Geometry(12), group) for group in ("frozen", 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bn_group", "geometry"), CASES, ids=str)
+def test_one_run_float64(x64, whole, bn_group, geometry):
+    found = equivalence.differences(trace(geometry, bn_group), whole[bn_group])
+    assert equivalence.within(found, equivalence.Tolerance.of(True)), found
+
+
+@pytest.mark.slow
+def test_one_run_float32():
+    found = equivalence.differences(trace(Geometry(4, 2), 4, False), trace(Geometry(12), 4, False))
+    assert equivalence.within(found, equivalence.Tolerance.of(False)), found
+
+
+def test_denominators_carry_no_gradient():
+    source = data.Scenes("train", length=4)
+    this = run.prepare(tiny_config(), num_classes=len(source.names), samples=4, identity={})
+    params, stats = this.task.initialise(0)
+    example = this.task.example(2, 32)
+    require_constant_denominators(this.task.forward, params, stats, example)
+
+    def leaking(params, stats, batch):
+        out = this.task.forward(params, stats, batch)
+        leak = jnp.sum(params["model.5"]["cv2.0.2"]["bias"])
+        return Output(out.numerators, {"target_scores": out.denominators["target_scores"] + leak}, {})
+
+    with pytest.raises(ValueError, match=r"\['target_scores'\] carry a gradient"):
+        require_constant_denominators(leaking, params, stats, example)
