@@ -14,7 +14,6 @@ import numpy as np
 from absl import flags, logging
 
 from jaxaccum import run
-from jaxaccum.data import DataError
 from jaxaccum.evaluation import Evaluator, recompute_statistics
 from jaxaccum.inference import load
 
@@ -32,16 +31,12 @@ def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[st
     config = trained.config
     if data_path:
         config.data.path, config.data.val_path, config.data.images = data_path, "", ""
-    train_set, val_set = run.open_sources(config)
+    val_set = run.open_source(config, "val", trained.names)
     for line in val_set.report.lines():
         print(line)
-    if tuple(val_set.names) != trained.names:
-        raise DataError(
-            f"the weights know the classes {', '.join(trained.names)}; {data_path} has "
-            f"{', '.join(val_set.names)}"
-        )
     stats = trained.stats
     if precise_bn:
+        train_set = run.open_source(config, "train", trained.names)
         this = run.prepare(
             config, num_classes=len(trained.names), samples=len(train_set), identity={}
         )

@@ -72,9 +72,7 @@ class Evaluator:
             index = int(batch["index"][i])
             truth = self.source.objects(index)
             height, width = (int(v) for v in batch["size"][i])
-            result.add(
-                self.source.name(index), found, truth.boxes, truth.classes, (height, width)
-            )
+            result.add(self.source.name(index), found, truth.boxes, truth.classes, (height, width))
             if len(drawn) < pictures:
                 show = found.scores >= 0.25
                 drawn.append(

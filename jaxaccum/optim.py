@@ -79,7 +79,7 @@ def at(table: np.ndarray) -> Callable[[jax.Array], jax.Array]:
 
 
 def kinds(params: PyTree) -> PyTree:
-    """"bias", "norm" (scales of norm layers) or "weight" for every parameter."""
+    """The kind of every parameter: "bias", "norm" (scales of norm layers) or "weight"."""
     names = {"bias": "bias", "scale": "norm"}
     return jax.tree_util.tree_map_with_path(
         lambda path, _: names.get(path[-1].key, "weight"), params

@@ -106,9 +106,7 @@ if __name__ == "__main__":
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
         out = Path(_OUT.value)
-        results = predict(
-            Path(_WORKDIR.value), Path(_SOURCE.value), out, _CONF.value, _IOU.value
-        )
+        results = predict(Path(_WORKDIR.value), Path(_SOURCE.value), out, _CONF.value, _IOU.value)
         for result in results:
             names = [d["name"] for d in result["detections"]]
             counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing"

@@ -44,6 +44,15 @@ class Run:
         """Updates of the run."""
         return len(self.sizes)
 
+    def size_of(self, window: int) -> int:
+        """Samples of a window; those made up for skipped ones are like the last."""
+        return int(self.sizes[min(window, self.steps - 1)])
+
+    def samples_before(self, window: int) -> int:
+        """Samples consumed before a window."""
+        more = max(window - self.steps, 0)
+        return int(self.sizes[:window].sum()) + more * int(self.sizes[-1])
+
 
 def prepare(
     config: ml_collections.ConfigDict, *, num_classes: int, samples: int, identity: dict[str, Any]
@@ -59,7 +68,9 @@ def prepare(
       ConfigError, GeometryError: what cannot be run, with what could.
     """
     configs.validate(config)
-    devices = config.devices or len(jax.devices())
+    # More devices than microbatches would only compute padding.
+    useful = -(-config.nbs // config.microbatch)
+    devices = config.devices or min(len(jax.devices()), useful)
     sizes = _sizes(config, devices, samples)
     recipe = configs.recipe_of(config, len(sizes), identity | {"classes": num_classes})
     if config.compat:  # the usual rule: statistics per microbatch, as many samples as K gives
@@ -122,16 +133,19 @@ def make_stream(run: Run, source: data.Source) -> data.TrainStream:
     )
 
 
-def open_sources(config: ml_collections.ConfigDict) -> tuple[data.Source, data.Source]:
-    """The train and val split that the config names."""
-    options = {
-        "val_path": config.data.val_path,
-        "images": config.data.images,
-        "on_error": config.data.on_error,
-    }
-    train = data.open_source(config.data.path, "train", **options)
-    val = data.open_source(config.data.path, "val", names=train.names, **options)
-    return train, val
+def open_source(
+    config: ml_collections.ConfigDict, split: str, names: tuple[str, ...] | None = None
+) -> data.Source:
+    """The "train" or "val" split that the config names.
+
+    Raises:
+      DataError: it cannot be used, or has other classes than `names`.
+    """
+    options = config.data
+    return data.open_source(
+        options.path, split, val_path=options.val_path, images=options.images,
+        on_error=options.on_error, names=names,
+    )  # fmt: skip
 
 
 def use_compilation_cache() -> None:

@@ -5,6 +5,7 @@ Trains a model from a config. Started again on the same workdir, it continues.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from pathlib import Path
@@ -40,7 +41,8 @@ def train(
       workdir: holds metrics.jsonl, last/, best/ and events/; continued if it has a checkpoint.
       accept_other_recipe: continue a run that was started under another recipe.
     """
-    train_set, val_set = run.open_sources(config)
+    train_set = run.open_source(config, "train")
+    val_set = run.open_source(config, "val", train_set.names)
     for line in (*train_set.report.lines(), *val_set.report.lines()):
         print(line)
     this = run.prepare(
@@ -62,9 +64,7 @@ def train(
     fingerprint = this.recipe.fingerprint
     log_file = MetricsFile(workdir / "metrics.jsonl", fingerprint)
     per_epoch = max(round(len(train_set) / this.recipe.nbs), 1)
-    every = {
-        name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")
-    }
+    every = {name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")}
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         state = engine.init(params, stats)
         best: dict[str, float] = {}
@@ -84,10 +84,9 @@ def train(
         console = Console(this.steps, done, this.recipe.nbs)
         board = Board(workdir / "events", done) if config.log.tensorboard else None
         evaluator = Evaluator(this.task, val_set, config.eval)
-        position = int(this.sizes[:consumed].sum())
         windows = stream.windows(
-            position, _endless(this.sizes[consumed:]), workers=config.data.workers,
-            prefetch=config.data.prefetch,
+            this.samples_before(consumed), map(this.size_of, itertools.count(consumed)),
+            workers=config.data.workers, prefetch=config.data.prefetch,
         )  # fmt: skip
 
         def meta_now(**more) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def train(
             record = {
                 "step": step,
                 "kind": "train",
-                "epoch": float(this.sizes[: number + 1].sum() / len(train_set)),
+                "epoch": this.samples_before(number + 1) / len(train_set),
                 **{k: v for k, v in log.items() if k.startswith("loss")},
                 "lr": float(this.schedule.lr[step - 1]),
                 "grad_norm": log["grad_norm"],
@@ -154,6 +153,7 @@ def train(
 
         width = this.window.geometry.microbatch * this.window.geometry.devices
         pending: deque = deque()
+        stopped_at = done
         while done < this.steps:
             batch = next(windows)
             state, log = engine.update(state, batch, -(-len(batch["weight"]) // width))
@@ -164,6 +164,9 @@ def train(
             if due("eval", done) or due("checkpoint", done):
                 while pending:
                     done -= not report(*pending.popleft())
+                if done == stopped_at:  # the window was skipped: nothing new here
+                    continue
+                stopped_at = done
                 with console.pause():
                     if due("eval", done):
                         evaluate_now(done)
@@ -207,12 +210,6 @@ def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> Non
             f"{this.sizes.max()} samples, every microbatch normalised by itself"
         )
     print(f"workdir {workdir}", flush=True)
-
-
-def _endless(sizes: np.ndarray):
-    yield from (int(s) for s in sizes)
-    while True:  # windows that were skipped are made up for
-        yield int(sizes[-1]) if len(sizes) else 1
 
 
 def _skipped(console, number, indices, log, source: data.Source, limit: int) -> None:
@@ -262,8 +259,8 @@ if __name__ == "__main__":
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
-        argument = next(a for a in sys.argv if a.startswith(("--config=", "-config=")))
-        workdir = Path(_WORKDIR.value or default_workdir(argument.split("=", 1)[1]))
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = Path(_WORKDIR.value or default_workdir(file))
         train(_CONFIG.value, workdir, _OTHER.value)
         return 0
 

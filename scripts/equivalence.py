@@ -66,13 +66,13 @@ def main(_) -> int:
         if X64.value:
             config.dtype = "float64"
         common = math.gcd(*(m for m, _, _ in geometries))
-        if "bn_group" not in given and isinstance(config.bn_group, int):
-            if common % config.bn_group:
-                print(
-                    f"bn_group {config.bn_group} does not divide every microbatch of these "
-                    f"geometries: checking the recipe with bn_group {common} instead"
-                )
-                config.bn_group = common
+        group = config.bn_group
+        if "bn_group" not in given and isinstance(group, int) and common % group:
+            print(
+                f"bn_group {group} does not divide every microbatch of these geometries: "
+                f"checking the recipe with bn_group {common} instead"
+            )
+            config.bn_group = common
     for microbatch, steps, devices in geometries:
         needed = -(-config.nbs // (microbatch * devices))
         if steps != needed:
@@ -81,7 +81,7 @@ def main(_) -> int:
                 f"{config.nbs} takes {needed} steps of {microbatch} on {devices} devices"
             )
 
-    train_set, _ = run.open_sources(config)
+    train_set = run.open_source(config, "train")
     tolerance = equivalence.Tolerance.of(X64.value)
     reference, failed = None, 0
     print(f"{'geometry':>10} {'engine':>10}  {'':4}", end="")

@@ -18,6 +18,7 @@ from jaxaccum import run
 
 run.use_compilation_cache()
 
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of development data; a test that needs it skips where it is absent."""

@@ -128,3 +128,11 @@ def test_bfloat16_statistics_are_float32():
     x = jnp.asarray(data()[0], jnp.bfloat16)
     y, mean, var, _ = batchnorm.normalise(x, jnp.ones(3), jnp.zeros(3), jnp.ones(6), 6, EPS, False)
     assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+
+
+def test_a_group_of_padding_is_finite_through_many_layers():
+    x = jnp.full((4, 2, 2, 3), 2.0)
+    weight = jnp.array([1, 1, 0, 0.0])
+    for _ in range(60):
+        x = batchnorm.normalise(x, jnp.full(3, 2.0), jnp.ones(3), weight, 2, EPS, True)[0] * 3
+    assert np.isfinite(x).all()

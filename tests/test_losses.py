@@ -153,9 +153,9 @@ def test_images_never_interact(x64):
 def test_no_objects():
     predictions, anchors, targets = scene(7)
     empty = targets._replace(valid=np.zeros_like(targets.valid))
-    gradient = jax.jit(
-        jax.grad(lambda p: detection.detection_loss(p, anchors, empty)[0]["box"])
-    )(predictions)
+    gradient = jax.jit(jax.grad(lambda p: detection.detection_loss(p, anchors, empty)[0]["box"]))(
+        predictions
+    )
     numerators, denominators, assignment = detection_loss(predictions, anchors, empty)
     assert not assignment.foreground.any() and float(denominators["target_scores"]) == 0
     assert float(numerators["box"]) == float(numerators["dfl"]) == 0 < float(numerators["cls"])

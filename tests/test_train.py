@@ -73,7 +73,9 @@ def test_evaluation_does_not_depend_on_the_batch(trained):
     results = []
     for batch in (4, 10):
         found.config.eval.batch = batch
-        results.append(Evaluator(found.task, source, found.config.eval)(found.params, found.stats)[0])
+        results.append(
+            Evaluator(found.task, source, found.config.eval)(found.params, found.stats)[0]
+        )
     assert results[0]["images"] == 10
     assert results[0]["map50_95"] == pytest.approx(results[1]["map50_95"], abs=1e-5)
 
@@ -103,7 +105,11 @@ def test_predict_draws_and_writes(trained, tmp_path):
     with pytest.raises(data.DataError, match="neither a file nor a folder"):
         predict.predict(trained, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(data.DataError, match="holds no image"):
-        predict.predict(trained, tmp_path / "out2" if (tmp_path / "out2").mkdir() else tmp_path / "out2", tmp_path / "out")  # noqa: E501
+        predict.predict(
+            trained,
+            tmp_path / "out2" if (tmp_path / "out2").mkdir() else tmp_path / "out2",
+            tmp_path / "out",
+        )  # noqa: E501
 
 
 def test_a_workdir_without_weights(tmp_path):
@@ -318,4 +324,6 @@ def _progress(workdir: Path):
 
 
 def test_recipe_differences_name_what_is_missing():
-    assert Recipe(4, 2, {"a": {"b": 1}}).differences({"nbs": 4, "bn_group": 2}) == {"a.b": (None, 1)}
+    assert Recipe(4, 2, {"a": {"b": 1}}).differences({"nbs": 4, "bn_group": 2}) == {
+        "a.b": (None, 1)
+    }

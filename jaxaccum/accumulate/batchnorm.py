@@ -55,23 +55,31 @@ def normalise(x, scale, bias, weight, size: int, eps: float, silu: bool):
 
 
 def _grouped(x, weight, size):
-    """x as (groups, values, channels) in at least float32, and the weight of each value."""
-    samples, channels = x.shape[0], x.shape[-1]
-    pixels = x.size // (samples * channels)
-    xg = x.reshape(samples // size, size * pixels, channels)
+    """x as (groups, size, pixels, channels) in at least float32, and each sample's weight.
+
+    Weights act on a sample's sums over its pixels: as a factor of every value they would cost
+    half as much as the whole network on CPU.
+    """
+    xg = x.reshape(x.shape[0] // size, size, -1, x.shape[-1])
     xg = xg.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wg = jnp.broadcast_to(weight[:, None], (samples, pixels)).reshape(xg.shape[0], -1, 1)
-    return xg, wg.astype(xg.dtype)
+    return xg, weight.reshape(-1, size, 1).astype(xg.dtype)
+
+
+def _everywhere(per_group):
+    """(groups, channels), to be combined with all values of a group."""
+    return per_group[:, None, None]
 
 
 def _normalise_forward(x, scale, bias, weight, size, eps, silu):
     xg, wg = _grouped(x, weight, size)
-    count = jnp.sum(wg, axis=1)
+    count = jnp.sum(wg, axis=1) * xg.shape[2]
     divisor = jnp.maximum(count, 1)
-    mean = jnp.sum(xg * wg, axis=1) / divisor
-    var = jnp.sum(jnp.square(xg - mean[:, None]) * wg, axis=1) / divisor
-    inv = jax.lax.rsqrt(var + eps)
-    y = (xg - mean[:, None]) * (inv * scale)[:, None] + bias
+    mean = jnp.sum(jnp.sum(xg, axis=2) * wg, axis=1) / divisor
+    square = jnp.square(xg - _everywhere(mean))
+    var = jnp.sum(jnp.sum(square, axis=2) * wg, axis=1) / divisor
+    # A group of padding alone would be blown up by 1 / sqrt(eps) in every layer, to inf and NaN.
+    inv = jnp.where(count > 0, jax.lax.rsqrt(var + eps), 0)
+    y = (xg - _everywhere(mean)) * _everywhere(inv * scale) + bias
     y = y * jax.nn.sigmoid(y) if silu else y
     out = (y.astype(x.dtype).reshape(x.shape), mean, var, count[:, 0])
     return out, (x, scale, bias, weight, mean, inv, divisor)
@@ -81,15 +89,17 @@ def _normalise_backward(size, eps, silu, residuals, cotangents):
     x, scale, bias, weight, mean, inv, divisor = residuals
     xg, wg = _grouped(x, weight, size)
     dy = cotangents[0].reshape(xg.shape).astype(xg.dtype)
-    xhat = (xg - mean[:, None]) * inv[:, None]
+    xhat = (xg - _everywhere(mean)) * _everywhere(inv)
     if silu:
         y = xhat * scale + bias
         s = jax.nn.sigmoid(y)
         dy = dy * (s * (1 + y * (1 - s)))
-    sum_dy = jnp.sum(dy, axis=1)
-    sum_dy_xhat = jnp.sum(dy * xhat, axis=1)
-    pulled = (sum_dy[:, None] + xhat * sum_dy_xhat[:, None]) * (wg / divisor[:, None])
-    dx = (dy - pulled) * (inv * scale)[:, None]
+    # Nothing depends on a padded sample's y, so its dy is zero and needs no weight here.
+    sum_dy = jnp.sum(dy, axis=(1, 2))
+    sum_dy_xhat = jnp.sum(dy * xhat, axis=(1, 2))
+    share = (wg / divisor[:, None])[:, :, None]
+    pulled = (_everywhere(sum_dy) + xhat * _everywhere(sum_dy_xhat)) * share
+    dx = (dy - pulled) * _everywhere(inv * scale)
     return (
         dx.astype(x.dtype).reshape(x.shape),
         jnp.sum(sum_dy_xhat, axis=0).astype(scale.dtype),

@@ -76,6 +76,16 @@ class _Engine:
         """
         raise NotImplementedError
 
+    def _require_room(self, batch: PyTree, steps: int | None) -> None:
+        """Refuses to leave out samples."""
+        width = self.window.geometry.microbatch * self.window.geometry.devices
+        samples, room = len(batch["weight"]), (steps or self.window.steps) * width
+        if samples > room or (steps or 1) > self.window.steps:
+            raise GeometryError(
+                f"{samples} samples in {steps or self.window.steps} microbatches of {width}: the "
+                f"window has {self.window.steps}"
+            )
+
     def _varying(self, tree: PyTree) -> PyTree:
         """Marks replicated values as each device's own, so that gradients stay local."""
         return jax.tree.map(lambda a: jax.lax.pcast(a, (AXIS,), to="varying"), tree)
@@ -98,6 +108,7 @@ class ScanEngine(_Engine):
 
     def place(self, batch: PyTree, steps: int | None = None):
         """The arguments of the jitted update after the state: microbatches and their number."""
+        self._require_room(batch, steps)
         microbatches = jax.device_put(self.window.split(batch), self.batched)
         return microbatches, np.int32(self.window.steps if steps is None else steps)
 
@@ -179,6 +190,7 @@ class MultiStepsEngine(_Engine):
         )
 
     def update(self, state, batch, steps=None):
+        self._require_room(batch, steps)
         microbatches = self.window.split(batch)
         steps = np.int32(self.window.steps if steps is None else steps)
         for i in range(int(steps)):
@@ -194,7 +206,9 @@ class MultiStepsEngine(_Engine):
     def _empty(self, state: State, one: PyTree) -> PyTree:
         """Zero sums for every device, with a leading axis over the devices."""
         per_device = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((self.window.geometry.microbatch, *a.shape[1:]), a.dtype),
+            lambda a: jax.ShapeDtypeStruct(
+                (self.window.geometry.microbatch, *a.shape[1:]), a.dtype
+            ),
             one,
         )
         shapes = jax.eval_shape(self._sums, state.params, state.stats, per_device)
@@ -214,9 +228,7 @@ class MultiStepsEngine(_Engine):
             out_specs=(REPLICATED, PER_DEVICE),
         )
         def local(state: State, accumulator, microbatch, index, steps):
-            sums = self._sums(
-                self._varying(state.params), self._varying(state.stats), microbatch
-            )
+            sums = self._sums(self._varying(state.params), self._varying(state.stats), microbatch)
             sums = _without_bad(sums)
             multi = optax.MultiSteps(
                 inner,

@@ -44,9 +44,7 @@ class Recipe:
             raise ValueError(f"nbs is the effective batch, a positive integer; got {self.nbs!r}")
         group = self.bn_group
         if group not in ("all", "frozen") and (not isinstance(group, int) or group < 1):
-            raise ValueError(
-                f"bn_group is a number of samples, 'all' or 'frozen'; got {group!r}"
-            )
+            raise ValueError(f"bn_group is a number of samples, 'all' or 'frozen'; got {group!r}")
 
     @property
     def group(self) -> int | None:
@@ -122,8 +120,9 @@ class Window:
         if group is None or microbatch % group == 0:
             return
         smaller = [g for g in range(min(group, microbatch), 0, -1) if microbatch % g == 0][:1]
-        fits = f"use a microbatch of {group}" + ("" if self.recipe.bn_group == "all" else
-                                                 f" or {2 * group}")
+        fits = f"use a microbatch of {group}" + (
+            "" if self.recipe.bn_group == "all" else f" or {2 * group}"
+        )
         raise GeometryError(
             f"microbatch {microbatch} is not a multiple of bn_group {self.recipe.bn_group}"
             f"{f' (= {group} samples)' if self.recipe.bn_group == 'all' else ''}: {fits}, "
@@ -154,6 +153,11 @@ class Window:
         """
         steps = self.steps if steps is None else steps
         width = self.geometry.microbatch * self.geometry.devices
+        samples = len(jax.tree.leaves(batch)[0])
+        if samples > steps * width:
+            raise GeometryError(
+                f"{samples} samples do not fit into {steps} microbatches of {width}"
+            )
 
         def lay(array):
             array = np.asarray(array)

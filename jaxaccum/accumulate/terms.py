@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 PyTree = Any
 
@@ -152,9 +153,7 @@ class Objective:
                 n: jax.tree.map(lambda g, n=n: g * by[n], tree)
                 for n, tree in sums.gradients.items()
             },
-            numerators={
-                t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms
-            },
+            numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms},
         )
 
 
@@ -186,15 +185,13 @@ def require_constant_denominators(
 
         return jax.jvp(denominators, (params,), (tangent,))[1]
 
-    closed = jax.make_jaxpr(derivative)(params, stats, batch, params)
-    jaxpr = closed.jaxpr
-    reached = set(jaxpr.invars[-len(jax.tree.leaves(params)) :])
-    for equation in jaxpr.eqns:
-        if any(not hasattr(v, "val") and v in reached for v in equation.invars):
-            reached.update(equation.outvars)
-    guilty = [
-        n for n, v in zip(names, jaxpr.outvars, strict=True) if not hasattr(v, "val") and v in reached
-    ]
+    jaxpr = jax.make_jaxpr(derivative)(params, stats, batch, params).jaxpr
+    tangents = len(jax.tree.leaves(params))
+    guilty = []
+    for i, name in enumerate(names):  # what is left once all that this output ignores is removed
+        _, used = partial_eval.dce_jaxpr(jaxpr, [j == i for j in range(len(names))])
+        if any(used[-tangents:]):
+            guilty.append(name)
     if guilty:
         raise ValueError(
             f"the denominators {guilty} carry a gradient; a denominator is a constant of the "

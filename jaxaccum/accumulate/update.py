@@ -150,8 +150,9 @@ def advance(
         windows=state.windows + 1,
         skipped_in_row=jnp.where(ok, 0, state.skipped_in_row + 1),
     )
+    losses = rule.objective.log(closed.sums)
     log = {
-        **rule.objective.log(closed.sums),
+        **{k: jnp.where(closed.sums.bad == 0, v, jnp.nan) for k, v in losses.items()},
         "grad_norm": closed.norm,
         "samples": closed.sums.samples,
         "ok": ok,

@@ -8,6 +8,19 @@ import jax
 import jax.numpy as jnp
 
 
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    """max(a, b) whose gradient asks which is larger.
+
+    That of `jnp.maximum` asks which one *equals* the maximum; XLA may compute an operand anew,
+    rounded differently, in the program of the gradient, and then neither does.
+    """
+    return jnp.where(a > b, a, b)
+
+
+def _smaller(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(a < b, a, b)
+
+
 def complete_iou(a: jax.Array, b: jax.Array, eps: float = 1e-7) -> jax.Array:
     """Complete IoU of boxes (..., 4), x1 y1 x2 y2, broadcast against each other.
 
@@ -21,13 +34,13 @@ def complete_iou(a: jax.Array, b: jax.Array, eps: float = 1e-7) -> jax.Array:
     bx1, by1, bx2, by2 = (b[..., i] for i in range(4))
     aw, ah = ax2 - ax1, ay2 - ay1 + eps
     bw, bh = bx2 - bx1, by2 - by1 + eps
-    width = jnp.maximum(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1), 0)
-    height = jnp.maximum(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1), 0)
+    width = _larger(_smaller(ax2, bx2) - _larger(ax1, bx1), jnp.zeros_like(ax1))
+    height = _larger(_smaller(ay2, by2) - _larger(ay1, by1), jnp.zeros_like(ay1))
     intersection = width * height
     iou = intersection / (aw * ah + bw * bh - intersection + eps)
     diagonal = (
-        jnp.square(jnp.maximum(ax2, bx2) - jnp.minimum(ax1, bx1))
-        + jnp.square(jnp.maximum(ay2, by2) - jnp.minimum(ay1, by1))
+        jnp.square(_larger(ax2, bx2) - _smaller(ax1, bx1))
+        + jnp.square(_larger(ay2, by2) - _smaller(ay1, by1))
         + eps
     )
     distance = (jnp.square(bx1 + bx2 - ax1 - ax2) + jnp.square(by1 + by2 - ay1 - ay2)) / 4

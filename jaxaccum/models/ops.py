@@ -80,9 +80,7 @@ def _conv_backward(strides, pads, precision, residuals, dy):
                 jnp.dot(dy, kernel.T, precision=precision),
                 jnp.dot(flat[0].T, flat[1], precision=precision)[None, None],
             )
-        sizes = list(
-            zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], strides, pads, strict=True)
-        )
+        sizes = list(zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], strides, pads, strict=True))
         # dx: the dilated cotangent convolved with the flipped kernel.
         flipped = lax.transpose(lax.rev(w, (0, 1)), (0, 1, 3, 2))
         dx_pads = [
@@ -114,7 +112,9 @@ def _depthwise(x, w, strides, pads, precision):
     def cpu(x, w):
         padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         kh, kw = w.shape[:2]
-        out = [(padded.shape[1 + a] - k) // s + 1 for a, (k, s) in enumerate(zip((kh, kw), strides))]
+        out = [
+            (padded.shape[1 + a] - k) // s + 1 for a, (k, s) in enumerate(zip((kh, kw), strides))
+        ]
         total = None
         for i in range(kh):
             for j in range(kw):
@@ -132,17 +132,11 @@ def _depthwise(x, w, strides, pads, precision):
 def max_pool(x: jax.Array, size: int) -> jax.Array:
     """Max pool with stride 1 that keeps the size. x: (N, H, W, C), size odd.
 
-    On CPU a chain of maxima over shifted slices, along one axis and then the other.
+    On CPU along one axis and then the other, remembering where each maximum came from: XLA
+    computes the input anew wherever it fuses it, rounded differently, so a gradient that asks
+    which element *equals* the maximum loses some.
     """
     reach = size // 2
-
-    def along(x, axis):
-        pads = [(reach, reach) if a == axis else (0, 0) for a in range(x.ndim)]
-        padded = jnp.pad(x, pads, constant_values=-jnp.inf)
-        slices = [
-            lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(size)
-        ]
-        return functools.reduce(jnp.maximum, slices)
 
     def default(x):
         return lax.reduce_window(
@@ -150,7 +144,49 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
             ((0, 0), (reach, reach), (reach, reach), (0, 0)),
         )  # fmt: skip
 
-    return lax.platform_dependent(x, cpu=lambda x: along(along(x, 1), 2), default=default)
+    def cpu(x):
+        return _max_along(_max_along(x, 1, size), 2, size)
+
+    return lax.platform_dependent(x, cpu=cpu, default=default)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_along(x, axis, size):
+    return _max_along_forward(x, axis, size)[0]
+
+
+def _max_along_forward(x, axis, size):
+    reach = size // 2
+    place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+
+    def larger(a, b):
+        (value_a, place_a), (value_b, place_b) = a, b
+        first = (value_a > value_b) | ((value_a == value_b) & (place_a < place_b))
+        return jnp.where(first, value_a, value_b), jnp.where(first, place_a, place_b)
+
+    start = jnp.asarray(-jnp.inf, x.dtype), jnp.int32(jnp.iinfo(jnp.int32).max)
+    window = tuple(size if a == axis else 1 for a in range(x.ndim))
+    pads = [(reach, reach) if a == axis else (0, 0) for a in range(x.ndim)]
+    y, taken = lax.reduce_window((x, place), start, larger, window, (1,) * x.ndim, pads)
+    return y, taken - place
+
+
+def _max_along_backward(axis, size, offset, dy):
+    reach = size // 2
+
+    def shifted(a, fill):
+        pads = [(reach, reach) if i == axis else (0, 0) for i in range(a.ndim)]
+        padded = jnp.pad(a, pads, constant_values=fill)
+        return [lax.slice_in_dim(padded, i, i + a.shape[axis], axis=axis) for i in range(size)]
+
+    parts = [
+        jnp.where(o == reach - i, d, 0)
+        for i, (o, d) in enumerate(zip(shifted(offset, size), shifted(dy, 0), strict=True))
+    ]
+    return (functools.reduce(jnp.add, parts),)
+
+
+_max_along.defvjp(_max_along_forward, _max_along_backward)
 
 
 def upsample(x: jax.Array) -> jax.Array:

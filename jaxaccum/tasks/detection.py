@@ -68,6 +68,9 @@ class DetectionTask:
         predictions, changed = self.model.apply(
             {"params": params, "batch_stats": stats}, batch["image"], groups, mutable=["moments"]
         )
+        # XLA's CPU backend would compute the last layers anew in every part of the loss that it
+        # fuses them into, half as long again as the whole model.
+        predictions = yolo.Predictions(*jax.lax.optimization_barrier(tuple(predictions)))
         targets = detection.Targets(batch["boxes"], batch["classes"], batch["valid"], weight)
         numerators, denominators, _ = detection.detection_loss(predictions, self.anchors, targets)
         return Output(numerators, denominators, changed.get("moments", {}))
