@@ -79,6 +79,11 @@ class Checkpoints:
         """The best weights and their meta."""
         return self._restore(self._best, self.best, template)
 
+    def rewind(self, step: int) -> None:
+        """Forgets best weights of updates after `step`, which a continued run will do again."""
+        for later in [s for s in self._best.all_steps() if s > step]:
+            self._best.delete(later)
+
     def meta(self, best: bool = False) -> dict[str, Any]:
         """What was saved beside the newest state or the best weights."""
         manager, step = (self._best, self.best) if best else (self._last, self.latest)
@@ -106,12 +111,15 @@ class Checkpoints:
         try:
             if free < size:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            manager.save(
+            saved = manager.save(
                 step,
                 args=ocp.args.Composite(
                     tree=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
                 ),
+                force=True,
             )
+            if not saved:
+                raise RuntimeError(f"update {step} was not saved, orbax gives no reason")
         except Exception as error:
             raise self._explained(error, size) from error
 

@@ -73,8 +73,9 @@ def trace(
         logs.append({k: float(v) for k, v in log.items()})
         if gradient is None:
             clipped = max(logs[0]["grad_norm"] / rule.clip, 1.0) if rule.clip else 1.0
-            gradient = jax.tree.map(lambda g: g * clipped, jax.device_get(state.opt_state[0]))
-    return Trace(gradient, *jax.device_get((state.params, state.stats, state.ema)), logs)
+            gradient = optax.tree.scale(clipped, jax.device_get(state.opt_state[0]))
+    state = jax.device_get(state)
+    return Trace(gradient, state.params, state.stats, state.ema, logs)
 
 
 def _memory() -> optax.GradientTransformation:

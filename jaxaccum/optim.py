@@ -74,7 +74,7 @@ def make_schedule(
 
 def at(table: np.ndarray) -> Callable[[jax.Array], jax.Array]:
     """A table of values per update as an optax schedule; stays at its last value."""
-    values = jnp.asarray(table, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    values = jnp.asarray(table)
     return lambda count: values[jnp.minimum(count, len(table) - 1)]
 
 

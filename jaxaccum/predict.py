@@ -66,7 +66,7 @@ def predict(
         found = metrics.nms(
             np.asarray(boxes[0]), np.asarray(scores[0]), conf=conf, iou=iou, multi_label=False
         )
-        boxes = metrics.unletterbox(found.boxes, ratio, pad, np.asarray(image.shape[:2]))
+        boxes = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
         drawn = draw.draw_detections(image, boxes, found.classes, trained.names, found.scores)
         draw.save_image(out / f"{path.stem}.png", drawn)
         results.append(

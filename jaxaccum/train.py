@@ -80,6 +80,7 @@ def train(
             print(f"continuing from update {int(state.step)} in {workdir}")
         done, consumed = int(state.step), int(state.windows)
         log_file.rewind(done)
+        checkpoints.rewind(done)
 
         console = Console(this.steps, done, this.recipe.nbs)
         board = Board(workdir / "events", done) if config.log.tensorboard else None
@@ -120,14 +121,14 @@ def train(
                 best = {"step": step, **result}
                 checkpoints.save_best(step, weights, meta_now(metrics=best))
 
-        def report(number: int, indices: np.ndarray, log: dict[str, jax.Array]) -> bool:
+        def report(number: int, indices: np.ndarray, values: dict[str, jax.Array]) -> bool:
             """Reads the log of an update while the next one runs; whether it was one."""
-            log = {k: v.item() for k, v in jax.device_get(log).items()}
+            log: dict[str, Any] = {k: v.item() for k, v in jax.device_get(values).items()}
             console.update(int(log["ok"]), samples=len(indices))
             if not log["ok"]:
                 _skipped(console, number, indices, log, train_set, config.max_skipped)
                 return False
-            step = log["step"]
+            step = int(log["step"])
             if step % every["log"] and step != this.steps:
                 return True
             record = {

@@ -87,7 +87,8 @@ def main(_) -> int:
     print(f"{'geometry':>10} {'engine':>10}  {'':4}", end="")
     for geometry in geometries:
         for engine in ENGINES.value:
-            config.microbatch, config.devices, config.engine = geometry[0], geometry[2], engine
+            microbatch, _, devices = geometry
+            config.microbatch, config.devices, config.engine = microbatch, devices, engine
             this = run.prepare(
                 config, num_classes=len(train_set.names), samples=len(train_set),
                 identity={"identity": train_set.identity},
@@ -99,7 +100,7 @@ def main(_) -> int:
                 return run.make_stream(this, train_set).windows(0, [config.nbs] * UPDATES.value)
 
             trace = equivalence.trace(
-                this.task.forward, this.rule, this.recipe, Geometry(geometry[0], geometry[2], engine),
+                this.task.forward, this.rule, this.recipe, Geometry(microbatch, devices, engine),
                 params, stats, batches, UPDATES.value,
             )  # fmt: skip
             if reference is None:

@@ -230,7 +230,7 @@ def test_a_ramp_of_the_effective_batch(x64, engine):
 
 def test_the_gradient_is_that_of_the_ratio(x64):
     """Against plain autodiff of the loss over the whole effective batch."""
-    nbs, forward, rule = 8, toy.make_forward(None), toy.make_rule(8)
+    nbs, forward = 8, toy.make_forward(None)
     params, stats = toy.initial(np.float64)
     batch = next(toy.make_batches(nbs, np.float64)())
 

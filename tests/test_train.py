@@ -104,12 +104,14 @@ def test_predict_draws_and_writes(trained, tmp_path):
     assert (tmp_path / "out" / "1.png").stat().st_size > 1000
     with pytest.raises(data.DataError, match="neither a file nor a folder"):
         predict.predict(trained, tmp_path / "nothing", tmp_path / "out")
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(data.DataError, match="holds no image"):
         predict.predict(
             trained,
-            tmp_path / "out2" if (tmp_path / "out2").mkdir() else tmp_path / "out2",
+            empty,
             tmp_path / "out",
-        )  # noqa: E501
+        )
 
 
 def test_a_workdir_without_weights(tmp_path):

@@ -9,8 +9,16 @@ import numpy as np
 import optax
 
 from jaxaccum.accumulate import (
-    Geometry, GroupBatchNorm, Groups, Objective, Output, Recipe, Term, UpdateRule, sample_keys,
-)  # fmt: skip
+    Geometry,
+    GroupBatchNorm,
+    Groups,
+    Objective,
+    Output,
+    Recipe,
+    Term,
+    UpdateRule,
+    sample_keys,
+)
 
 SEED = 7
 

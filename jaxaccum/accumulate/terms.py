@@ -119,9 +119,8 @@ class Objective:
 
     def gradient(self, sums: Sums) -> PyTree:
         """The gradient of `scale * loss` over the effective batch."""
-        if self.compat:
-            factors = {name: 1.0 for name in self.floors}
-        else:
+        factors: dict[str, Any] = dict.fromkeys(self.floors, 1.0)
+        if not self.compat:
             factors = {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
         parts = [
             jax.tree.map(lambda g, f=factors[name]: g * f, sums.gradients[name])
@@ -131,16 +130,16 @@ class Objective:
 
     def log(self, sums: Sums) -> dict[str, jax.Array]:
         """The loss of the effective batch, and its terms, gains included, as "loss/NAME"."""
-        if self.compat:
-            values = {t.name: t.gain * sums.numerators[t.name] / sums.samples for t in self.terms}
-        else:
-            values = {
-                t.name: t.gain
-                * sums.numerators[t.name]
-                / self.divisor(t.denominator, sums.denominators)
-                for t in self.terms
-            }
-        return {"loss": sum(values.values())} | {f"loss/{k}": v for k, v in values.items()}
+
+        def divisor(term):
+            if self.compat:  # numerators are divided already and weighted by samples
+                return sums.samples
+            return self.divisor(term.denominator, sums.denominators)
+
+        values = {
+            f"loss/{t.name}": t.gain * sums.numerators[t.name] / divisor(t) for t in self.terms
+        }
+        return {"loss": jnp.sum(jnp.stack(list(values.values()))), **values}
 
     def _sharing(self, denominator: str) -> list[Term]:
         return [t for t in self.terms if t.denominator == denominator]

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import islice
@@ -128,7 +128,7 @@ class TrainStream:
         workers: int = 0,
         prefetch: int = 2,
         backend: Backend = "auto",
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Consecutive effective batches.
 
         Args:
@@ -168,7 +168,9 @@ class TrainStream:
             return self._threaded(start, checked, prefetch)
         return self._grained(start, checked, workers, prefetch)
 
-    def _threaded(self, start: int, sizes: Iterable[int], prefetch: int) -> Iterator[Batch]:
+    def _threaded(
+        self, start: int, sizes: Iterable[int], prefetch: int
+    ) -> Generator[Batch, None, None]:
         def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
             position = start
             for size in sizes:
@@ -185,7 +187,7 @@ class TrainStream:
 
     def _grained(
         self, start: int, sizes: Iterable[int], workers: int, prefetch: int
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         import grain
 
         remaining = iter(sizes)

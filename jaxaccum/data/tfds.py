@@ -81,8 +81,8 @@ def _records(tfds: Any, name: str, split: str, path: str) -> Sequence[dict[str, 
         records[0]
     except (ModuleNotFoundError, ValueError):
         # Prepared data gives encoded images without TensorFlow; TFDS's own mock cannot.
-        return source(None)  # type: ignore[no-any-return]
-    return records  # type: ignore[no-any-return]
+        return source(None)
+    return records
 
 
 class TfdsSource:

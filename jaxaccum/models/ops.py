@@ -113,7 +113,8 @@ def _depthwise(x, w, strides, pads, precision):
         padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         kh, kw = w.shape[:2]
         out = [
-            (padded.shape[1 + a] - k) // s + 1 for a, (k, s) in enumerate(zip((kh, kw), strides))
+            (padded.shape[1 + a] - k) // s + 1
+            for a, (k, s) in enumerate(zip((kh, kw), strides, strict=True))
         ]
         total = None
         for i in range(kh):

@@ -230,11 +230,12 @@ class Yolo(nn.Module):
         if images.dtype == jnp.uint8:
             images = images.astype(self.dtype) / 255
         outputs: list[Any] = []
+        x: Any = images.astype(self.dtype)
         for i, (source, repeats, kind, args) in enumerate(family.rows):
             if isinstance(source, tuple):
                 x = [outputs[j] for j in source]
-            else:
-                x = outputs[source] if outputs else images.astype(self.dtype)
+            elif outputs:
+                x = outputs[source]
             outputs.append(self._row(family, scale, f"model.{i}", repeats, kind, args)(x, groups))
         return outputs[-1]
 
@@ -248,13 +249,14 @@ class Yolo(nn.Module):
             return Detect(self.classes, self.dtype, name=name)
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
+        options: dict[str, Any] = {"dtype": self.dtype, "name": name}
         if kind == "Conv":
-            return blocks.Conv(features, *args[1:], dtype=self.dtype, name=name)
+            return blocks.Conv(features, *args[1:], **options)
         if kind == "C2f":
             depth = max(round(repeats * family.depth[scale]), 1)
-            return blocks.C2f(features, depth, *args[1:], dtype=self.dtype, name=name)
+            return blocks.C2f(features, depth, *args[1:], **options)
         if kind == "SPPF":
-            return blocks.SPPF(features, *args[1:], dtype=self.dtype, name=name)
+            return blocks.SPPF(features, *args[1:], **options)
         raise ValueError(f"row {name} names an unknown block {kind!r}")
 
 

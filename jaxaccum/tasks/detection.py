@@ -77,7 +77,7 @@ class DetectionTask:
 
     def predict(self, params: PyTree, stats: PyTree, images: jax.Array):
         """Boxes (N, A, 4) in pixels of the input and class probabilities (N, A, classes)."""
-        predictions = self.model.apply({"params": params, "batch_stats": stats}, images)
+        predictions: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
         return yolo.decode(predictions, self.anchors)
 
     def example(self, samples: int, max_objects: int) -> PyTree:
