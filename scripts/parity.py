@@ -99,9 +99,11 @@ def padded_targets(batch_idx, cls, bboxes, samples: int, height: int, width: int
     return detection.Targets(boxes, classes, valid, np.ones(samples, np.float32))
 
 
-def loss_of(predictions, anchors, targets):
+def loss_of(predictions, anchors, targets, enlarge_small=True):
     """Sum of the three terms with gains over the clamped denominator, and everything else."""
-    numerators, denominators, assignment = detection.detection_loss(predictions, anchors, targets)
+    numerators, denominators, assignment = detection.detection_loss(
+        predictions, anchors, targets, enlarge_small
+    )
     total = denominators[detection.TARGET_SCORES]
     items = jnp.stack([t.gain * numerators[t.name] for t in detection.terms()])
     items = items / jnp.maximum(total, 1)
@@ -163,13 +165,18 @@ def check_model(path: Path, dtype) -> Comparison:
         [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1
     )
     decoded = channels_first(np.concatenate([centre_size, scores], axis=-1), 3)
-    result.add("eval_boxes", channels_first(out.boxes, 3), data["eval_boxes"])
-    result.add("eval_scores", channels_first(out.scores, 3), data["eval_scores"])
+    if "eval_boxes" in data:
+        result.add("eval_boxes", channels_first(out.boxes, 3), data["eval_boxes"])
+        result.add("eval_scores", channels_first(out.scores, 3), data["eval_scores"])
     result.add("eval_decoded_boxes", decoded[:, :4], data["eval_decoded"][:, :4])
     result.add("eval_decoded_scores", decoded[:, 4:], data["eval_decoded"][:, 4:])
 
     images = draw(2, 2, 3, 128, 128)
-    targets = padded_targets(data["batch_idx"], data["cls"], data["bboxes"], 2, 128, 128)
+    # Fixtures of the older trainer name their targets so, and know no enlarged small objects.
+    older = "target_cls" in data
+    flat = (data[f"target_{k}" if older else k] for k in ("batch_idx", "cls", "bboxes"))
+    batch_idx, cls, bboxes = flat
+    targets = padded_targets(batch_idx, cls.ravel(), bboxes, 2, 128, 128)
     groups = Groups(2, jnp.ones(2, dtype))
     anchors = yolo.anchors(128, 128, model.strides)
 
@@ -177,14 +184,17 @@ def check_model(path: Path, dtype) -> Comparison:
         out, moments = model.apply(
             {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
         )
-        loss, aux = loss_of(out, anchors, targets)
+        loss, aux = loss_of(out, anchors, targets, not older)
         return 2 * loss, (out, moments["moments"], aux)
 
-    (_, (out, moments, (items, _, _))), gradient = jax.jit(
+    (total, (out, moments, (items, _, _))), gradient = jax.jit(
         jax.value_and_grad(train_loss, has_aux=True)
     )(params)
-    result.add("train_boxes", channels_first(out.boxes, 7), data["train_boxes"])
-    result.add("train_scores", channels_first(out.scores, 7), data["train_scores"])
+    if "train_boxes" in data:
+        result.add("train_boxes", channels_first(out.boxes, 7), data["train_boxes"])
+        result.add("train_scores", channels_first(out.scores, 7), data["train_scores"])
+    if "loss_total_times_batch" in data:
+        result.add("loss_total", total, data["loss_total_times_batch"])
     result.add("loss", items, data["loss_items"], np.abs(data["loss_items"]))
 
     gradient = weights.to_reference(jax.tree.map(np.float64, gradient))
@@ -199,14 +209,17 @@ def check_model(path: Path, dtype) -> Comparison:
             for k in facts["grad_names"]
         ]
     )  # fmt: skip
-    # A probe is a dot product with unit normals: its natural size is the gradient's norm. A
-    # gradient that is zero by symmetry is compared with the largest one.
-    floor = 1e-6 * data["grad_norm"].max()
+    # A probe is a dot product with unit normals: its natural size is the gradient's norm. Some
+    # gradients are zero by symmetry (a bias in front of a batch norm) and float32 noise in the
+    # fixture, 1e-9 of the largest: the smallest are compared with 1e-4 of the largest.
+    floor = 1e-4 * data["grad_norm"].max()
     result.add("grad_norm", norms, data["grad_norm"], np.maximum(data["grad_norm"], floor))
     probe_errors = (probes - data["grad_probe"]) / np.maximum(data["grad_norm"], floor)
     result.add("grad_probe_rms", np.sqrt(np.mean(np.square(probe_errors))), 0.0, 1.0)
     result.add("grad_probe_max", np.abs(probe_errors).max(), 0.0, 1.0)
 
+    if "stat_norm" not in data:
+        return result
     moved = weights.to_reference(batchnorm.move_statistics(stats, moments, 0.03))
     ours = np.asarray([np.linalg.norm(moved[k]) for k in facts["stat_names"]])
     result.add("stat_norm", ours, data["stat_norm"], data["stat_norm"])

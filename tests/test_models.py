@@ -19,6 +19,19 @@ SIZES = {
     "yolov8-p2-n": (3_354_128, 70), "yolov8-p2-s": (10_884_320, 70),
     "yolov8-p2-m": (25_082_480, 94), "yolov8-p2-l": (42_888_064, 118),
     "yolov8-p2-x": (66_637_520, 118),
+    "yolo11-n": (2_624_064, 81), "yolo11-s": (9_458_736, 81), "yolo11-m": (20_114_672, 106),
+    "yolo11-l": (25_372_144, 167), "yolo11-x": (56_966_160, 167),
+    "yolo11-p2-n": (2_740_016, 96), "yolo11-p2-s": (9_625_952, 96),
+    "yolo11-p2-m": (20_591_104, 131), "yolo11-p2-l": (26_116_352, 206),
+    "yolo11-p2-x": (57_849_440, 206),
+    "yolo12-n": (2_602_272, 113), "yolo12-s": (9_284_080, 113), "yolo12-m": (20_199_152, 123),
+    "yolo12-l": (26_450_768, 205), "yolo12-x": (59_210_768, 205),
+    "yolo12-p2-n": (2_715_248, 133), "yolo12-p2-s": (9_439_200, 133),
+    "yolo12-p2-m": (20_593_408, 148), "yolo12-p2-l": (27_112_800, 244),
+    "yolo12-p2-x": (59_909_344, 244),
+    "yolov12-turbo-n": (2_553_888, 121), "yolov12-turbo-s": (9_127_408, 121),
+    "yolov12-turbo-m": (19_670_768, 131), "yolov12-turbo-l": (26_506_480, 221),
+    "yolov12-turbo-x": (59_414_160, 221),
 }  # fmt: skip
 
 
@@ -50,7 +63,7 @@ def test_an_unknown_name_suggests(name):
 def test_initial_values():
     model = models.create("tiny-t", num_classes=3)
     example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    params, stats = models.initialise(model, example, 0, yolo.bias_priors(model))
+    params, stats = models.initialise(model, example, 0, yolo.initial_constants(model))
     kernel = params["model.1"]["conv"]["kernel"]
     bound = 1 / math.sqrt(math.prod(kernel.shape[:-1]))
     assert np.abs(kernel).max() <= bound
@@ -59,8 +72,8 @@ def test_initial_values():
     head = params["model.5"]
     assert (head["cv2.0.2"]["bias"] == 2).all()
     assert head["cv3.1.2"]["bias"][0] == pytest.approx(math.log(5 / 3 / (640 / 16) ** 2))
-    again, _ = models.initialise(model, example, 0, yolo.bias_priors(model))
-    other, _ = models.initialise(model, example, 1, yolo.bias_priors(model))
+    again, _ = models.initialise(model, example, 0, yolo.initial_constants(model))
+    other, _ = models.initialise(model, example, 1, yolo.initial_constants(model))
     assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
     assert not np.array_equal(kernel, other["model.1"]["conv"]["kernel"])
 
@@ -69,7 +82,7 @@ def test_initial_logits_expect_five_objects():
     """The sum of class probabilities of an empty image starts near 5 per level and class set."""
     model = models.create("tiny-t", num_classes=80)
     params, stats = models.initialise(
-        model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32), 0, yolo.bias_priors(model)
+        model, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32), 0, yolo.initial_constants(model)
     )
     out = model.apply({"params": params, "batch_stats": stats}, jnp.zeros((1, 640, 640, 3)))
     assert 4 < float(jax.nn.sigmoid(out.scores).sum()) < 20

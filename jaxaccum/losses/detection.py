@@ -56,7 +56,9 @@ def terms(box: float = 7.5, cls: float = 0.5, dfl: float = 1.5) -> tuple[Term, .
     return tuple(Term(name, gain, TARGET_SCORES) for name, gain in gains.items())
 
 
-def detection_loss(predictions: Predictions, anchors: Anchors, targets: Targets):
+def detection_loss(
+    predictions: Predictions, anchors: Anchors, targets: Targets, enlarge_small: bool = True
+):
     """Numerators and the denominator of the detection loss.
 
         box = sum_a w_a (1 - CIoU_a);   cls = sum BCE;   dfl = sum_a w_a mean_sides DFL_a
@@ -67,6 +69,8 @@ def detection_loss(predictions: Predictions, anchors: Anchors, targets: Targets)
       predictions: boxes (N, A, 64) and scores (N, A, classes), logits.
       anchors: their points.
       targets: the labelled objects.
+      enlarge_small: objects shorter than the second finest stride are taken as that long when
+        asking which anchors are inside; the reference trainer before 2025 did not.
     Returns:
       (numerators {"box", "cls", "dfl"}, denominators {"target_scores"}, Assignment).
     """
@@ -78,7 +82,7 @@ def detection_loss(predictions: Predictions, anchors: Anchors, targets: Targets)
         *jax.lax.stop_gradient((scores, boxes * strides)),
         jnp.asarray(anchors.centres, dtype) * strides,
         targets._replace(boxes=targets.boxes.astype(dtype)),
-        smallest=_second_stride(anchors),
+        smallest=_second_stride(anchors) if enlarge_small else 0.0,
     )
     real = targets.weight.astype(dtype)[:, None]
     weight = assignment.score * real

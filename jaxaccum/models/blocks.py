@@ -64,24 +64,60 @@ class Bottleneck(nn.Module):
         return x + y if self.shortcut and x.shape[-1] == self.features else y
 
 
-class C2f(nn.Module):
-    """Split in two, a chain of bottlenecks on one half, everything concatenated."""
+class C3k(nn.Module):
+    """Two branches from the input: a chain of bottlenecks, and a shortcut; then both together."""
 
     features: int
-    repeats: int = 1
-    shortcut: bool = False
+    repeats: int = 2
+    shortcut: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
         hidden = self.features // 2
+        y = Conv(hidden, dtype=self.dtype, name="cv1")(x, groups)
+        for i in range(self.repeats):
+            block = Bottleneck(hidden, self.shortcut, (3, 3), 1.0, self.dtype, name=f"m.{i}")
+            y = block(y, groups)
+        x = Conv(hidden, dtype=self.dtype, name="cv2")(x, groups)
+        x = jnp.concatenate([y, x], axis=-1)
+        return Conv(self.features, dtype=self.dtype, name="cv3")(x, groups)
+
+
+class C2f(nn.Module):
+    """Split in two, a chain of blocks on one half, everything concatenated."""
+
+    features: int
+    repeats: int = 1
+    shortcut: bool = False
+    expansion: float = 0.5
+    dtype: Dtype = jnp.float32
+
+    def inner(self, hidden: int, name: str) -> nn.Module:
+        """A block of the chain."""
+        return Bottleneck(hidden, self.shortcut, (3, 3), 1.0, self.dtype, name=name)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        hidden = int(self.features * self.expansion)
         x = Conv(2 * hidden, dtype=self.dtype, name="cv1")(x, groups)
         parts = jnp.split(x, 2, axis=-1)
         for i in range(self.repeats):
-            block = Bottleneck(hidden, self.shortcut, (3, 3), 1.0, self.dtype, name=f"m.{i}")
-            parts.append(block(parts[-1], groups))
+            parts.append(self.inner(hidden, f"m.{i}")(parts[-1], groups))
         x = jnp.concatenate(parts, axis=-1)
         return Conv(self.features, dtype=self.dtype, name="cv2")(x, groups)
+
+
+class C3k2(C2f):
+    """C2f whose blocks are C3k, or bottlenecks with half the hidden width."""
+
+    shortcut: bool = True
+    c3k: bool = False
+
+    def inner(self, hidden: int, name: str) -> nn.Module:
+        if self.c3k:
+            return C3k(hidden, 2, self.shortcut, self.dtype, name=name)
+        return Bottleneck(hidden, self.shortcut, (3, 3), 0.5, self.dtype, name=name)
 
 
 class SPPF(nn.Module):
@@ -98,3 +134,160 @@ class SPPF(nn.Module):
             stages.append(ops.max_pool(stages[-1], self.size))
         x = jnp.concatenate(stages, axis=-1)
         return Conv(self.features, dtype=self.dtype, name="cv2")(x, groups)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention over positions, in float32.
+
+    Args:
+      q, k: (..., positions, heads, key width). v: (..., positions, heads, value width).
+    Returns:
+      like v.
+    """
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
+
+
+class Attention(nn.Module):
+    """Attention over all positions of an image, with a depthwise convolution of the values added.
+
+    Keys are half as wide as values. The channels of `qkv` are [q, k, v] of one head after another.
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        n, h, w, c = x.shape
+        value = c // self.heads
+        key = value // 2
+        qkv = Conv(c + 2 * key * self.heads, silu=False, dtype=self.dtype, name="qkv")(x, groups)
+        qkv = qkv.reshape(n, h * w, self.heads, 2 * key + value)
+        q, k, v = jnp.split(qkv, (key, 2 * key), axis=-1)
+        out = attend(q, k, v).reshape(x.shape)
+        place = Conv(c, 3, groups=c, silu=False, dtype=self.dtype, name="pe")
+        out = out + place(v.reshape(x.shape), groups)
+        return Conv(c, silu=False, dtype=self.dtype, name="proj")(out, groups)
+
+
+class PSABlock(nn.Module):
+    """Attention and two convolutions, each added to its input."""
+
+    heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        c = x.shape[-1]
+        x = x + Attention(self.heads, self.dtype, name="attn")(x, groups)
+        y = Conv(2 * c, dtype=self.dtype, name="ffn.0")(x, groups)
+        return x + Conv(c, silu=False, dtype=self.dtype, name="ffn.1")(y, groups)
+
+
+class C2PSA(nn.Module):
+    """Split in two, attention on one half."""
+
+    features: int
+    repeats: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        hidden = self.features // 2
+        x = Conv(2 * hidden, dtype=self.dtype, name="cv1")(x, groups)
+        a, b = jnp.split(x, 2, axis=-1)
+        for i in range(self.repeats):
+            b = PSABlock(max(hidden // 64, 1), self.dtype, name=f"m.{i}")(b, groups)
+        x = jnp.concatenate([a, b], axis=-1)
+        return Conv(self.features, dtype=self.dtype, name="cv2")(x, groups)
+
+
+class AreaAttention(nn.Module):
+    """Attention inside of each of `area` horizontal stripes of an image, heads of 32 channels.
+
+    Tian et al. 2025, arXiv:2502.12524. The `turbo` form, of the authors' later code, has two
+    projections (all of q before all of k, and v) and a smaller kernel for the values.
+    """
+
+    area: int = 1
+    turbo: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        n, h, w, c = x.shape
+        if h * w % self.area:
+            raise ValueError(
+                f"area attention cuts {h} x {w} positions into {self.area} equal stripes; use an "
+                "image size that is a multiple of 32"
+            )
+        heads = c // 32
+        if self.turbo:
+            qk = Conv(2 * c, silu=False, dtype=self.dtype, name="qk")(x, groups)
+            v = Conv(c, silu=False, dtype=self.dtype, name="v")(x, groups)
+            q, k, v = (a.reshape(n, h * w, heads, 32) for a in (*jnp.split(qk, 2, axis=-1), v))
+        else:
+            qkv = Conv(3 * c, silu=False, dtype=self.dtype, name="qkv")(x, groups)
+            q, k, v = jnp.split(qkv.reshape(n, h * w, heads, 96), 3, axis=-1)
+        striped = (a.reshape(n, self.area, -1, heads, 32) for a in (q, k, v))
+        out = attend(*striped).reshape(x.shape)
+        kernel = 5 if self.turbo else 7
+        place = Conv(c, kernel, groups=c, silu=False, dtype=self.dtype, name="pe")
+        out = out + place(v.reshape(x.shape), groups)
+        return Conv(c, silu=False, dtype=self.dtype, name="proj")(out, groups)
+
+
+class AreaBlock(nn.Module):
+    """Area attention and two convolutions, each added to its input."""
+
+    area: int
+    mlp_ratio: float
+    turbo: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        c = x.shape[-1]
+        x = x + AreaAttention(self.area, self.turbo, self.dtype, name="attn")(x, groups)
+        y = Conv(int(c * self.mlp_ratio), dtype=self.dtype, name="mlp.0")(x, groups)
+        return x + Conv(c, silu=False, dtype=self.dtype, name="mlp.1")(y, groups)
+
+
+class A2C2f(nn.Module):
+    """A chain of stages, all concatenated: pairs of area blocks, or C3k where `area` is 0.
+
+    Attributes:
+      residual: add the input, the result scaled per channel by `gamma` (area stages only).
+    """
+
+    features: int
+    repeats: int = 1
+    area: int = 1
+    residual: bool = False
+    mlp_ratio: float = 2.0
+    turbo: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
+        hidden = self.features // 2
+        if self.area and hidden % 32:
+            raise ValueError(f"A2C2f of {self.features} channels: half of them is not 32 a head")
+        parts = [Conv(hidden, dtype=self.dtype, name="cv1")(x, groups)]
+        for i in range(self.repeats):
+            y = parts[-1]
+            if self.area:
+                for j in range(2):
+                    options = (self.area, self.mlp_ratio, self.turbo, self.dtype)
+                    y = AreaBlock(*options, name=f"m.{i}.{j}")(y, groups)
+            else:
+                y = C3k(hidden, 2, True, self.dtype, name=f"m.{i}")(y, groups)
+            parts.append(y)
+        y = jnp.concatenate(parts, axis=-1)
+        y = Conv(self.features, dtype=self.dtype, name="cv2")(y, groups)
+        if not (self.residual and self.area):
+            return y
+        gamma = self.param("gamma", nn.initializers.constant(0.01), (self.features,))
+        return x + gamma.astype(y.dtype) * y

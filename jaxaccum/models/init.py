@@ -7,7 +7,7 @@ device count and JAX version, and no compilation.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -24,6 +24,7 @@ def initialise(
     example: jax.ShapeDtypeStruct,
     seed: int,
     constants: Mapping[str, float] | None = None,
+    deviation: Callable[[str], float | None] = lambda path: None,
     dtype: Any = np.float32,
 ) -> tuple[PyTree, PyTree]:
     """Initial parameters and running statistics.
@@ -36,6 +37,7 @@ def initialise(
       example: shape and dtype of its input.
       seed: the run's seed.
       constants: parameter path ("model.22/cv2.0.2/bias") -> value to fill it with.
+      deviation: parameter path -> standard deviation, for kernels that start normal instead.
       dtype: of the parameters and statistics.
     Returns:
       (params, stats), nested dicts of numpy arrays.
@@ -56,7 +58,10 @@ def initialise(
             kernel = flat[(*path[:-1], "kernel")].shape
             bound = 1 / np.sqrt(np.prod(kernel[:-1]))
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            params[path] = rng.uniform(-bound, bound, leaf.shape).astype(dtype)
+            if (sigma := deviation(name)) is not None:
+                params[path] = rng.normal(0.0, sigma, leaf.shape).astype(dtype)
+            else:
+                params[path] = rng.uniform(-bound, bound, leaf.shape).astype(dtype)
     if constants:
         raise KeyError(f"the model has no parameters named {sorted(constants)}")
     stats = jax.tree_util.tree_map_with_path(

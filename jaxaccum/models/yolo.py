@@ -2,13 +2,15 @@
 
 A family is data: a depth, a width and a channel cap per scale, and rows of
 (from, repeats, block, arguments). `from` is the previous row (-1), a row's number, or several.
-Sources: Ultralytics YOLOv8 (2023), in the tables of its public model descriptions.
+Sources: YOLOv8 and YOLO11 (Ultralytics 2023, 2024), YOLO12 (Tian et al. 2025, arXiv:2502.12524),
+in the tables of their public model descriptions; the P2 variants of 11 and 12 by analogy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -32,12 +34,18 @@ class Family:
     Attributes:
       depth, width, max_channels: by scale letter.
       rows: the network; the last row is the head.
+      depthwise_head: the class branch of the head is made of depthwise convolutions.
+      turbo: area attention in the form of the authors' later code.
+      large_mlp_ratio: of the area blocks at scales l and x; 2 at the others.
     """
 
     depth: Mapping[str, float]
     width: Mapping[str, float]
     max_channels: Mapping[str, int]
     rows: tuple[Row, ...]
+    depthwise_head: bool = False
+    turbo: bool = False
+    large_mlp_ratio: float = 1.2
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -67,40 +75,123 @@ _V8_BODY: tuple[Row, ...] = (
     (-1, 3, "C2f", (256, False)),  # 15
 )
 
+_V11_BODY: tuple[Row, ...] = (
+    (-1, 1, "Conv", (64, 3, 2)),  # 0, stride 2
+    (-1, 1, "Conv", (128, 3, 2)),  # 1, stride 4
+    (-1, 2, "C3k2", (256, False, 0.25)),
+    (-1, 1, "Conv", (256, 3, 2)),  # 3, stride 8
+    (-1, 2, "C3k2", (512, False, 0.25)),
+    (-1, 1, "Conv", (512, 3, 2)),  # 5, stride 16
+    (-1, 2, "C3k2", (512, True)),
+    (-1, 1, "Conv", (1024, 3, 2)),  # 7, stride 32
+    (-1, 2, "C3k2", (1024, True)),
+    (-1, 1, "SPPF", (1024, 5)),
+    (-1, 2, "C2PSA", (1024,)),  # 10
+    (-1, 1, "Upsample", ()),  # the way up
+    ((-1, 6), 1, "Concat", ()),
+    (-1, 2, "C3k2", (512, False)),
+    (-1, 1, "Upsample", ()),
+    ((-1, 4), 1, "Concat", ()),
+    (-1, 2, "C3k2", (256, False)),  # 16
+)
+
+_V12_BODY: tuple[Row, ...] = (
+    (-1, 1, "Conv", (64, 3, 2)),  # 0, stride 2
+    (-1, 1, "Conv", (128, 3, 2)),  # 1, stride 4
+    (-1, 2, "C3k2", (256, False, 0.25)),
+    (-1, 1, "Conv", (256, 3, 2)),  # 3, stride 8
+    (-1, 2, "C3k2", (512, False, 0.25)),
+    (-1, 1, "Conv", (512, 3, 2)),  # 5, stride 16
+    (-1, 4, "A2C2f", (512, 4)),  # four stripes
+    (-1, 1, "Conv", (1024, 3, 2)),  # 7, stride 32
+    (-1, 4, "A2C2f", (1024, 1)),
+    (-1, 1, "Upsample", ()),  # 9, the way up
+    ((-1, 6), 1, "Concat", ()),
+    (-1, 2, "A2C2f", (512, 0)),  # without attention
+    (-1, 1, "Upsample", ()),
+    ((-1, 4), 1, "Concat", ()),
+    (-1, 2, "A2C2f", (256, 0)),  # 14
+)
+
+_V11_SIZES: dict[str, Any] = {
+    "depth": _scales(0.5, 0.5, 0.5, 1.0, 1.0),
+    "width": _scales(0.25, 0.5, 1.0, 1.0, 1.5),
+    "max_channels": _scales(1024, 1024, 512, 512, 512),
+    "depthwise_head": True,
+}
+
+
+def _down(skips: tuple[int, ...], outputs: tuple[tuple, ...]) -> tuple[Row, ...]:
+    """The way down: a strided convolution, a skip and a block, for each output after the first."""
+    rows: list[Row] = []
+    width = outputs[0]
+    for skip, block in zip(skips, outputs[1:], strict=True):
+        rows += [(-1, 1, "Conv", (width[2][0], 3, 2)), ((-1, skip), 1, "Concat", ()), (-1, *block)]
+        width = block
+    return tuple(rows)
+
+
+def _p2(block: tuple, skip: int = 2) -> tuple[Row, ...]:
+    """One more step of the way up, to stride 4."""
+    return ((-1, 1, "Upsample", ()), ((-1, skip), 1, "Concat", ()), (-1, *block))
+
+
+_V8 = ((3, "C2f", (256, False)), (3, "C2f", (512, False)), (3, "C2f", (1024, False)))
+_V11 = ((2, "C3k2", (256, False)), (2, "C3k2", (512, False)), (2, "C3k2", (1024, True)))
+_V12 = ((2, "A2C2f", (256, 0)), (2, "A2C2f", (512, 0)), (2, "C3k2", (1024, True)))
+_V8_P2, _V11_P2 = (3, "C2f", (128, False)), (2, "C3k2", (128, False))
+
 FAMILIES: dict[str, Family] = {
     "yolov8": Family(
         depth=_scales(0.33, 0.33, 0.67, 1.0, 1.0),
         width=_scales(0.25, 0.5, 0.75, 1.0, 1.25),
         max_channels=_scales(1024, 1024, 768, 512, 512),
-        rows=(
-            *_V8_BODY,
-            (-1, 1, "Conv", (256, 3, 2)),  # 16, the way down
-            ((-1, 12), 1, "Concat", ()),
-            (-1, 3, "C2f", (512, False)),
-            (-1, 1, "Conv", (512, 3, 2)),
-            ((-1, 9), 1, "Concat", ()),
-            (-1, 3, "C2f", (1024, False)),
-            ((15, 18, 21), 1, "Detect", ()),
-        ),
+        rows=(*_V8_BODY, *_down((12, 9), _V8), ((15, 18, 21), 1, "Detect", ())),
+    ),
+    "yolo11": Family(
+        **_V11_SIZES,
+        rows=(*_V11_BODY, *_down((13, 10), _V11), ((16, 19, 22), 1, "Detect", ())),
+    ),
+    "yolo12": Family(
+        **_V11_SIZES,
+        rows=(*_V12_BODY, *_down((11, 8), _V12), ((14, 17, 20), 1, "Detect", ())),
     ),
 }
 FAMILIES["yolov8-p2"] = dataclasses.replace(
     FAMILIES["yolov8"],
     rows=(
         *_V8_BODY,
-        (-1, 1, "Upsample", ()),  # 16, up to stride 4
-        ((-1, 2), 1, "Concat", ()),
-        (-1, 3, "C2f", (128, False)),
-        (-1, 1, "Conv", (128, 3, 2)),
-        ((-1, 15), 1, "Concat", ()),
-        (-1, 3, "C2f", (256, False)),  # 21
-        (-1, 1, "Conv", (256, 3, 2)),
-        ((-1, 12), 1, "Concat", ()),
-        (-1, 3, "C2f", (512, False)),  # 24
-        (-1, 1, "Conv", (512, 3, 2)),
-        ((-1, 9), 1, "Concat", ()),
-        (-1, 3, "C2f", (1024, False)),  # 27
+        *_p2(_V8_P2),
+        *_down((15, 12, 9), (_V8_P2, *_V8)),
         ((18, 21, 24, 27), 1, "Detect", ()),
+    ),
+)
+FAMILIES["yolo11-p2"] = dataclasses.replace(
+    FAMILIES["yolo11"],
+    rows=(
+        *_V11_BODY,
+        *_p2(_V11_P2),
+        *_down((16, 13, 10), (_V11_P2, *_V11)),
+        ((19, 22, 25, 28), 1, "Detect", ()),
+    ),
+)
+FAMILIES["yolo12-p2"] = dataclasses.replace(
+    FAMILIES["yolo12"],
+    rows=(
+        *_V12_BODY,
+        *_p2(_V11_P2),
+        *_down((14, 11, 8), (_V11_P2, *_V12)),
+        ((17, 20, 23, 26), 1, "Detect", ()),
+    ),
+)
+# The authors' later form: grouped convolutions in the stem, and area attention of its own.
+FAMILIES["yolov12-turbo"] = dataclasses.replace(
+    FAMILIES["yolo12"],
+    turbo=True,
+    large_mlp_ratio=1.5,
+    rows=tuple(
+        {1: (-1, 1, "Conv", (128, 3, 2, 2)), 3: (-1, 1, "Conv", (256, 3, 2, 4))}.get(i, row)
+        for i, row in enumerate(FAMILIES["yolo12"].rows)
     ),
 )
 
@@ -174,23 +265,33 @@ class Detect(nn.Module):
     """The head: a box branch and a class branch per level. Widths depend on the finest level."""
 
     classes: int
+    depthwise: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], groups: Groups | None) -> Predictions:
         finest = levels[0].shape[-1]
-        widths = {
-            "cv2": (max(16, finest // 4, 4 * REG_MAX), 4 * REG_MAX),
-            "cv3": (max(finest, min(self.classes, 100)), self.classes),
-        }
-        flat: dict[str, list[jax.Array]] = {"cv2": [], "cv3": []}
+        box = max(16, finest // 4, 4 * REG_MAX)
+        hidden = max(finest, min(self.classes, 100))
+        boxes, scores = [], []
         for i, level in enumerate(levels):
-            for branch, (hidden, out) in widths.items():
-                x = blocks.Conv(hidden, 3, dtype=self.dtype, name=f"{branch}.{i}.0")(level, groups)
-                x = blocks.Conv(hidden, 3, dtype=self.dtype, name=f"{branch}.{i}.1")(x, groups)
-                x = blocks.conv2d(out, 1, dtype=self.dtype, name=f"{branch}.{i}.2")(x)
-                flat[branch].append(x.reshape(x.shape[0], -1, out))
-        return Predictions(*(jnp.concatenate(parts, axis=1) for parts in flat.values()))
+            x = self._conv(box, 3, f"cv2.{i}.0")(level, groups)
+            x = self._conv(box, 3, f"cv2.{i}.1")(x, groups)
+            x = blocks.conv2d(4 * REG_MAX, 1, dtype=self.dtype, name=f"cv2.{i}.2")(x)
+            boxes.append(x.reshape(x.shape[0], -1, 4 * REG_MAX))
+            x = level
+            for j in range(2):
+                if self.depthwise:
+                    x = self._conv(x.shape[-1], 3, f"cv3.{i}.{j}.0", x.shape[-1])(x, groups)
+                    x = self._conv(hidden, 1, f"cv3.{i}.{j}.1")(x, groups)
+                else:
+                    x = self._conv(hidden, 3, f"cv3.{i}.{j}")(x, groups)
+            x = blocks.conv2d(self.classes, 1, dtype=self.dtype, name=f"cv3.{i}.2")(x)
+            scores.append(x.reshape(x.shape[0], -1, self.classes))
+        return Predictions(jnp.concatenate(boxes, axis=1), jnp.concatenate(scores, axis=1))
+
+    def _conv(self, features, kernel, name, channel_groups=1):
+        return blocks.Conv(features, kernel, groups=channel_groups, dtype=self.dtype, name=name)
 
 
 class Yolo(nn.Module):
@@ -246,32 +347,52 @@ class Yolo(nn.Module):
         if kind == "Concat":
             return lambda x, groups: jnp.concatenate(x, axis=-1)
         if kind == "Detect":
-            return Detect(self.classes, self.dtype, name=name)
+            return Detect(self.classes, family.depthwise_head, self.dtype, name=name)
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
+        depth = max(round(repeats * family.depth[scale]), 1)
         options: dict[str, Any] = {"dtype": self.dtype, "name": name}
         if kind == "Conv":
             return blocks.Conv(features, *args[1:], **options)
-        if kind == "C2f":
-            depth = max(round(repeats * family.depth[scale]), 1)
-            return blocks.C2f(features, depth, *args[1:], **options)
         if kind == "SPPF":
             return blocks.SPPF(features, *args[1:], **options)
+        if kind == "C2f":
+            return blocks.C2f(features, depth, *args[1:], **options)
+        if kind == "C3k2":
+            c3k, expansion = args[1] or scale in "mlx", args[2] if len(args) > 2 else 0.5
+            return blocks.C3k2(features, depth, c3k=c3k, expansion=expansion, **options)
+        if kind == "C2PSA":
+            return blocks.C2PSA(features, depth, **options)
+        if kind == "A2C2f":
+            large = scale in "lx"
+            options |= {"residual": large, "mlp_ratio": family.large_mlp_ratio if large else 2.0}
+            return blocks.A2C2f(features, depth, args[1], turbo=family.turbo, **options)
         raise ValueError(f"row {name} names an unknown block {kind!r}")
 
 
-def bias_priors(model: Yolo) -> dict[str, float]:
-    """Initial biases of the head, by parameter path.
+def initial_deviation(path: str) -> float | None:
+    """Standard deviation of kernels that start from a normal distribution, else None.
+
+    Those of the area blocks do.
+    """
+    return 0.02 if re.search(r"/m\.\d+\.\d+/(attn/|mlp\.).*/kernel$", path) else None
+
+
+def initial_constants(model: Yolo) -> dict[str, float]:
+    """Parameters that start at a constant, by path.
 
     A class bias starts with five objects expected in a 640 x 640 image at every level; a box
-    bias at two cells.
+    bias at two cells; the scale of a residual area stage at 0.01.
     """
-    family, _ = parse(model.model)
+    family, scale = parse(model.model)
     head = f"model.{len(family.rows) - 1}"
     priors = {}
     for i, stride in enumerate(model.strides):
         priors[f"{head}/cv2.{i}.2/bias"] = 2.0
         priors[f"{head}/cv3.{i}.2/bias"] = math.log(5 / model.classes / (640 / stride) ** 2)
+    if scale in "lx":
+        priors |= {f"model.{i}/gamma": 0.01 for i, row in enumerate(family.rows)
+                   if row[2] == "A2C2f" and row[3][1]}  # fmt: skip
     return priors
 
 

@@ -53,7 +53,10 @@ class DetectionTask:
         """Initial (params, stats), on the host."""
         size = self.image_size
         example = jax.ShapeDtypeStruct((1, size, size, 3), self.model.dtype)
-        return models.initialise(self.model, example, seed, yolo.bias_priors(self.model), dtype)
+        return models.initialise(
+            self.model, example, seed, yolo.initial_constants(self.model), yolo.initial_deviation,
+            dtype,
+        )  # fmt: skip
 
     def objective(self, nbs: int, compat: bool = False) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
