@@ -126,12 +126,18 @@ class Checkpoints:
     def _restore(self, manager, step, template):
         if step is None:
             raise CheckpointError(f"no checkpoint in {self.workdir}: train there first")
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
-            ),
-        )
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+                ),
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint of update {step} in {self.workdir} does not fit this model and "
+                f"optimizer: {str(error).splitlines()[0]}"
+            ) from error
         return restored["tree"], restored["meta"]
 
     def _explained(self, error: Exception, size: int | None = None) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 from ml_collections import config_dict
 
@@ -11,9 +12,28 @@ from jaxaccum.accumulate import Recipe
 # Fields that decide only how a run is computed, watched or stored; all others are the recipe.
 NOT_LEARNED = (
     "microbatch", "devices", "engine", "epochs", "log", "eval", "checkpoint", "max_skipped",
-    "data.path", "data.val_path", "data.images", "data.on_error", "data.cache", "data.workers",
-    "data.prefetch",
+    "data.path", "data.val_path", "data.images", "data.on_error", "data.cache", "data.cache_gib",
+    "data.workers", "data.prefetch",
 )  # fmt: skip
+
+
+DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
+
+# Fields and the range they are in.
+RANGES = {
+    "nbs": (1, 1e9), "seed": (0, 2**31 - 1), "steps": (0, 1e9), "epochs": (0, 1e9),
+    "devices": (0, 1e6), "max_skipped": (1, 1e9),
+    "loss.box": (0, 1e9), "loss.cls": (0, 1e9), "loss.dfl": (0, 1e9),
+    "optimizer.momentum": (0, 1), "optimizer.b2": (0, 1), "optimizer.weight_decay": (0, 1e9),
+    "optimizer.clip": (0, 1e9),
+    "lr.base": (0, 1e30), "lr.base_batch": (1, 1e9), "lr.final": (0, 1),
+    "lr.warmup_epochs": (0, 1e9), "lr.warmup_bias": (0, 1e9), "lr.warmup_momentum": (0, 1),
+    "ema.decay": (0, 1), "ema.ramp": (1e-9, 1e9), "augment.close_mosaic": (0, 1e9),
+    "data.image_size": (32, 1e5), "data.max_objects": (1, 1e6), "data.cache_gib": (0, 1e6),
+    "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
+    "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
+    "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -39,12 +59,14 @@ def detection() -> ml_collections.ConfigDict:
     c.epochs = 100.0  # passes over the data; or
     c.steps = 0  # updates, if not 0
     c.seed = 0
-    c.dtype = "float32"  # compute: "float32" or "bfloat16"; parameters are float32
+    # Compute: "float32", "tf32" (float32 whose products may be rounded on the way, several times
+    # as fast on GPUs) or "bfloat16". Parameters and accumulators are float32 in all of them.
+    c.dtype = "float32"
     c.compat = False  # the usual trainers' accumulation instead of the exact one, to compare
     c.loss = ml_collections.ConfigDict({"box": 7.5, "cls": 0.5, "dfl": 1.5})
     c.optimizer = ml_collections.ConfigDict(
         {
-            "name": "sgd",  # "sgd" (Nesterov) or "adamw"
+            "name": "sgd",  # "sgd" (Nesterov), "adamw", "musgd" (SGD and Muon) or "auto"
             "momentum": 0.937,  # of SGD, or beta1 of AdamW
             "b2": 0.999,  # beta2 of AdamW
             "weight_decay": 5e-4,
@@ -83,6 +105,7 @@ def detection() -> ml_collections.ConfigDict:
             "max_objects": 300,  # room for objects per training sample
             "on_error": "raise",  # bad label rows: "raise" or "skip" (counted)
             "cache": "ram",  # keep resized images: "ram" or "none"
+            "cache_gib": 4.0,  # most memory for that, the least recently used go first
             "workers": 0,  # loader processes; 0: threads
             "prefetch": 2,  # effective batches made ahead
         }
@@ -93,7 +116,7 @@ def detection() -> ml_collections.ConfigDict:
     c.devices = 0  # 0: all that JAX sees
     c.engine = "scan"  # or "multisteps"
 
-    # --- The run: what is watched and kept. Counted in updates; 0: once per epoch. ---
+    # --- The run: what is watched and kept. `every` counts updates; 0: once per epoch, -1: never.
     c.max_skipped = 3  # windows in a row that may be skipped for a NaN or Inf
     c.log = ml_collections.ConfigDict({"every": 10, "tensorboard": True, "images": 4})
     c.eval = ml_collections.ConfigDict(
@@ -118,9 +141,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     """
     words = {
         "task": ("detection",),
-        "dtype": ("float32", "bfloat16", "float64"),
+        "dtype": tuple(DTYPES),
         "engine": ("scan", "multisteps"),
-        "optimizer.name": ("sgd", "adamw"),
+        "optimizer.name": ("sgd", "adamw", "musgd", "auto"),
         "optimizer.weight_decay_scaling": ("none", "linear"),
         "lr.scaling": ("none", "linear", "sqrt"),
         "lr.decay": ("linear", "cosine"),
@@ -130,14 +153,20 @@ def validate(c: ml_collections.ConfigDict) -> None:
     for field, allowed in words.items():
         if get(c, field) not in allowed:
             raise ConfigError(f"{field} is one of {', '.join(allowed)}; got {get(c, field)!r}")
-    positive = ("nbs", "lr.base_batch", "lr.base", "data.image_size", "data.max_objects",
-                "eval.batch", "checkpoint.keep", "log.every", "max_skipped")  # fmt: skip
-    for field in positive:
-        if not get(c, field) > 0:
-            raise ConfigError(f"{field} is positive; got {get(c, field)!r}")
-    for field in ("steps", "devices", "epochs", "data.workers", "data.prefetch"):
-        if get(c, field) < 0:
-            raise ConfigError(f"{field} is not negative; got {get(c, field)!r}")
+    for field, (low, high) in RANGES.items():
+        if not low <= get(c, field) <= high:
+            limits = f"at least {low:g}" if high >= 1e4 else f"in {low:g} to {high:g}"
+            raise ConfigError(f"{field} is {limits}; got {get(c, field)!r}")
+    if c.data.image_size % 32:
+        below = c.data.image_size // 32 * 32
+        raise ConfigError(
+            f"data.image_size is a multiple of 32, the coarsest stride; got {c.data.image_size}: "
+            f"use {below} or {below + 32}"
+        )
+    if c.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ConfigError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
+    if c.eval.precise_bn and c.bn_group == "frozen":
+        raise ConfigError("eval.precise_bn recomputes batch statistics; with bn_group frozen set 0")
     if not isinstance(c.microbatch, int) or c.microbatch < 1:
         raise ConfigError(f"microbatch is a positive integer; got {c.microbatch!r}")
     if not (c.bn_group in ("all", "frozen") or (type(c.bn_group) is int and c.bn_group > 0)):
@@ -160,13 +189,14 @@ def get(c: ml_collections.ConfigDict, field: str):
     return value
 
 
-def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict) -> Recipe:
+def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict, devices: int = 1) -> Recipe:
     """The recipe of a config.
 
     Args:
       c: the config.
       steps: updates of the run, derived from `steps` or `epochs`.
       data: what identifies the training samples (not where they lie).
+      devices: that the run uses; learned from by the compat rule only.
     """
     settings = c.to_dict()
     for field in (*NOT_LEARNED, "nbs", "bn_group"):
@@ -178,5 +208,5 @@ def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict) -> Recipe:
     settings["steps"] = steps
     settings["data"] |= data
     if c.compat:  # there the geometry is part of what is learned
-        settings["compat"] = {"microbatch": c.microbatch, "devices": c.devices}
+        settings["compat"] = {"microbatch": c.microbatch, "devices": devices}
     return Recipe(c.nbs, c.bn_group, settings)

@@ -40,7 +40,7 @@ def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[st
         this = run.prepare(
             config, num_classes=len(trained.names), samples=len(train_set), identity={}
         )
-        stream = run.make_stream(this, train_set)
+        stream = run.make_stream(this, train_set, mosaic=False)
         stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
     metrics, _ = Evaluator(trained.task, val_set, config.eval)(trained.params, stats)
     return {

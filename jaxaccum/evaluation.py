@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -37,6 +37,8 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[np.ndarray]]:
         """Metrics and the first `pictures` images with detections of score 0.25 and more."""
         options = self.options
+        # One device evaluates; weights that lie on all of them would have each do all of it.
+        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
         result = metrics.DetectionMetrics(self.source.names)
         drawn: list[np.ndarray] = []
         pending: Callable[[], None] | None = None
@@ -48,7 +50,9 @@ class Evaluator:
                 output = self._predict(params, stats, batch["image"])
                 if pending is not None:  # the host works on a batch while the device is on the next
                     pending()
-                pending = partial(self._score, pool, batch, output, result, drawn, pictures)
+                pending = functools.partial(
+                    self._score, pool, batch, output, result, drawn, pictures
+                )
             if pending is not None:
                 pending()
         return result.compute(), drawn
@@ -72,7 +76,13 @@ class Evaluator:
             index = int(batch["index"][i])
             truth = self.source.objects(index)
             height, width = (int(v) for v in batch["size"][i])
-            result.add(self.source.name(index), found, truth.boxes, truth.classes, (height, width))
+            result.add(
+                f"{index} {self.source.name(index)}",
+                found,
+                truth.boxes,
+                truth.classes,
+                (height, width),
+            )
             if len(drawn) < pictures:
                 show = found.scores >= 0.25
                 drawn.append(
@@ -92,24 +102,31 @@ def recompute_statistics(
     groups are merged exactly.
 
     Args:
-      samples: training samples to use, from the run's start, rounded up to whole groups.
+      stream: the run's samples, better without mosaic.
+      samples: how many to use, from the start, rounded up to whole groups.
     Raises:
       ValueError: the recipe has no groups (bn_group "frozen").
     """
     if task.group is None:
         raise ValueError("eval.precise_bn needs batch statistics; this recipe's are frozen")
-    group = task.group
-
-    @jax.jit
-    def moments_of(params, stats, images):
-        groups = Groups(group, jnp.ones(group))
-        _, changed = task.model.apply(
-            {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
-        )
-        return changed["moments"]
-
+    moments_of, group = _moments_of(task), task.group
     total = None
     for batch in stream.windows(0, [group] * -(-samples // group)):
         new = moments_of(params, stats, batch["image"])
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     return batchnorm.move_statistics(stats, total, 1.0)
+
+
+@functools.cache
+def _moments_of(task: DetectionTask):
+    """Compiled once per task: (params, stats, images of one group) -> moments."""
+
+    @jax.jit
+    def moments_of(params, stats, images):
+        groups = Groups(len(images), jnp.ones(len(images)))
+        _, changed = task.model.apply(
+            {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
+        )
+        return changed["moments"]
+
+    return moments_of

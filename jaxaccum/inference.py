@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -15,6 +14,7 @@ from jaxaccum import config as configs
 from jaxaccum import models
 from jaxaccum.accumulate import Recipe
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.run import compute_dtype
 from jaxaccum.tasks.detection import DetectionTask
 
 PyTree = Any
@@ -61,8 +61,9 @@ def load(workdir: Path) -> Trained:
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
-        model = models.create(config.model, num_classes=len(names), dtype=jnp.dtype(config.dtype))
-        recipe = Recipe(config.nbs, config.bn_group)
+        model = models.create(config.model, num_classes=len(names), dtype=compute_dtype(config))
+        learned = config.bn_group == "frozen" or not config.compat
+        recipe = Recipe(config.nbs, config.bn_group if learned else config.microbatch)
         task = DetectionTask(model, config.data.image_size, recipe.group)
         params, stats = task.initialise(0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

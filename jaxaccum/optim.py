@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def make_schedule(
       linear: (1 - p)(1 - f) + f;   cosine: (1 + cos(pi p))/2 (1 - f) + f.
     Over the first `lr.warmup_epochs` epochs the learning rate rises from 0, that of biases moves
     from `lr.warmup_bias`, and momentum rises from `lr.warmup_momentum`, all linearly in samples;
-    at least the last update is at full value.
+    over all but the last epoch at most, or half of a shorter run.
 
     Args:
       config: with `lr`, `nbs` and `optimizer.momentum`.
@@ -59,7 +59,8 @@ def make_schedule(
     progress = (ends - sizes) / ends[-1]
     shape = 1 - progress if lr.decay == "linear" else (1 + np.cos(np.pi * progress)) / 2
     target = scaled_lr(lr, config.nbs) * (shape * (1 - lr.final) + lr.final)
-    warmup = min(lr.warmup_epochs * epoch_samples, ends[-1])
+    most = max(ends[-1] - epoch_samples, ends[-1] / 2)
+    warmup = min(lr.warmup_epochs * epoch_samples, most)
     risen = np.minimum(ends / warmup, 1.0) if warmup > 0 else np.ones(len(sizes))
 
     def from_to(start, end):
@@ -89,9 +90,11 @@ def kinds(params: PyTree) -> PyTree:
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: Schedule
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum (decay coupled) or AdamW (decoupled), by `optimizer.name`.
+    """SGD with Nesterov momentum (decay coupled), MuSGD or AdamW (decoupled), by `optimizer.name`.
 
-    Decay acts on weights only, not on norms and biases; biases have their own warm-up.
+    Decay acts on weights only, not on norms and biases; biases have their own warm-up. MuSGD adds
+    0.2 of the orthogonalised momentum to SGD's own step of kernels, and moves the class branch of
+    a detector three times as fast.
     """
     options = config.optimizer
     decay = optax.add_decayed_weights(
@@ -107,7 +110,104 @@ def make_optimizer(
     trace = optax.inject_hyperparams(optax.trace, static_args=("nesterov",))(
         decay=at(schedule.momentum), nesterov=True
     )
-    return optax.chain(decay, trace, descend)
+    sgd = optax.chain(decay, trace)
+    if options.name == "sgd":
+        return optax.chain(sgd, descend)
+    faster = optax.partition({True: optax.scale(3.0), False: optax.identity()}, _class_branch)
+    muon = optax.chain(orthogonal_momentum(at(schedule.momentum)), optax.scale(0.2))
+    return optax.chain(_sum_of(sgd, muon), faster, descend)
+
+
+class OrthogonalMomentum(NamedTuple):
+    """State of `orthogonal_momentum`: updates so far, and the momentum."""
+
+    updates: jax.Array
+    momentum: PyTree
+
+
+def orthogonal_momentum(
+    decay: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformation:
+    """Muon's direction for kernels, zero for everything else.
+
+        m <- decay m + (1 - decay) g;   direction = orthogonal(decay m + (1 - decay) g)
+
+    with a kernel (..., in, out) taken as the matrix (out, rest), five Newton-Schulz iterations.
+    Jordan et al. 2024, "Muon". Computed in the gradient's own precision: the original's bfloat16
+    would turn the rounding of a geometry into a difference that grows.
+    """
+
+    def init(params):
+        return OrthogonalMomentum(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update(gradient, state, params=None):
+        del params
+        mu = decay(state.updates)
+
+        def mix(m, g):
+            return (mu * m + (1 - mu) * g).astype(g.dtype)
+
+        momentum = jax.tree.map(mix, state.momentum, gradient)
+        direction = jax.tree.map(
+            lambda m, g: orthogonal(mix(m, g)) if g.ndim > 1 else jnp.zeros_like(g),
+            momentum, gradient,
+        )  # fmt: skip
+        return direction, OrthogonalMomentum(state.updates + 1, momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal(kernel: jax.Array) -> jax.Array:
+    """The nearest orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
+
+    Newton-Schulz: X <- a X + (b XX^T + c (XX^T)^2) X, five times, from X = kernel / |kernel|.
+    """
+    x = kernel.reshape(-1, kernel.shape[-1]).T
+    x = x / (jnp.linalg.norm(x) + 1e-7)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.T).T.reshape(kernel.shape)
+
+
+def _sum_of(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Every part sees the gradient; their directions are added."""
+
+    def update(gradient, states, params=None):
+        done = [p.update(gradient, s, params) for p, s in zip(parts, states, strict=True)]
+        return optax.tree.add(*(d for d, _ in done)), tuple(s for _, s in done)
+
+    return optax.GradientTransformation(lambda params: tuple(p.init(params) for p in parts), update)
+
+
+def _class_branch(params: PyTree) -> PyTree:
+    """Whether a parameter is of the class branch of a detection head."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(str(key.key).startswith("cv3.") for key in path), params
+    )
+
+
+def resolve(
+    config: ml_collections.ConfigDict, classes: int, updates: int
+) -> ml_collections.ConfigDict:
+    """The config with `optimizer.name = "auto"` replaced by the reference's choice.
+
+    For more than 10,000 updates MuSGD at 0.01, else AdamW at 0.002 * 5 / (4 + classes) to six
+    digits; biases are warmed up from 0. `lr.base` and `optimizer.momentum` are not looked at.
+    """
+    if config.optimizer.name != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    if updates > 10_000:
+        config.optimizer.update(name="musgd", momentum=0.937)
+        config.lr.base = 0.01
+    else:
+        config.optimizer.update(name="adamw", momentum=0.9)
+        config.lr.base = round(0.002 * 5 / (4 + classes), 6)
+    config.lr.warmup_bias = 0.0
+    return config
 
 
 def weight_decay(config: ml_collections.ConfigDict) -> float:

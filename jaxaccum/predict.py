@@ -68,7 +68,9 @@ def predict(
         )
         boxes = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
         drawn = draw.draw_detections(image, boxes, found.classes, trained.names, found.scores)
-        draw.save_image(out / f"{path.stem}.png", drawn)
+        # a.jpg and a.png are two pictures
+        single = sum(other.stem == path.stem for other in paths) == 1
+        draw.save_image(out / f"{path.stem if single else path.name}.png", drawn)
         results.append(
             {
                 "file": path.name,

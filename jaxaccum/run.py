@@ -72,14 +72,15 @@ def prepare(
     useful = -(-config.nbs // config.microbatch)
     devices = config.devices or min(len(jax.devices()), useful)
     sizes = _sizes(config, devices, samples)
-    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": num_classes})
+    config = optim.resolve(config, num_classes, len(sizes))
+    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": num_classes}, devices)
     if config.compat:  # the usual rule: statistics per microbatch, as many samples as K gives
         frozen = config.bn_group == "frozen"
         recipe = dataclasses.replace(
             recipe, nbs=int(sizes.max()), bn_group="frozen" if frozen else config.microbatch
         )
     window = Window(recipe, Geometry(config.microbatch, devices, config.engine))
-    model = models.create(config.model, num_classes=num_classes, dtype=jnp.dtype(config.dtype))
+    model = models.create(config.model, num_classes=num_classes, dtype=compute_dtype(config))
     task = DetectionTask(
         model, config.data.image_size, recipe.group,
         (config.loss.box, config.loss.cls, config.loss.dfl),
@@ -117,20 +118,45 @@ def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.
     return np.asarray(sizes)
 
 
-def make_stream(run: Run, source: data.Source) -> data.TrainStream:
-    """The run's samples."""
+def make_stream(run: Run, source: data.Source, mosaic: bool = True) -> data.TrainStream:
+    """The run's samples; without mosaic and mixup from the first if not `mosaic`.
+
+    Raises:
+      ConfigError: an augmentation is out of its range.
+    """
     config = run.config
     options = config.augment.to_dict()
-    closed = round(options.pop("close_mosaic") * len(source))
+    options.pop("close_mosaic")
+    try:
+        augment = data.Augment(**options)
+    except ValueError as error:
+        raise configs.ConfigError(f"augment: {error}") from None
     return data.TrainStream(
         source,
         image_size=config.data.image_size,
         max_objects=config.data.max_objects,
-        augment=data.Augment(**options),
+        augment=augment,
         seed=config.seed,
-        close_mosaic_at=max(int(run.sizes.sum()) - closed, 0),
+        close_mosaic_at=mosaic_until(run, len(source)) if mosaic else 0,
         cache=config.data.cache,
+        cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
     )
+
+
+def mosaic_until(run: Run, samples: int) -> int:
+    """Samples of the run that are made with mosaic; the last epochs are not."""
+    return max(int(run.sizes.sum()) - round(run.config.augment.close_mosaic * samples), 0)
+
+
+def compute_dtype(config: ml_collections.ConfigDict) -> Any:
+    """The dtype of the model's arithmetic; sets how exact JAX's products are, for the process.
+
+    float32 means float32: by default GPUs and TPUs round the factors, to a different degree from
+    one program to the next, which is more than a geometry may change.
+    """
+    exact = {"float32": "highest", "float64": "highest"}.get(config.dtype)
+    jax.config.update("jax_default_matmul_precision", exact)
+    return jnp.dtype(configs.DTYPES[config.dtype])
 
 
 def open_source(
@@ -153,6 +179,6 @@ def use_compilation_cache() -> None:
     environment variable."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(base / "jaxaccum" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

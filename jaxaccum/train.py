@@ -5,9 +5,11 @@ Trains a model from a config. Started again on the same workdir, it continues.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import sys
 from collections import deque
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +83,13 @@ def train(
         done, consumed = int(state.step), int(state.windows)
         log_file.rewind(done)
         checkpoints.rewind(done)
+        if best and checkpoints.best != best["step"]:
+            best = {}  # a better one came after this checkpoint; it will come again
 
         console = Console(this.steps, done, this.recipe.nbs)
         board = Board(workdir / "events", done) if config.log.tensorboard else None
         evaluator = Evaluator(this.task, val_set, config.eval)
+        plain = run.make_stream(this, train_set, mosaic=False) if config.eval.precise_bn else stream
         windows = stream.windows(
             this.samples_before(consumed), map(this.size_of, itertools.count(consumed)),
             workers=config.data.workers, prefetch=config.data.prefetch,
@@ -106,7 +111,7 @@ def train(
             if config.eval.precise_bn:
                 weights = weights | {
                     "stats": recompute_statistics(
-                        this.task, weights["params"], weights["stats"], stream,
+                        this.task, weights["params"], weights["stats"], plain,
                         config.eval.precise_bn,
                     )
                 }  # fmt: skip
@@ -129,7 +134,7 @@ def train(
                 _skipped(console, number, indices, log, train_set, config.max_skipped)
                 return False
             step = int(log["step"])
-            if step % every["log"] and step != this.steps:
+            if not due("log", step):
                 return True
             record = {
                 "step": step,
@@ -140,13 +145,21 @@ def train(
                 "grad_norm": log["grad_norm"],
                 **{k: v for k, v in log.items() if k.startswith("sums/")},
                 "samples": int(log["samples"]),
+                "skipped": int(log["windows"]) - step,
             }
             log_file.write(record)
             speed = {"images_per_second": console.images_per_second}
-            shown = {k: v for k, v in record.items() if not k.startswith(("samples", "sums/"))}
+            shown = {
+                k: v for k, v in record.items() if not k.startswith(("samples", "skipped", "sums/"))
+            }
             console.line(format_line(step, this.steps, shown | speed))
             if board:
                 board.scalars(record | speed, step)
+            if stream.truncated:
+                console.line(
+                    f"{stream.truncated} objects left out so far: samples with more than "
+                    f"data.max_objects={config.data.max_objects} (the smallest go first)"
+                )
             return True
 
         def due(name: str, step: int) -> bool:
@@ -155,6 +168,8 @@ def train(
         width = this.window.geometry.microbatch * this.window.geometry.devices
         pending: deque = deque()
         stopped_at = done
+        if done < this.steps:
+            console.line("compiling the update (kept on disk for the next start)")
         while done < this.steps:
             batch = next(windows)
             state, log = engine.update(state, batch, -(-len(batch["weight"]) // width))
@@ -180,11 +195,6 @@ def train(
         if board:
             board.close()
         log_file.close()
-        if stream.truncated:
-            print(
-                f"{stream.truncated} objects were left out: samples with more than "
-                f"data.max_objects={config.data.max_objects} (the smallest go first)"
-            )
         checkpoints.wait()
         if best:
             print(
@@ -210,6 +220,9 @@ def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> Non
             f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
             f"{this.sizes.max()} samples, every microbatch normalised by itself"
         )
+    if config.augment.mosaic or config.augment.mixup:
+        until = run.mosaic_until(this, samples) // this.recipe.nbs
+        print(f"mosaic and mixup until update {until} (augment.close_mosaic)")
     print(f"workdir {workdir}", flush=True)
 
 
@@ -241,14 +254,54 @@ USER_ERRORS = (
 def main_with_clear_errors(main) -> None:
     """Runs an absl main; what a user can mend is printed without a traceback, exit status 1."""
 
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            sys.exit(f"error: {error}")
+        except (AttributeError, KeyError) as error:
+            sys.exit(f"error: {_unknown_field(argv) or error}")
+
     def clear(argv):
         try:
             return main(argv)
         except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print(f"error: the disk is full: {error}", file=sys.stderr)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(
+                f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch; "
+                "it must stay a multiple of bn_group, and a smaller bn_group or data.image_size "
+                "is another recipe.",
+                file=sys.stderr,
+            )
+        return 1
 
-    app.run(clear)
+    app.run(clear, flags_parser=parse)
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+    """What to say of a --config.FIELD that no config has."""
+
+    def fields(config, prefix=""):
+        for key, value in config.items():
+            yield prefix + key
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from fields(value, f"{prefix}{key}.")
+
+    known = list(fields(configs.detection()))
+    for argument in argv:
+        field = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if argument.lstrip("-").startswith("config.") and field not in known:
+            close = get_close_matches(field, known, n=3, cutoff=0.5)
+            hint = f'. Did you mean "{close[0]}"?' if close else f"; it has {', '.join(known)}"
+            return f"the config has no field {field!r}{hint}"
+    return None
 
 
 if __name__ == "__main__":

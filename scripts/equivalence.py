@@ -81,6 +81,12 @@ def main(_) -> int:
                 f"{config.nbs} takes {needed} steps of {microbatch} on {devices} devices"
             )
 
+    def prepare(*args, **options):
+        try:
+            return run.prepare(*args, **options)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+
     train_set = run.open_source(config, "train")
     tolerance = equivalence.Tolerance.of(X64.value)
     reference, failed = None, 0
@@ -89,7 +95,7 @@ def main(_) -> int:
         for engine in ENGINES.value:
             microbatch, _, devices = geometry
             config.microbatch, config.devices, config.engine = microbatch, devices, engine
-            this = run.prepare(
+            this = prepare(
                 config, num_classes=len(train_set.names), samples=len(train_set),
                 identity={"identity": train_set.identity},
             )  # fmt: skip

@@ -211,10 +211,11 @@ def check_model(path: Path, dtype) -> Comparison:
     )  # fmt: skip
     # A probe is a dot product with unit normals: its natural size is the gradient's norm. Some
     # gradients are zero by symmetry (a bias in front of a batch norm) and float32 noise in the
-    # fixture, 1e-9 of the largest: the smallest are compared with 1e-4 of the largest.
-    floor = 1e-4 * data["grad_norm"].max()
-    result.add("grad_norm", norms, data["grad_norm"], np.maximum(data["grad_norm"], floor))
-    probe_errors = (probes - data["grad_probe"]) / np.maximum(data["grad_norm"], floor)
+    # fixture, 1e-9 of the largest: those are compared with 1e-4 of the largest.
+    largest = data["grad_norm"].max()
+    size = np.where(data["grad_norm"] < 1e-7 * largest, 1e-4 * largest, data["grad_norm"])
+    result.add("grad_norm", norms, data["grad_norm"], size)
+    probe_errors = (probes - data["grad_probe"]) / size
     result.add("grad_probe_rms", np.sqrt(np.mean(np.square(probe_errors))), 0.0, 1.0)
     result.add("grad_probe_max", np.abs(probe_errors).max(), 0.0, 1.0)
 

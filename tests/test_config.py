@@ -32,7 +32,10 @@ def test_every_config_is_valid(path):
 def test_family_argument(scale):
     module = load(next(p for p in CONFIGS if p.stem == f"yolo_{scale}"))
     assert module.get_config().model == f"yolov8-{scale}"
-    assert module.get_config("v8-p2").model == f"yolov8-p2-{scale}"
+    for family in ("v8-p2", "11", "12", "11-p2", "12-p2", "v12-turbo"):
+        config = module.get_config(family)
+        assert config.model == f"yolo{family}-{scale}"
+        configs.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_family_argument(scale):
         ("nbs", 0, "nbs is positive"), ("bn_group", "some", "'all' or 'frozen'"),
         ("bn_group", 2.5, "positive integer"), ("microbatch", 0, "positive integer"),
         ("model", "yolov8-w", "did you mean"), ("devices", -1, "not negative"),
-        ("optimizer.name", "adam", "sgd, adamw"),
+        ("optimizer.name", "adam", "sgd, adamw, musgd, auto"),
     ],
 )  # fmt: skip
 def test_what_types_cannot_check(field, value, message):

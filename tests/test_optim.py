@@ -100,3 +100,73 @@ def test_ema_ramp():
 def test_a_table_stays_at_its_end():
     table = optim.at(np.array([1.0, 2.0]))
     assert [float(table(jnp.asarray(i))) for i in (0, 1, 2, 9)] == [1, 2, 2, 2]
+
+
+def test_orthogonal_by_hand(x64):
+    """Of (out, rest): the rows of a kernel's output channels, whatever its spatial shape."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 2, 5))
+    x = kernel.reshape(18, 5).T  # (out, rest)
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    found = optim.orthogonal(jnp.asarray(kernel))
+    np.testing.assert_allclose(found, x.T.reshape(kernel.shape), rtol=1e-10)
+    singular = np.linalg.svd(np.asarray(found).reshape(18, 5), compute_uv=False)
+    assert 0.6 < singular.min() < singular.max() < 1.3
+    tall = rng.normal(size=(1, 1, 3, 7))  # more outputs than inputs: the same through its transpose
+    swapped = np.swapaxes(tall, 2, 3)
+    np.testing.assert_allclose(
+        optim.orthogonal(jnp.asarray(tall)),
+        np.swapaxes(optim.orthogonal(jnp.asarray(swapped)), 2, 3), rtol=1e-9,
+    )  # fmt: skip
+
+
+def test_musgd_by_hand(x64):
+    config, schedule = make(**{"optimizer.name": "musgd"})
+    optimizer = optim.make_optimizer(config, schedule)
+    rng = np.random.default_rng(1)
+    params = {
+        "model.1": {"conv": {"kernel": rng.normal(size=(1, 1, 4, 3))}, "bn": {"bias": np.ones(3)}},
+        "model.2": {"cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)}},
+    }
+    gradient = {
+        "model.1": {"conv": {"kernel": rng.normal(size=(1, 1, 4, 3))}, "bn": {"bias": np.ones(3)}},
+        "model.2": {"cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)}},
+    }
+    state = optimizer.init(params)
+    first, state = optimizer.update(gradient, state, params)
+    second, _ = optimizer.update(gradient, state, params)
+
+    def kernel_step(p, g, u, momentum, buffer):
+        mu = schedule.momentum[u]
+        momentum = mu * momentum + (1 - mu) * g
+        muon = np.asarray(optim.orthogonal(jnp.asarray(mu * momentum + (1 - mu) * g)))
+        decayed = g + 5e-4 * p
+        buffer = mu * buffer + decayed
+        return 0.2 * muon + decayed + mu * buffer, momentum, buffer
+
+    for layer, name, factor in (("model.1", "conv", 1), ("model.2", "cv3.0.2", 3)):
+        p, g = params[layer][name]["kernel"], gradient[layer][name]["kernel"]
+        momentum = buffer = np.zeros_like(g)
+        for u, found in enumerate((first, second)):
+            step, momentum, buffer = kernel_step(p, g, u, momentum, buffer)
+            np.testing.assert_allclose(
+                found[layer][name]["kernel"], -factor * schedule.lr[u] * step, rtol=1e-9
+            )
+    mu = schedule.momentum[0]
+    np.testing.assert_allclose(first["model.1"]["bn"]["bias"], -schedule.bias_lr[0] * (1 + mu))
+    np.testing.assert_allclose(
+        first["model.2"]["cv3.0.2"]["bias"], -3 * schedule.bias_lr[0] * (1 + mu)
+    )
+
+
+def test_auto_is_the_references_choice():
+    config, _ = make(**{"optimizer.name": "auto"})
+    few = optim.resolve(config, 3, 500)
+    assert (few.optimizer.name, few.lr.base, few.lr.warmup_bias) == ("adamw", 0.001429, 0.0)
+    assert optim.resolve(config, 80, 500).lr.base == 0.000119
+    many = optim.resolve(config, 80, 20_000)
+    assert (many.optimizer.name, many.lr.base, many.optimizer.momentum) == ("musgd", 0.01, 0.937)
+    assert config.optimizer.name == "auto"

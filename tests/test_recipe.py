@@ -26,7 +26,8 @@ def test_a_window_holds_every_sample_once(nbs, microbatch, devices):
     assert laid["index"].shape == (window.steps, microbatch * devices)
     assert laid["weight"].sum() == nbs
     np.testing.assert_array_equal(laid["index"].ravel()[:nbs], batch["index"])
-    assert not laid["index"].ravel()[nbs:].any()
+    assert not laid["weight"].ravel()[nbs:].any()
+    assert set(laid["index"].ravel()) == set(batch["index"])
     assert 0 <= window.padding < microbatch * devices
 
 

@@ -6,7 +6,7 @@ Knows no model and no data set. A task is a function
 
 from jaxaccum.accumulate.batchnorm import GroupBatchNorm, Groups
 from jaxaccum.accumulate.engines import make_engine
-from jaxaccum.accumulate.randomness import sample_generator, sample_keys
+from jaxaccum.accumulate.randomness import sample_keys
 from jaxaccum.accumulate.recipe import Geometry, GeometryError, Recipe, Window
 from jaxaccum.accumulate.terms import Objective, Output, Sums, Term, require_constant_denominators
 from jaxaccum.accumulate.update import State, UpdateRule
@@ -26,6 +26,5 @@ __all__ = [
     "Window",
     "make_engine",
     "require_constant_denominators",
-    "sample_generator",
     "sample_keys",
 ]

@@ -101,7 +101,7 @@ class ScanEngine(_Engine):
     def __init__(self, forward, rule, window, mesh):
         super().__init__(forward, rule, window, mesh)
         self.batched = NamedSharding(mesh, PartitionSpec(None, AXIS))
-        self._jitted = jax.jit(self._update, donate_argnums=0)
+        self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=self.replicated)
 
     def update(self, state, batch, steps=None):
         return self._jitted(state, *self.place(batch, steps))
@@ -115,16 +115,6 @@ class ScanEngine(_Engine):
     def lower(self, state, microbatches, steps):
         """The update, lowered for the given arguments (arrays or shapes)."""
         return self._jitted.lower(state, microbatches, steps)
-
-    def gradients(self, state: State, batch: PyTree) -> tuple[PyTree, Sums]:
-        """The effective batch's gradient and sums, without an update (for checks)."""
-
-        @jax.jit
-        def run(params, stats, microbatches, steps):
-            sums, _ = self._accumulate(params, stats, microbatches, steps)
-            return self.rule.objective.gradient(sums), sums
-
-        return run(state.params, state.stats, *self.place(batch))
 
     def _update(self, state: State, microbatches, steps):
         sums, stats = self._accumulate(state.params, state.stats, microbatches, steps)
@@ -184,10 +174,15 @@ class MultiStepsEngine(_Engine):
             raise GeometryError("compat is a rule of the scan engine: set engine to 'scan'")
         self.batched = NamedSharding(mesh, PER_DEVICE)
         self._accumulator: PyTree | None = None
-        self._add = jax.jit(functools.partial(self._microbatch, closing=False), donate_argnums=1)
+        places = (self.replicated, self.batched)
+        self._add = jax.jit(
+            functools.partial(self._microbatch, closing=False), donate_argnums=1,
+            out_shardings=places,
+        )  # fmt: skip
         self._close = jax.jit(
-            functools.partial(self._microbatch, closing=True), donate_argnums=(0, 1)
-        )
+            functools.partial(self._microbatch, closing=True), donate_argnums=(0, 1),
+            out_shardings=places,
+        )  # fmt: skip
 
     def update(self, state, batch, steps=None):
         self._require_room(batch, steps)

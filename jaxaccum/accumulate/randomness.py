@@ -1,13 +1,13 @@
 """Randomness that does not know where a sample is computed.
 
 Every random number that a sample sees is drawn from a key made of (seed, epoch, sample index).
-Its place in a microbatch or on a device never enters.
+Its place in a microbatch or on a device never enters. Here for what a model draws while it
+trains (dropout, noise); the loader does the same for augmentation.
 """
 
 from __future__ import annotations
 
 import jax
-import numpy as np
 
 
 def sample_keys(seed: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
@@ -25,8 +25,3 @@ def sample_keys(seed: int, epoch: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(root, e), i)
 
     return jax.vmap(one)(epoch, index)
-
-
-def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The same on the host: the generator that augments a sample."""
-    return np.random.default_rng([seed, epoch, index])

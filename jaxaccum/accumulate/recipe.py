@@ -140,33 +140,31 @@ class Window:
         """Samples of weight zero that fill up the last microbatches."""
         return self.steps * self.geometry.microbatch * self.geometry.devices - self.recipe.nbs
 
-    def split(self, batch: Any, steps: int | None = None) -> Any:
+    def split(self, batch: Mapping[str, Any]) -> Any:
         """Lays an effective batch out as microbatches.
 
         Args:
-          batch: pytree of host arrays with a leading axis of at most `nbs` samples, one of them
-            named `weight` with 1 for a real sample.
-          steps: lay out this many microbatches instead (an effective batch that ramps up is laid
-            out in the room of the full one).
+          batch: pytree of host arrays with a leading axis of at most `nbs` samples; `weight` is 1
+            for a real sample.
         Returns:
-          the same pytree with leading axes (steps, microbatch * devices), filled with zeros.
+          the same pytree with leading axes (steps, microbatch * devices), filled up with samples
+          of weight 0. They repeat real ones: a blank image, normalised by the statistics of
+          others in its group, can overflow in a deep network.
         """
-        steps = self.steps if steps is None else steps
         width = self.geometry.microbatch * self.geometry.devices
-        samples = len(jax.tree.leaves(batch)[0])
-        if samples > steps * width:
-            raise GeometryError(
-                f"{samples} samples do not fit into {steps} microbatches of {width}"
-            )
+        room, samples = self.steps * width, len(batch["weight"])
+        if samples > room:
+            raise GeometryError(f"{samples} samples do not fit into {self.steps} x {width}")
+        place = np.arange(room)
 
         def lay(array):
             array = np.asarray(array)
-            missing = steps * width - array.shape[0]
-            if missing:
-                array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-            return array.reshape(steps, width, *array.shape[1:])
+            array = array if samples == room else array[place % samples]
+            return array.reshape(self.steps, width, *array.shape[1:])
 
-        return jax.tree.map(lay, batch)
+        laid = jax.tree.map(lay, dict(batch))
+        real = (place < samples).reshape(self.steps, width)
+        return laid | {"weight": np.where(real, laid["weight"], 0).astype(laid["weight"].dtype)}
 
     def __str__(self) -> str:
         geometry = self.geometry

@@ -98,6 +98,8 @@ def close_window(rule: UpdateRule) -> optax.GradientTransformation:
         norm = optax.tree.norm(gradient)
         losses = rule.objective.log(sums)
         ok = jnp.isfinite(norm) & jnp.isfinite(losses["loss"]) & (sums.bad == 0)
+        for moment in jax.tree.leaves(sums.moments):
+            ok &= jnp.all(jnp.isfinite(moment))
         if rule.clip:
             factor = jnp.minimum(1.0, rule.clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             gradient = jax.tree.map(lambda g: g * factor, gradient)
@@ -157,6 +159,7 @@ def advance(
         "samples": closed.sums.samples,
         "ok": ok,
         "step": step,
+        "windows": new.windows,
         "skipped_in_row": new.skipped_in_row,
         **{f"sums/{name}": value for name, value in closed.sums.denominators.items()},
     }

@@ -206,6 +206,12 @@ def _class_names(config: dict[str, Any], path: str) -> tuple[str, ...]:
         raise DataError(
             f"{path}: names is {names!r}, expected a list or a mapping from id to name.", file=path
         )
+    twice = {str(name) for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(
+            f"{path}: names has {', '.join(sorted(twice))} more than once; names must differ.",
+            file=path,
+        )
     if count is not None and count != len(names):
         raise DataError(
             f"{path}: nc is {count} but names has {len(names)} entries. Make them agree, "

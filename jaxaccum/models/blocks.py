@@ -137,14 +137,15 @@ class SPPF(nn.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention over positions, in float32.
+    """Softmax attention over positions, the softmax in at least float32.
 
     Args:
       q, k: (..., positions, heads, key width). v: (..., positions, heads, value width).
     Returns:
       like v.
     """
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=wide)
     weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
 

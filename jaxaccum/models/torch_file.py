@@ -2,8 +2,8 @@
 
 A .pt file is a zip archive: a pickle that describes objects, and the raw bytes of the tensors. A
 pickle is a program, and Python's own `pickle` carries out whatever it calls. The small machine
-here instead builds descriptions: an object becomes a `Record`, a tensor becomes a `Tensor`, the few
-calls that describe these are functions of this file, and a file that names anything else is refused.
+here instead builds descriptions: an object becomes a `Record`, a tensor a `Tensor`, the few calls
+that describe these are functions of this file, and a file that names anything else is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jaxaccum.models.weights import Weights, WeightsError, names_from
 _MAX_PICKLE = 64 * 2**20
 _MAX_MODULES = 100_000
 _MAX_DEPTH = 100
+_MAX_KEY = 1000
 
 _DTYPES: dict[str, np.dtype] = {
     name: np.dtype(name)
@@ -62,7 +63,7 @@ class Global:
     name: str
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Record:
     """The description of an object.
 
@@ -138,16 +139,18 @@ def _peek(path: Path, at: int, count: int) -> bytes:
 
 def _read_safetensors(path: Path) -> Weights:
     with safe_open(path, framework="numpy") as file:
-        facts, state = file.metadata() or {}, {}
+        facts: dict[str, str] = file.metadata() or {}
+        state = {}
         for key in file.keys():  # noqa: SIM118 not a mapping
             try:
                 state[key] = _plain(file.get_tensor(key))
             except (TypeError, AttributeError):
                 kind = file.get_slice(key).get_dtype()
                 raise WeightsError(f"{key!r} holds {kind}, which is not supported") from None
+    size = facts.get("image_size", "")
     return Weights(
         without_prefix(state), names_from(facts.get("names")), facts.get("model", ""),
-        f"{path.name}, a state dict",
+        f"{path.name}, a state dict", int(size) if size.isdecimal() else None,
     )  # fmt: skip
 
 
@@ -187,13 +190,14 @@ def _read_zip(path: Path) -> Weights:
         else:
             facts, tensors = {}, {}
         if not tensors:
-            raise WeightsError("holds no weights: no module and no state dict was found in it")
+            raise WeightsError("it holds no weights: no module and no state dict was found in it")
         state = {_word(key): archive.array(value) for key, value in tensors.items()}
     yaml = facts.get("yaml")
-    train_args = train_args if isinstance(train_args, dict) else {}
+    size = train_args.get("imgsz") if isinstance(train_args, dict) else None
     return Weights(
         without_prefix(state), names_from(facts.get("names")),
-        _model_words(yaml if isinstance(yaml, dict) else {}), origin, train_args.get("imgsz"),
+        _model_words(yaml if isinstance(yaml, dict) else {}), origin,
+        size if type(size) is int else None,
     )  # fmt: skip
 
 
@@ -211,12 +215,13 @@ def _module_tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
     while waiting:
         prefix, module, depth = waiting.pop()
         seen += 1
-        if depth > _MAX_DEPTH or seen > _MAX_MODULES:
+        if depth > _MAX_DEPTH or seen > _MAX_MODULES or len(prefix) > _MAX_KEY:
             raise WeightsError("its modules are nested without end")
         if not isinstance(module, Record):
             raise WeightsError(f"{prefix[:-1]!r} is not a module")
         state = module.state
-        skipped = state.get("_non_persistent_buffers_set") or ()
+        skipped = state.get("_non_persistent_buffers_set")
+        skipped = skipped if isinstance(skipped, (set, frozenset, list, tuple)) else ()
         for group in ("_parameters", "_buffers"):
             for name, value in _mapping(state.get(group)).items():
                 if isinstance(value, Tensor) and not (group == "_buffers" and name in skipped):
@@ -248,15 +253,19 @@ class Archive:
         members = {member.filename: member for member in self._file.infolist()}
         pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:
-            raise WeightsError("is a zip archive, but not one of torch.save (no data.pkl)")
+            raise WeightsError("it is a zip archive, but not one of torch.save (no data.pkl)")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if f"{self._prefix}constants.pkl" in members:
-            raise WeightsError("is a TorchScript program, not weights: save the state dict instead")
+            raise WeightsError(
+                "it is a TorchScript program, not weights: save the state dict instead"
+            )
         # torch.save stores without compression, so what is read is never larger than the file.
         size = path.stat().st_size
         packed = [m.filename for m in members.values() if m.compress_type != zipfile.ZIP_STORED]
         if packed or sum(m.file_size for m in members.values()) > size:
-            raise WeightsError("was not written by torch.save: its members are packed or overlap")
+            raise WeightsError(
+                "it was not written by torch.save: its members are packed or overlap"
+            )
         if members[pickles[0]].file_size > _MAX_PICKLE:
             raise WeightsError(f"its pickle is larger than {_MAX_PICKLE // 2**20} MiB")
         self._members = members
@@ -347,7 +356,8 @@ def _parameter(data, *_) -> Tensor:
 def _tensor_subclass(rebuild, kind, args, *_) -> Tensor:
     if not isinstance(rebuild, Global) or rebuild.name not in _TENSOR_CALLS:
         raise WeightsError("a tensor is not described as PyTorch describes one")
-    return _TENSOR_CALLS[rebuild.name](*args)
+    function: Callable[..., Tensor] = _TENSOR_CALLS[rebuild.name]
+    return function(*args)
 
 
 def _ordered_dict(pairs=()) -> dict:
@@ -361,7 +371,7 @@ def _encode(text, encoding="latin1") -> bytes:
 def _number(dtype, data=b"") -> Any:
     """A numpy scalar as a plain number."""
     code = _word(dtype.args[0]) if isinstance(dtype, Record) and dtype.args else ""
-    state = dtype.state.get("state", ()) if isinstance(dtype, Record) else ()
+    state: Any = dtype.state.get("state", ()) if isinstance(dtype, Record) else ()
     if not re.fullmatch(r"[fiu][1248]|b1", code) or not isinstance(data, bytes):
         return None
     order = ">" if len(state) > 1 and state[1] == ">" else "<"
@@ -405,7 +415,9 @@ def _refusal(name: str) -> WeightsError:
 
 def _global(module: Any, name: Any) -> Global:
     full = f"{_word(module)}.{_word(name)}"
-    if name.isidentifier() and (full in _CALLS or full in _INERT or full.startswith(_INERT_PREFIXES)):
+    if name.isidentifier() and (
+        full in _CALLS or full in _INERT or full.startswith(_INERT_PREFIXES)
+    ):
         return Global(full)
     raise _refusal(full)
 
@@ -507,6 +519,7 @@ def _run(data: bytes) -> Any:
         del stack[len(stack) - count :]
         return values
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name: str = opcode.name
         if name in ("PROTO", "FRAME"):
@@ -538,8 +551,9 @@ def _run(data: bytes) -> Any:
         elif name == "FROZENSET":
             stack.append(frozenset(map(_hashable, since_mark())))
         elif name == "DICT":
-            _set_items(created := {}, since_mark())
-            stack.append(created)
+            values = since_mark()
+            stack.append({})
+            _set_items(stack[-1], values)
         elif name in ("SETITEM", "SETITEMS"):
             values = pop(2) if name == "SETITEM" else since_mark()
             _set_items(stack[-1], values)
@@ -575,7 +589,9 @@ def _run(data: bytes) -> Any:
         elif name == "STOP":
             return stack.pop()
         else:
-            raise WeightsError(f"its pickle has the instruction {name}, which torch.save never uses")
+            raise WeightsError(
+                f"its pickle has the instruction {name}, which torch.save never uses"
+            )
     raise WeightsError("its pickle is cut short")
 
 

@@ -1,4 +1,5 @@
-"""The reference's state-dict keys and layouts, to our parameter paths and back.
+"""The reference's state-dict keys and layouts, to our parameter paths and back; foreign weights
+into a model, also one with other classes.
 
 A parameter's path joined by dots is its key, but for the last word: kernel and scale are both
 called weight there, and kernels are OIHW.
@@ -6,13 +7,25 @@ called weight there, and kernels are OIHW.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum.models import yolo
+
 PyTree = Any
+State = dict[str, np.ndarray]
+# Of the values outside the class branch; below it a file is taken for another network's.
+_LEAST_SHARE = 0.4
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -58,3 +71,318 @@ def from_reference(state: Mapping[str, np.ndarray], params: PyTree, stats: PyTre
         return flax.traverse_util.unflatten_dict(new)
 
     return fill(params), fill(stats)
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or do not fit; the message says why and what would."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A state dict under the reference's keys, and what is known of it.
+
+    Attributes:
+      state: key -> array, floating values in float32.
+      names: class names, None if unknown.
+      model: what its source calls the model; "" if it does not say.
+      origin: where it is from, for people.
+      image_size: side in pixels of the images it was trained on, None if unknown.
+    """
+
+    state: State
+    names: tuple[str, ...] | None = None
+    model: str = ""
+    origin: str = ""
+    image_size: int | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes.
+
+        Raises:
+          WeightsError: there is no class branch.
+        """
+        if self.class_layer is None:
+            raise WeightsError(
+                f"{self.origin}: not the weights of a detector we know (no class branch 'cv3' in "
+                f"its last row; it begins with {', '.join(map(repr, list(self.state)[:3]))})"
+            )
+        return self.class_layer.shape[0]
+
+    @property
+    def class_layer(self) -> np.ndarray | None:
+        """The last kernel of the class branch at the finest level, if there is one."""
+        kernel = self.state.get(f"model.{_last_row(self.state)}.cv3.0.2.weight")
+        return kernel if kernel is not None and kernel.ndim == 4 else None
+
+    @property
+    def known_names(self) -> tuple[str, ...] | None:
+        """`names` if they say anything: one per class, and not just numbers."""
+        names = self.names
+        if not names or all(name.isdecimal() for name in names):
+            return None
+        if self.class_layer is None or len(names) != len(self.class_layer):
+            return None
+        return names
+
+
+def names_from(value: Any) -> tuple[str, ...] | None:
+    """Class names from a list, a dict of index -> name, or the JSON of either; else None."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if isinstance(value, dict):
+        words = [str(key) for key in value if isinstance(key, str | int)]
+        if len(words) < len(value) or not all(re.fullmatch(r"\d{1,6}", word) for word in words):
+            return None
+        value = [value[key] for key in sorted(value, key=int)]
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str | int) for v in value):
+        return None
+    return tuple(map(str, value))
+
+
+def _last_row(keys: Iterable[str]) -> int:
+    rows = (re.match(r"model\.(\d{1,4})\.", key) for key in keys)
+    return max((int(row[1]) for row in rows if row), default=-1)
+
+
+@functools.lru_cache(maxsize=16)
+def shapes(name: str, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and statistic of a model, under the reference's keys."""
+    model = yolo.Yolo(name, classes)
+    example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
+    found = {}
+    for tree in (variables["params"], variables.get("batch_stats", {})):
+        for path, leaf in flax.traverse_util.flatten_dict(tree).items():
+            h = leaf.shape
+            found[key_of(path)] = (h[3], h[2], h[0], h[1]) if path[-1] == "kernel" else h
+    return found
+
+
+def fitting_models(weights: Weights) -> list[tuple[str, float]]:
+    """Models that the weights may be of, with the share of their tensors that fit, best first."""
+    last, stem = _last_row(weights.state), weights.state.get("model.0.conv.weight")
+    if weights.class_layer is None or stem is None or not stem.shape:
+        return []
+    classes, found = weights.classes, []
+    for name in yolo.names():
+        family, scale = yolo.parse(name)
+        _, _, _, (features, *_) = family.rows[0]
+        width = math.ceil(min(features, family.max_channels[scale]) * family.width[scale] / 8) * 8
+        if len(family.rows) - 1 != last or width != stem.shape[0]:
+            continue  # tracing every model would take minutes
+        needed = shapes(name, classes)
+        fits = sum(k in weights.state and weights.state[k].shape == s for k, s in needed.items())
+        found.append((name, fits / len(needed)))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def guess_model(weights: Weights) -> str:
+    """The model whose tensors are all there, by their shapes.
+
+    Raises:
+      WeightsError: there is none.
+    """
+    found = fitting_models(weights)
+    if found and found[0][1] == 1:
+        return found[0][0]
+    raise WeightsError(
+        f"{weights.origin}: the weights of no model we know"
+        + (f", the source calls it {weights.model!r}" if weights.model else "")
+        + "".join(f"; {share:.0%} of the tensors of {name} fit" for name, share in found[:1])
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What became of the tensors of a model that was given foreign weights.
+
+    Attributes:
+      origin: of the weights.
+      loaded: keys copied whole.
+      remapped: keys of which the rows of `carried` classes were copied by name.
+      left: key -> why it stays at its initial value.
+      unused: keys of the weights that the model does not have.
+      carried, new: names of the model's classes, where rows were copied by name.
+      share: of the model's values that were loaded, 0..1.
+      hint: what fits the weights better, if anything.
+    """
+
+    origin: str
+    loaded: tuple[str, ...]
+    remapped: tuple[str, ...]
+    left: dict[str, str]
+    unused: tuple[str, ...]
+    carried: tuple[str, ...]
+    new: tuple[str, ...]
+    share: float
+    hint: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor was copied whole."""
+        return not self.left and not self.remapped
+
+    def lines(self) -> list[str]:
+        """The report, for people."""
+        total = len(self.loaded) + len(self.remapped) + len(self.left)
+        lines = [
+            f"weights from {self.origin}: {len(self.loaded)} of {total} tensors loaded, "
+            f"{self.share:.1%} of the values"
+        ]
+        if self.remapped:
+            lines.append(
+                f"  copied by class name in {_stems(self.remapped)}: {_listed(self.carried)}"
+                + (f"; at their initial values: {_listed(self.new)}" if self.new else "")
+            )
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.left.items():
+            reasons.setdefault(reason, []).append(key)
+        for reason, keys in reasons.items():
+            lines.append(f"  left at initial values, {reason}: {_stems(keys)}")
+        if self.unused:
+            lines.append(f"  not used of the file: {_stems(self.unused)}")
+        if self.hint:
+            lines.append(f"  {self.hint}")
+        return lines
+
+
+def _listed(words: Sequence[str], most: int = 12) -> str:
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _stems(keys: Iterable[str]) -> str:
+    """The modules that keys belong to."""
+    return _listed(list(dict.fromkeys(re.sub(r"(\.(conv|bn))?\.\w+$", "", k) for k in keys)), 16)
+
+
+def transfer(
+    weights: Weights, model: yolo.Yolo, params: PyTree, stats: PyTree, names: Sequence[str]
+) -> tuple[PyTree, PyTree, Transfer]:
+    """Gives a model the weights that fit; the rest keeps its initial values.
+
+    A tensor is copied if its key and shape are the same. The rows of the last layer of the class
+    branch are copied by class name where both sides have names and these differ. The inner width
+    of the class branch can depend on the number of classes; where it differs, that branch stays at
+    its initial values.
+
+    Args:
+      weights: what there is.
+      model: the model that is to be filled.
+      params, stats: its initial values.
+      names: its classes.
+    Returns:
+      (params, stats, report).
+    Raises:
+      WeightsError: hardly anything fits, or a value is not finite.
+    """
+    head = f"model.{len(yolo.parse(model.model)[0].rows) - 1}."
+    rows = re.compile(re.escape(head) + r"cv3\.\d+\.2\.(weight|bias)")
+    theirs, row_of, layer = weights.known_names, None, weights.class_layer
+    ours = [_comparable(name) for name in names]
+    if theirs is not None and ours != [_comparable(name) for name in theirs]:
+        index = {_comparable(name): i for i, name in reversed(list(enumerate(theirs)))}
+        row_of = [index.get(name) for name in ours]
+    state = weights.state
+    left: dict[str, str] = {}
+    loaded, remapped, values = [], [], {}
+    initial = to_reference(params) | to_reference(stats)
+
+    def same_inputs(key: str) -> bool:
+        """Whether the rows of a last class layer read features of the same width."""
+        kernel = f"{key.rpartition('.')[0]}.weight"
+        return (
+            kernel in state
+            and state[kernel].shape[1:] == initial[kernel].shape[1:]
+            and state[key].shape == (weights.classes, *initial[key].shape[1:])
+        )
+
+    sizes = {True: 0, False: 0}  # values outside the class branch, by whether they were loaded
+    for key, old in initial.items():
+        new = state.get(key)
+        if new is not None and not np.isfinite(new).all():
+            raise WeightsError(f"{weights.origin}: {key!r} holds values that are not finite")
+        fits = new is not None and new.shape == old.shape
+        if new is None:
+            left[key] = "not in the file"
+        elif rows.fullmatch(key) and same_inputs(key) and (row_of or not fits):
+            if row_of is None:
+                left[key] = (
+                    f"the classes are not the same ({len(new)} there, {len(old)} here) and the "
+                    "file does not name its own"
+                )
+            elif not any(i is not None for i in row_of):
+                left[key] = "no class of the file has the name of one here"
+            else:
+                values[key] = np.stack([old[j] if i is None else new[i]
+                                        for j, i in enumerate(row_of)])  # fmt: skip
+                remapped.append(key)
+        elif fits:
+            values[key] = new
+            loaded.append(key)
+        elif key.startswith(f"{head}cv3."):
+            left[key] = (
+                "the width of the class branch follows the number of classes "
+                f"({model.classes} here{'' if layer is None else f', {len(layer)} there'})"
+            )
+        else:
+            left[key] = "of another shape in the file"
+        if not key.startswith(f"{head}cv3."):
+            sizes[key in values] += old.size
+    share = sizes[True] / max(sum(sizes.values()), 1)
+    strange = any(not key.startswith(f"{head}cv3.") for key in left)
+    better = [name for name, fit in fitting_models(weights) if fit == 1] if strange else []
+    hint = f"the file fits {better[0]} whole" if better and better[0] != model.model else ""
+    if share < _LEAST_SHARE:
+        raise WeightsError(
+            f"{weights.origin}: only {share:.1%} of the values of {model.model} outside its class "
+            f"branch are there in the same shape; {hint or 'no model we know fits it'}"
+        )
+    carried = [name for name, i in zip(names, row_of or [], strict=False) if i is not None]
+    unused = set(state) - set(values) - set(left)
+    report = Transfer(
+        weights.origin, tuple(loaded), tuple(remapped), left,
+        tuple(k for k in state if k in unused and not k.endswith(_FIXED)),
+        tuple(carried) if remapped else (),
+        tuple(n for n in names if n not in carried) if remapped else (),
+        sum(values[k].size for k in loaded) / max(_size(params) + _size(stats), 1),
+        hint,
+    )  # fmt: skip
+
+    def fill(tree):
+        return from_reference(to_reference(tree) | values, tree, {})[0]
+
+    return fill(params), fill(stats), report
+
+
+def _size(tree: PyTree) -> int:
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _comparable(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+_FIXED = (".num_batches_tracked", ".dfl.conv.weight")
+
+
+def for_pytorch(model: yolo.Yolo, params: PyTree, stats: PyTree, updates: int = 0) -> State:
+    """The whole state dict of the reference's module, for its strict loading.
+
+    Beside parameters and statistics it holds what never changes here: the number of batches that
+    each batch norm has seen (`updates`), and the bins of the box distribution.
+    """
+    state = to_reference(params) | to_reference(stats)
+    whole: State = {}
+    for key, value in state.items():
+        whole[key] = np.ascontiguousarray(value)
+        if key.endswith(".running_var"):
+            tracked = key.removesuffix("running_var") + "num_batches_tracked"
+            whole[tracked] = np.asarray(updates, np.int64)
+    head = len(yolo.parse(model.model)[0].rows) - 1
+    bins = np.arange(yolo.REG_MAX, dtype=np.float32).reshape(1, yolo.REG_MAX, 1, 1)
+    return whole | {f"model.{head}.dfl.conv.weight": bins}

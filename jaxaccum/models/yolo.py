@@ -256,7 +256,8 @@ def decode_boxes(boxes: jax.Array, anchors: Anchors) -> jax.Array:
     arXiv:2006.04388).
     """
     logits = boxes.reshape(*boxes.shape[:-1], 4, REG_MAX)
-    distances = jax.nn.softmax(logits, axis=-1) @ jnp.arange(REG_MAX, dtype=boxes.dtype)
+    bins = jnp.arange(REG_MAX, dtype=boxes.dtype)
+    distances = jnp.sum(jax.nn.softmax(logits, axis=-1) * bins, axis=-1)
     centres = jnp.asarray(anchors.centres, boxes.dtype)
     return jnp.concatenate([centres - distances[..., :2], centres + distances[..., 2:]], axis=-1)
 
@@ -270,6 +271,8 @@ class Detect(nn.Module):
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], groups: Groups | None) -> Predictions:
+        # Class logits start near -10, where bfloat16 knows steps of 1/16.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         finest = levels[0].shape[-1]
         box = max(16, finest // 4, 4 * REG_MAX)
         hidden = max(finest, min(self.classes, 100))
@@ -277,7 +280,7 @@ class Detect(nn.Module):
         for i, level in enumerate(levels):
             x = self._conv(box, 3, f"cv2.{i}.0")(level, groups)
             x = self._conv(box, 3, f"cv2.{i}.1")(x, groups)
-            x = blocks.conv2d(4 * REG_MAX, 1, dtype=self.dtype, name=f"cv2.{i}.2")(x)
+            x = blocks.conv2d(4 * REG_MAX, 1, dtype=wide, name=f"cv2.{i}.2")(x)
             boxes.append(x.reshape(x.shape[0], -1, 4 * REG_MAX))
             x = level
             for j in range(2):
@@ -286,7 +289,7 @@ class Detect(nn.Module):
                     x = self._conv(hidden, 1, f"cv3.{i}.{j}.1")(x, groups)
                 else:
                     x = self._conv(hidden, 3, f"cv3.{i}.{j}")(x, groups)
-            x = blocks.conv2d(self.classes, 1, dtype=self.dtype, name=f"cv3.{i}.2")(x)
+            x = blocks.conv2d(self.classes, 1, dtype=wide, name=f"cv3.{i}.2")(x)
             scores.append(x.reshape(x.shape[0], -1, self.classes))
         return Predictions(jnp.concatenate(boxes, axis=1), jnp.concatenate(scores, axis=1))
 

@@ -37,14 +37,6 @@ class DetectionTask:
     group: int | None
     gains: tuple[float, float, float] = (7.5, 0.5, 1.5)
 
-    def __post_init__(self):
-        if self.image_size % 32:
-            below = max(self.image_size // 32 * 32, 32)
-            raise ValueError(
-                f"data.image_size is a multiple of 32, the coarsest stride; got "
-                f"{self.image_size}: use {below} or {below + 32}"
-            )
-
     @property
     def anchors(self) -> yolo.Anchors:
         return yolo.anchors(self.image_size, self.image_size, self.model.strides)

@@ -1,0 +1,186 @@
+"""python -m jaxaccum.convert --from=FILE --out=DIR [--model=NAME] [--names=a,b,c]
+python -m jaxaccum.convert --from=WORKDIR --to=FILE.safetensors
+
+Weights in: a .pt or .safetensors file of a YOLO detector becomes a workdir that evaluate, predict
+and `init_from` take. Weights out: the best weights of a run as a state dict that PyTorch loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+from safetensors.numpy import save_file
+
+from jaxaccum import config as configs
+from jaxaccum import models
+from jaxaccum.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.inference import load
+from jaxaccum.models import torch_file, weights, yolo
+from jaxaccum.models.weights import Transfer, Weights, WeightsError
+from jaxaccum.tasks.detection import DetectionTask
+
+PyTree = Any
+
+
+def read(path: Path) -> Weights:
+    """The weights in a .pt or .safetensors file, or the best ones of a workdir.
+
+    Raises:
+      WeightsError, CheckpointError: there are none, or they cannot be used.
+    """
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: give a .pt or .safetensors file or a workdir")
+    if not path.is_dir():
+        return torch_file.read(path)
+    trained = load(path)
+    state = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
+    return Weights(
+        {k: np.asarray(v) for k, v in state.items()}, trained.names, trained.config.model,
+        f"{path}, update {trained.step} of a run", trained.config.data.image_size,
+    )  # fmt: skip
+
+
+def load_initial(
+    path: str | Path, model: yolo.Yolo, params: PyTree, stats: PyTree, names: Sequence[str]
+) -> tuple[PyTree, PyTree, Transfer]:
+    """Initial values of a run from the weights of another, with other classes too.
+
+    Args:
+      path: a .pt or .safetensors file, or a workdir.
+      model: the model to be trained; params, stats: its initial values.
+      names: its classes.
+    Returns:
+      (params, stats, what was loaded).
+    Raises:
+      WeightsError, CheckpointError: nothing there, or hardly anything fits.
+    """
+    return weights.transfer(read(Path(path)), model, params, stats, names)
+
+
+def convert(
+    source: Path, out: Path, model: str = "", names: Sequence[str] = ()
+) -> tuple[Transfer, dict[str, Any]]:
+    """Writes the weights of a file as the best ones of a workdir.
+
+    Args:
+      source: a .pt or .safetensors file.
+      out: a folder without weights of its own.
+      model: its name; "" to tell it from the shapes.
+      names: of the classes; those of the file by default.
+    Returns:
+      (what was loaded, the facts saved beside it).
+    Raises:
+      WeightsError: the file does not hold the whole model. CheckpointError: `out` is taken, or
+        cannot be written.
+    """
+    found = read(source)
+    try:
+        name = model or weights.guess_model(found)
+        yolo.parse(name)
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise WeightsError(f"--model: {error}") from None
+    classes = found.classes
+    if names and len(names) != classes:
+        raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
+    in_file = found.names if found.names and len(found.names) == classes else None
+    names = tuple(names) or in_file or tuple(map(str, range(classes)))
+
+    config = configs.detection()
+    config.model = name
+    size = found.image_size
+    if size and size > 0 and size % 32 == 0:
+        config.data.image_size = size
+    network = models.create(name, num_classes=classes)
+    task = DetectionTask(network, config.data.image_size, None)
+    params, stats, report = weights.transfer(
+        Weights(found.state, None, found.model, found.origin), network, *task.initialise(0), names
+    )
+    if not report.complete:
+        raise WeightsError("\n".join([f"the file is not a whole {name}", *report.lines()]))
+    digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
+    meta = {
+        "fingerprint": "converted",
+        "recipe": {"converted_from": source.name, "sha256": digest},
+        "config": config.to_dict(),
+        "names": list(names),
+        "best": {},
+        "metrics": {},
+    }
+    if any((out / kind).is_dir() and any((out / kind).iterdir()) for kind in ("last", "best")):
+        raise CheckpointError(f"{out} already holds a run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(out) as checkpoints:
+        checkpoints.save_best(0, {"params": params, "stats": stats}, meta)
+    return report, meta
+
+
+def write(workdir: Path, file: Path) -> int:
+    """Writes the best weights of a workdir as a state dict under the reference's keys.
+
+    Returns:
+      the number of tensors.
+    Raises:
+      CheckpointError: the workdir holds none, or the file cannot be written.
+    """
+    trained = load(workdir)
+    state = weights.for_pytorch(trained.task.model, trained.params, trained.stats, trained.step)
+    facts = {
+        "format": "pt",
+        "model": trained.config.model,
+        "names": json.dumps(trained.names),
+        "image_size": str(trained.config.data.image_size),
+        "recipe": trained.fingerprint,
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file, facts)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+    return len(state)
+
+
+if __name__ == "__main__":
+    from jaxaccum.train import main_with_clear_errors
+
+    _FROM = flags.DEFINE_string("from", None, "a .pt or .safetensors file, or a run", required=True)
+    _OUT = flags.DEFINE_string("out", None, "the workdir to make of a file")
+    _TO = flags.DEFINE_string("to", None, "the .safetensors to make of a run")
+    _MODEL = flags.DEFINE_string("model", "", "family-scale; told from the shapes by default")
+    _NAMES = flags.DEFINE_list("names", [], "class names, in order; those of the file by default")
+
+    def main(_) -> int:
+        logging.set_verbosity(logging.ERROR)
+        source = Path(_FROM.value or "")
+        try:
+            if bool(_OUT.value) == bool(_TO.value):
+                raise WeightsError("give --out=DIR to make a workdir of a file, or "
+                                   "--to=FILE.safetensors to make a file of a run")  # fmt: skip
+            if _TO.value:
+                count = write(source, Path(_TO.value))
+                print(f"{count} tensors in {_TO.value}")
+                return 0
+            out = Path(_OUT.value or "")
+            report, meta = convert(source, out, _MODEL.value, _NAMES.value)
+        except WeightsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(*report.lines(), sep="\n")
+        told = "" if _MODEL.value else " (told from the shapes)"
+        names = meta["names"]
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        print(f"model {meta['config']['model']}{told}, {len(names)} classes: {shown}")
+        if all(name.isdecimal() for name in names):
+            print("the file does not name its classes: give --names=a,b,c to do so")
+        print(f"images of {meta['config']['data']['image_size']} px; weights in {out / 'best'}")
+        return 0
+
+    main_with_clear_errors(main)
