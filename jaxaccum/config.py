@@ -11,9 +11,9 @@ from jaxaccum.accumulate import Recipe
 
 # Fields that decide only how a run is computed, watched or stored; all others are the recipe.
 NOT_LEARNED = (
-    "microbatch", "devices", "engine", "epochs", "log", "eval", "checkpoint", "max_skipped",
-    "data.path", "data.val_path", "data.images", "data.on_error", "data.cache", "data.cache_gib",
-    "data.workers", "data.prefetch",
+    "init_from", "microbatch", "devices", "engine", "epochs", "log", "eval", "checkpoint",
+    "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error", "data.cache",
+    "data.cache_gib", "data.workers", "data.prefetch",
 )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def detection() -> ml_collections.ConfigDict:
     c.epochs = 100.0  # passes over the data; or
     c.steps = 0  # updates, if not 0
     c.seed = 0
+    c.init_from = ""  # weights to start from: a .pt, .safetensors or the workdir of a run
     # Compute: "float32", "tf32" (float32 whose products may be rounded on the way, several times
     # as fast on GPUs) or "bfloat16". Parameters and accumulators are float32 in all of them.
     c.dtype = "float32"

@@ -64,6 +64,19 @@ def load_initial(
     return weights.transfer(read(Path(path)), model, params, stats, names)
 
 
+def identify(path: str | Path) -> str:
+    """What identifies the weights that a run starts from, wherever they lie; "" for none."""
+    if not str(path):
+        return ""
+    path = Path(path)
+    if path.is_dir():
+        with Checkpoints(path) as checkpoints:
+            return f"{checkpoints.meta(best=True)['fingerprint']} of update {checkpoints.best}"
+    if not path.is_file():
+        raise WeightsError(f"init_from: {path} is neither a file nor a workdir")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def convert(
     source: Path, out: Path, model: str = "", names: Sequence[str] = ()
 ) -> tuple[Transfer, dict[str, Any]]:

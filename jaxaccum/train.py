@@ -23,10 +23,12 @@ from jaxaccum import config as configs
 from jaxaccum import data, run
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
 from jaxaccum.checkpoint import CheckpointError, Checkpoints, require_same_recipe
+from jaxaccum.convert import identify, load_initial
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import Evaluator, recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
+from jaxaccum.models.weights import WeightsError
 
 
 class TrainingError(RuntimeError):
@@ -51,11 +53,21 @@ def train(
         config,
         num_classes=len(train_set.names),
         samples=len(train_set),
-        identity={"identity": train_set.identity, "samples": len(train_set)},
+        identity={
+            "identity": train_set.identity,
+            "samples": len(train_set),
+            "init": identify(config.init_from),
+        },
     )
     stream = run.make_stream(this, train_set)
     engine = make_engine(this.task.forward, this.rule, this.window)
     params, stats = this.task.initialise(config.seed)
+    if config.init_from:
+        params, stats, transfer = load_initial(
+            config.init_from, this.task.model, params, stats, train_set.names
+        )
+        for line in transfer.lines():
+            print(line)
     require_constant_denominators(
         this.task.forward, params, stats,
         this.task.example(this.window.geometry.microbatch, config.data.max_objects),
@@ -247,7 +259,8 @@ def default_workdir(config_argument: str) -> Path:
 
 
 USER_ERRORS = (
-    configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError
+    configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError,
+    WeightsError,
 )  # fmt: skip
 
 

@@ -42,10 +42,12 @@ def test_family_argument(scale):
     ("field", "value", "message"),
     [
         ("engine", "loop", "scan, multisteps"), ("lr.scaling", "square", "none, linear, sqrt"),
-        ("nbs", 0, "nbs is positive"), ("bn_group", "some", "'all' or 'frozen'"),
+        ("nbs", 0, "nbs is at least 1"), ("bn_group", "some", "'all' or 'frozen'"),
         ("bn_group", 2.5, "positive integer"), ("microbatch", 0, "positive integer"),
-        ("model", "yolov8-w", "did you mean"), ("devices", -1, "not negative"),
+        ("model", "yolov8-w", "did you mean"), ("devices", -1, "at least 0"),
         ("optimizer.name", "adam", "sgd, adamw, musgd, auto"),
+        ("optimizer.momentum", 3.0, "in 0 to 1"), ("data.image_size", 100, "use 96 or 128"),
+        ("dtype", "float64", "JAX_ENABLE_X64"), ("eval.conf", 2.0, "in 0 to 1"),
     ],
 )  # fmt: skip
 def test_what_types_cannot_check(field, value, message):

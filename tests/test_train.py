@@ -18,6 +18,7 @@ from tiny import tiny_config
 
 from jaxaccum import checkpoint, data, evaluate, inference, predict, run, train
 from jaxaccum.accumulate import Recipe
+from jaxaccum.models import weights as weights_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,6 +188,21 @@ def test_another_recipe_if_the_user_insists(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     train.train(tiny_config(**{"lr.base": 0.02, "steps": 13}), tmp_path / "copy", True)
     assert records(tmp_path / "copy")[-1]["step"] == 13
+
+
+def test_fine_tuning_from_a_workdir(trained, tmp_path, capsys):
+    """Other classes: what fits is loaded, the class branch goes by name, and it is said."""
+    path = yolo_folder(tmp_path / "set", "0 0.5 0.5 0.2 0.2\n")
+    path.write_text(path.read_text().replace("[cat, dog]", "[car, dog]"))
+    config = tiny_config(**{"data.path": str(path), "init_from": str(trained), "steps": 1})
+    train.train(config, tmp_path / "w")
+    said = capsys.readouterr().out
+    assert "loaded" in said and "car" in said
+    train.train(config, tmp_path / "w")  # the same weights: the same recipe
+    with pytest.raises(checkpoint.CheckpointError, match=r"data\.init"):
+        train.train(tiny_config(**{"data.path": str(path), "steps": 1}), tmp_path / "w")
+    with pytest.raises(weights_module.WeightsError, match="neither a file nor a workdir"):
+        train.train(tiny_config(init_from=str(tmp_path / "none.pt")), tmp_path / "w2")
 
 
 def test_windows_that_are_not_finite_stop_the_run_and_name_the_samples(tmp_path):
