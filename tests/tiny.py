@@ -49,6 +49,6 @@ if __name__ == "__main__":
 
     jax.config.update("jax_platforms", "cpu")
     run.use_compilation_cache()
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 40
-    changes = {"steps": steps, "eval.every": 10, "checkpoint.every": 2}
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 400
+    changes = {"steps": steps, "eval.every": 80, "checkpoint.every": 10}
     train.train(tiny_config(**changes), Path(sys.argv[1]))
