@@ -26,11 +26,18 @@ from jaxaccum.losses import detection
 from jaxaccum.models import init, weights, yolo
 
 TOLERANCE = 1e-4
-# Gradients of several hundred layers of batch norm over 32 values amplify rounding, on both sides:
-# against a float64 run of ours the float32 fixtures themselves are off by up to 8e-5 in a norm,
-# 1.2e-4 in the probes' root mean square and 4.3e-4 in one probe (yolov8-p2-m). What is typical is
-# held to the tolerance; the largest of several hundred parameters to more, and reported.
-LOOSE = {"grad_norm_max": 3e-4, "grad_probe_rms": 3e-4, "grad_probe_max": 3e-3}
+# A training pass goes through a hundred and more batch norms over as few as 32 values and amplifies
+# rounding, on both sides: against a float64 run of ours the fixture of yolov8-p2-m itself is off by
+# 8e-5 in a gradient's norm, 1.2e-4 in the probes' root mean square and 4.3e-4 in one probe. So
+# outputs and norms are held to the tolerance in root mean square, and single values (of several
+# hundred to a hundred thousand), and probes, to more; all are reported.
+LOOSE = {
+    "train_boxes_max": 5e-4,
+    "train_scores_max": 5e-4,
+    "grad_norm_max": 5e-4,
+    "grad_probe_rms": 5e-4,
+    "grad_probe_max": 5e-3,
+}
 
 
 class Comparison:
@@ -191,8 +198,11 @@ def check_model(path: Path, dtype) -> Comparison:
         jax.value_and_grad(train_loss, has_aux=True)
     )(params)
     if "train_boxes" in data:
-        result.add("train_boxes", channels_first(out.boxes, 7), data["train_boxes"])
-        result.add("train_scores", channels_first(out.scores, 7), data["train_scores"])
+        for name, ours in (("train_boxes", out.boxes), ("train_scores", out.scores)):
+            ours, theirs = channels_first(ours, 7), data[name]
+            result.add(f"{name}_max", ours, theirs)
+            error, scale = np.sqrt(np.mean(np.square(ours - theirs))), np.abs(theirs).max()
+            result.add(f"{name}_rms", error, 0.0, scale)
     if "loss_total_times_batch" in data:
         result.add("loss_total", total, data["loss_total_times_batch"])
     result.add("loss", items, data["loss_items"], np.abs(data["loss_items"]))
