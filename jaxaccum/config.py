@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import jax
 import ml_collections
 from ml_collections import config_dict
 
-from jaxaccum import models
 from jaxaccum.accumulate import Recipe
+from jaxaccum.models import completion as completion_models
+from jaxaccum.models import yolo
 
 # Fields that decide only how a run is computed, watched or stored; all others are the recipe.
 NOT_LEARNED = (
-    "init_from", "microbatch", "devices", "engine", "epochs", "log", "eval", "checkpoint",
+    "init_from", "microbatch", "devices", "engine", "remat", "epochs", "log", "eval", "checkpoint",
     "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error", "data.cache",
     "data.cache_gib", "data.workers", "data.prefetch",
 )  # fmt: skip
@@ -30,7 +33,11 @@ RANGES = {
     "lr.warmup_epochs": (0, 1e9), "lr.warmup_bias": (0, 1e9), "lr.warmup_momentum": (0, 1),
     "ema.decay": (0, 1), "ema.ramp": (1e-9, 1e9), "augment.close_mosaic": (0, 1e9),
     "data.image_size": (32, 1e5), "data.max_objects": (1, 1e6), "data.cache_gib": (0, 1e6),
-    "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
+    "lr.decay_rate": (0, 1), "lr.decay_epochs": (1e-9, 1e9),
+    "bn_momentum.start": (0, 1), "bn_momentum.decay": (0, 1), "bn_momentum.epochs": (1e-9, 1e9),
+    "bn_momentum.final": (0, 1),
+    "loss.coarse": (0, 1e9), "loss.fine": (0, 1e9), "loss.denoise": (0, 1e9),
+    "eval.viewpoints": (0, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
     "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
     "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
 }  # fmt: skip
@@ -47,24 +54,17 @@ def any_of(value) -> config_dict.FieldReference:
     return reference
 
 
-def detection() -> ml_collections.ConfigDict:
-    """Every field of a detection run with its default: the recipe of the reference trainer."""
-    c = ml_collections.ConfigDict()
-    c.task = "detection"
-    c.model = "yolov8-s"  # python -c "from jaxaccum import models; print(models.names())"
-
-    # --- The recipe: what is learned. ---
+def _recipe(c: ml_collections.ConfigDict) -> None:
+    """Fields of the recipe that every task has."""
     c.nbs = 64  # effective batch: samples per update
     c.bn_group = any_of(8)  # samples that share batch statistics: a number, "all" or "frozen"
     c.epochs = 100.0  # passes over the data; or
     c.steps = 0  # updates, if not 0
     c.seed = 0
-    c.init_from = ""  # weights to start from: a .pt, .safetensors or the workdir of a run
+    c.init_from = ""  # weights to start from: a .pt, .pth, .safetensors or the workdir of a run
     # Compute: "float32", "tf32" (float32 whose products may be rounded on the way, several times
     # as fast on GPUs) or "bfloat16". Parameters and accumulators are float32 in all of them.
     c.dtype = "float32"
-    c.compat = False  # the usual trainers' accumulation instead of the exact one, to compare
-    c.loss = ml_collections.ConfigDict({"box": 7.5, "cls": 0.5, "dfl": 1.5})
     c.optimizer = ml_collections.ConfigDict(
         {
             "name": "sgd",  # "sgd" (Nesterov), "adamw", "musgd" (SGD and Muon) or "auto"
@@ -80,14 +80,46 @@ def detection() -> ml_collections.ConfigDict:
             "base": 0.01,
             "base_batch": 64,
             "scaling": "none",  # of base with nbs / base_batch: "none", "linear" or "sqrt"
-            "final": 0.01,  # last learning rate over the peak
-            "decay": "linear",  # or "cosine"
+            "final": 0.01,  # last, or smallest, learning rate over the peak
+            "decay": "linear",  # or "cosine" or "exponential"
             "warmup_epochs": 3.0,
             "warmup_bias": 0.1,  # learning rate of biases at the start
             "warmup_momentum": 0.8,
         }
     )
     c.ema = ml_collections.ConfigDict({"decay": 0.9999, "ramp": 2000.0})  # decay 0: no average
+
+
+def _geometry(c: ml_collections.ConfigDict) -> None:
+    """How it is computed. Changes nothing but seconds and bytes."""
+    c.microbatch = any_of(8)  # samples in one forward and backward pass on one device
+    c.devices = 0  # 0: all that JAX sees
+    c.engine = "scan"  # or "multisteps"
+    c.remat = False  # compute every block's activations again in the backward pass: less memory
+
+
+def _run(c: ml_collections.ConfigDict) -> None:
+    """What is watched and kept. `every` counts updates; 0: once per epoch, -1: never."""
+    c.max_skipped = 3  # windows in a row that may be skipped for a NaN or Inf
+    c.log = ml_collections.ConfigDict({"every": 10, "tensorboard": True, "images": 4})
+    c.eval = ml_collections.ConfigDict(
+        {
+            "every": 0,
+            "batch": 16,
+            "precise_bn": 0,  # training samples to recompute running statistics over; 0: off
+        }
+    )
+    c.checkpoint = ml_collections.ConfigDict({"every": 0, "keep": 2})
+
+
+def detection() -> ml_collections.ConfigDict:
+    """Every field of a detection run with its default: the recipe of the reference trainer."""
+    c = ml_collections.ConfigDict()
+    c.task = "detection"
+    c.model = "yolov8-s"  # python -m jaxaccum.models
+    _recipe(c)
+    c.compat = False  # the usual trainers' accumulation instead of the exact one, to compare
+    c.loss = ml_collections.ConfigDict({"box": 7.5, "cls": 0.5, "dfl": 1.5})
     c.augment = ml_collections.ConfigDict(
         {
             "mosaic": 1.0, "mixup": 0.0, "degrees": 0.0, "translate": 0.1, "scale": 0.5,
@@ -111,27 +143,55 @@ def detection() -> ml_collections.ConfigDict:
             "prefetch": 2,  # effective batches made ahead
         }
     )
+    _geometry(c)
+    _run(c)
+    c.eval.update(conf=0.001, iou=0.7, max_det=300)
+    return c
 
-    # --- The geometry: how it is computed. Changes nothing but seconds and bytes. ---
-    c.microbatch = any_of(8)  # samples in one forward and backward pass on one device
-    c.devices = 0  # 0: all that JAX sees
-    c.engine = "scan"  # or "multisteps"
 
-    # --- The run: what is watched and kept. `every` counts updates; 0: once per epoch, -1: never.
-    c.max_skipped = 3  # windows in a row that may be skipped for a NaN or Inf
-    c.log = ml_collections.ConfigDict({"every": 10, "tensorboard": True, "images": 4})
-    c.eval = ml_collections.ConfigDict(
+def completion() -> ml_collections.ConfigDict:
+    """Every field of a point-completion run with its default: the recipe of AdaPoinTr."""
+    c = ml_collections.ConfigDict()
+    c.task = "completion"
+    c.model = "adapointr-projected"  # python -m jaxaccum.models
+    _recipe(c)
+    c.nbs = 48
+    c.epochs = 600.0
+    c.optimizer.update(name="adamw", momentum=0.9)
+    c.lr.update(
+        base=1e-4, base_batch=48, decay="exponential", final=0.02,
+        warmup_epochs=0.0, warmup_bias=0.0, warmup_momentum=0.9,
+    )  # fmt: skip
+    c.lr.decay_rate = 0.9  # of "exponential": the factor after
+    c.lr.decay_epochs = 21.0  # that many epochs
+    # Weight of an update's batch statistics in the running ones, falling from start to final by
+    # the factor `decay` every `epochs` epochs.
+    c.bn_momentum = ml_collections.ConfigDict(
+        {"start": 0.9, "decay": 0.5, "epochs": 21.0, "final": 0.01}
+    )
+    c.ema.decay = 0.0
+    c.loss = ml_collections.ConfigDict({"coarse": 1.0, "fine": 1.0, "denoise": 0.5})
+    c.augment = ml_collections.ConfigDict({"mirror": True})  # along x and z, target alike
+    c.data = ml_collections.ConfigDict(
         {
-            "every": 0,
-            "batch": 16,
-            "conf": 0.001,
-            "iou": 0.7,
-            "max_det": 300,
-            "precise_bn": 0,  # training samples to recompute running statistics over; 0: off
+            # "" for the embedded shapes, the folder of PCN, or FOLDER:BENCHMARK in the ShapeNet
+            # layout: DATA/ShapeNet55-34:ShapeNet-34, ...:Projected_ShapeNet-34_noise
+            "path": "",
+            "workers": 0,  # loader processes; 0: threads
+            "prefetch": 2,  # effective batches made ahead
         }
     )
-    c.checkpoint = ml_collections.ConfigDict({"every": 0, "keep": 2})
+    _geometry(c)
+    _run(c)
+    # Of the ShapeNet layout: how much is cut off, "easy", "median" or "hard".
+    c.eval.mode = "median"
+    c.eval.viewpoints = 0  # and from how many of its 8 sides; 0: all (one of embedded shapes)
+    c.eval.unseen = False  # evaluate the categories that are not trained on, too
+    c.eval.references = ""  # a PCN folder, with whose cars predictions of KITTI's are compared
     return c
+
+
+DEFAULTS = {"detection": detection, "completion": completion}
 
 
 def validate(c: ml_collections.ConfigDict) -> None:
@@ -141,24 +201,25 @@ def validate(c: ml_collections.ConfigDict) -> None:
       ConfigError: names the field, what it holds and what it may hold.
     """
     words = {
-        "task": ("detection",),
+        "task": tuple(DEFAULTS),
         "dtype": tuple(DTYPES),
         "engine": ("scan", "multisteps"),
         "optimizer.name": ("sgd", "adamw", "musgd", "auto"),
         "optimizer.weight_decay_scaling": ("none", "linear"),
         "lr.scaling": ("none", "linear", "sqrt"),
-        "lr.decay": ("linear", "cosine"),
+        "lr.decay": ("linear", "cosine", *(["exponential"] if "decay_rate" in c.lr else [])),
         "data.on_error": ("raise", "skip"),
         "data.cache": ("ram", "none"),
+        "eval.mode": ("easy", "median", "hard"),
     }
     for field, allowed in words.items():
-        if get(c, field) not in allowed:
+        if has(c, field) and get(c, field) not in allowed:
             raise ConfigError(f"{field} is one of {', '.join(allowed)}; got {get(c, field)!r}")
     for field, (low, high) in RANGES.items():
-        if not low <= get(c, field) <= high:
+        if has(c, field) and not low <= get(c, field) <= high:
             limits = f"at least {low:g}" if high >= 1e4 else f"in {low:g} to {high:g}"
             raise ConfigError(f"{field} is {limits}; got {get(c, field)!r}")
-    if c.data.image_size % 32:
+    if has(c, "data.image_size") and c.data.image_size % 32:
         below = c.data.image_size // 32 * 32
         raise ConfigError(
             f"data.image_size is a multiple of 32, the coarsest stride; got {c.data.image_size}: "
@@ -174,12 +235,30 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"bn_group is a positive integer, 'all' or 'frozen'; got {c.bn_group!r}")
     if not c.steps and not c.epochs:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")
-    if c.compat and c.engine != "scan":
+    if is_compat(c) and c.engine != "scan":
         raise ConfigError("compat runs on engine=scan only")
-    try:
-        models.create(c.model, num_classes=1)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+    known = {"detection": yolo, "completion": completion_models}[c.task].names()
+    if c.model not in known:
+        close = get_close_matches(str(c.model), known, n=3, cutoff=0.3)
+        raise ConfigError(
+            f"model: there is no {c.model!r} for the task {c.task}: "
+            + (f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}")
+        )
+
+
+def is_compat(c: ml_collections.ConfigDict) -> bool:
+    """Whether the usual accumulation is asked for, in a task that offers it."""
+    return bool(c.get("compat", False))
+
+
+def has(c: ml_collections.ConfigDict, field: str) -> bool:
+    """Whether a config has a dotted field; tasks differ in theirs."""
+    *parents, leaf = field.split(".")
+    for part in parents:
+        if part not in c:
+            return False
+        c = c[part]
+    return leaf in c
 
 
 def get(c: ml_collections.ConfigDict, field: str):
@@ -201,6 +280,8 @@ def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict, devices: int
     """
     settings = c.to_dict()
     for field in (*NOT_LEARNED, "nbs", "bn_group"):
+        if not has(c, field):
+            continue
         *parents, leaf = field.split(".")
         node = settings
         for parent in parents:
@@ -208,6 +289,6 @@ def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict, devices: int
         node.pop(leaf)
     settings["steps"] = steps
     settings["data"] |= data
-    if c.compat:  # there the geometry is part of what is learned
+    if is_compat(c):  # there the geometry is part of what is learned
         settings["compat"] = {"microbatch": c.microbatch, "devices": devices}
     return Recipe(c.nbs, c.bn_group, settings)

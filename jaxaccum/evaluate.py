@@ -14,12 +14,12 @@ import numpy as np
 from absl import flags, logging
 
 from jaxaccum import run
-from jaxaccum.evaluation import Evaluator, recompute_statistics
+from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.inference import load
 
 
 def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[str, Any]:
-    """Metrics of a run's best weights.
+    """Metrics of a run's best weights, on everything that its data set has for the purpose.
 
     Args:
       workdir: of the run.
@@ -30,19 +30,19 @@ def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[st
     trained = load(workdir)
     config = trained.config
     if data_path:
-        config.data.path, config.data.val_path, config.data.images = data_path, "", ""
-    val_set = run.open_source(config, "val", trained.names)
-    for line in val_set.report.lines():
-        print(line)
+        config.data.path = data_path
+        for other in ("val_path", "images"):
+            if other in config.data:
+                config.data[other] = ""
+    measure, reports = trained.task.full_evaluator(config)
+    print(*reports, sep="\n")
     stats = trained.stats
     if precise_bn:
         train_set = run.open_source(config, "train", trained.names)
-        this = run.prepare(
-            config, num_classes=len(trained.names), samples=len(train_set), identity={}
-        )
-        stream = run.make_stream(this, train_set, mosaic=False)
+        this = run.prepare(config, names=trained.names, samples=len(train_set), identity={})
+        stream = run.make_stream(this, train_set, plain=True)
         stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
-    metrics, _ = Evaluator(trained.task, val_set, config.eval)(trained.params, stats)
+    metrics, _ = measure(trained.params, stats, 0)
     return {
         "workdir": str(workdir),
         "model": config.model,

@@ -1,4 +1,4 @@
-"""A trained detector taken from a workdir, for evaluation and prediction."""
+"""A trained model taken from a workdir, for evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import models
+from jaxaccum import tasks
 from jaxaccum.accumulate import Recipe
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.run import compute_dtype
-from jaxaccum.tasks.detection import DetectionTask
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A detector with the weights of a run.
+    """A model with the weights of a run.
 
     Attributes:
-      task: the model and its input size.
-      params, stats: the weight average with the best mAP50-95, or the newest.
+      task: the model and what belongs to it.
+      params, stats: of the best evaluation, averaged if the recipe averages.
       config: the run's config.
-      names: class names.
+      names: of the classes or categories.
       step: update the weights are of.
       fingerprint: of the recipe they were learned by.
     """
 
-    task: DetectionTask
+    task: Any
     params: PyTree
     stats: PyTree
     config: ml_collections.ConfigDict
@@ -57,14 +56,13 @@ def load(workdir: Path) -> Trained:
         if checkpoints.best is None:
             raise CheckpointError(f"{workdir}/best is empty: the run has not evaluated yet")
         meta = checkpoints.meta(best=True)
-        config = configs.detection()
+        config = configs.DEFAULTS[meta["config"]["task"]]()
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
-        model = models.create(config.model, num_classes=len(names), dtype=compute_dtype(config))
-        learned = config.bn_group == "frozen" or not config.compat
+        learned = config.bn_group == "frozen" or not configs.is_compat(config)
         recipe = Recipe(config.nbs, config.bn_group if learned else config.microbatch)
-        task = DetectionTask(model, config.data.image_size, recipe.group)
+        task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
         params, stats = task.initialise(0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(

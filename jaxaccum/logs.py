@@ -207,6 +207,7 @@ class Console:
         total_updates: int,
         start: int = 0,
         samples_per_update: int = 1,
+        unit: str = "images",
         *,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -216,13 +217,15 @@ class Console:
         Args:
           total_updates: updates of the whole run.
           start: updates done before this process.
-          samples_per_update: images in an update.
+          samples_per_update: samples in an update.
+          unit: what samples are, in the plural.
           stream: where to print; None is stderr.
           clock: seconds; replaced in tests.
         """
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._samples_per_update = samples_per_update
+        self._unit = unit
         self._left = total_updates - start
         self._paused = 0.0
         self._samples = 0
@@ -240,8 +243,8 @@ class Console:
             )
 
     @property
-    def images_per_second(self) -> float:
-        """Images a second over the last 32 updates; nan before the first.
+    def per_second(self) -> float:
+        """Samples a second over the last 32 updates; nan before the first.
 
         Pauses do not count, nor does the first update, which compiles, once there is a second.
         """
@@ -249,7 +252,7 @@ class Console:
         return (after - before) / (end - start) if end > start else math.nan
 
     def update(self, n: int = 1, samples: int | None = None) -> None:
-        """Counts `n` more updates that took `samples` images in all (None: the usual number)."""
+        """Counts `n` more updates that took `samples` samples in all (None: the usual number)."""
         self._left -= n
         self._samples += n * self._samples_per_update if samples is None else samples
         self._marks.append((self._clock() - self._paused, self._samples))
@@ -257,11 +260,11 @@ class Console:
             self._marks.popleft()
             self._compiling = False
         if self._bar is not None:
-            rate = self.images_per_second
+            rate = self.per_second
             if rate > 0:
                 seconds = self._left * self._samples_per_update / rate
                 eta = tqdm.format_interval(round(seconds))
-                self._bar.set_postfix_str(f"{rate:.1f} images/s, {eta} left", refresh=False)
+                self._bar.set_postfix_str(f"{rate:.1f} {self._unit}/s, {eta} left", refresh=False)
             self._bar.update(n)
 
     @contextmanager
@@ -291,13 +294,13 @@ def format_line(step: int, total: int, record: Mapping[str, Any]) -> str:
 
     Example: `update  120/520 | epoch 9.20 | loss 4.812 (box 2.1 cls 1.7 dfl 1.0) | lr 1.30e-03 |
     grad norm 12.3 | 24.1 images/s`. Entries keep the record's order; keys "a/b" are shown in
-    brackets behind "a", eight at most; `images_per_second` comes last. An evaluation's line starts
-    with `eval`.
+    brackets behind "a", eight at most; `images_per_second` and the like come last. An evaluation's
+    line starts with `eval`.
     """
     groups: dict[str, dict[str, str]] = {}
     heads: dict[str, str] = {}
     for key, value in record.items():
-        if key in ("step", "kind", "fingerprint", "images_per_second"):
+        if key in ("step", "kind", "fingerprint") or key.endswith("_per_second"):
             continue
         head, _, member = key.partition("/")
         group = groups.setdefault(head, {})
@@ -317,8 +320,9 @@ def format_line(step: int, total: int, record: Mapping[str, Any]) -> str:
                 shown.append(f"and {len(members) - _GROUP_LIMIT} more")
             part += f" ({' '.join(shown)})"
         parts.append(part)
-    if "images_per_second" in record:
-        parts.append(f"{float(record['images_per_second']):.1f} images/s")
+    for key, value in record.items():
+        if key.endswith("_per_second"):
+            parts.append(f"{float(value):.1f} {key.removesuffix('_per_second')}/s")
     return " | ".join(parts)
 
 

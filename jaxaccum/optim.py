@@ -21,11 +21,13 @@ class Schedule:
 
     Attributes:
       lr: learning rate of weights and norms. bias_lr: of biases. momentum: of SGD.
+      bn_momentum: weight of the update's batch statistics in the running ones.
     """
 
     lr: np.ndarray
     bias_lr: np.ndarray
     momentum: np.ndarray
+    bn_momentum: np.ndarray
 
 
 def scaled_lr(lr: ml_collections.ConfigDict, nbs: int) -> float:
@@ -41,27 +43,40 @@ def scaled_lr(lr: ml_collections.ConfigDict, nbs: int) -> float:
 def make_schedule(
     config: ml_collections.ConfigDict, sizes: np.ndarray, epoch_samples: int
 ) -> Schedule:
-    """Warm-up, then linear or cosine decay to `lr.final` times the peak.
+    """Warm-up, then linear, cosine or exponential decay to `lr.final` times the peak.
 
-    With progress p = (samples before the update) / (samples of the run) and f = lr.final:
-      linear: (1 - p)(1 - f) + f;   cosine: (1 + cos(pi p))/2 (1 - f) + f.
+    With progress p = (samples before the update) / (samples of the run), e epochs before the
+    update and f = lr.final:
+      linear: (1 - p)(1 - f) + f;   cosine: (1 + cos(pi p))/2 (1 - f) + f;
+      exponential: max(lr.decay_rate ^ (e / lr.decay_epochs), f).
     Over the first `lr.warmup_epochs` epochs the learning rate rises from 0, that of biases moves
     from `lr.warmup_bias`, and momentum rises from `lr.warmup_momentum`, all linearly in samples;
     over all but the last epoch at most, or half of a shorter run.
 
     Args:
-      config: with `lr`, `nbs` and `optimizer.momentum`.
+      config: with `lr`, `nbs`, `optimizer.momentum` and perhaps `bn_momentum`: then the weight
+        of an update's batch statistics is max(start * decay ^ (e / epochs), final), else 0.03.
       sizes: (updates,) samples of every update.
       epoch_samples: samples of an epoch.
     """
     lr = config.lr
     ends = np.cumsum(sizes)
     progress = (ends - sizes) / ends[-1]
-    shape = 1 - progress if lr.decay == "linear" else (1 + np.cos(np.pi * progress)) / 2
-    target = scaled_lr(lr, config.nbs) * (shape * (1 - lr.final) + lr.final)
+    epochs = (ends - sizes) / epoch_samples
+    if lr.decay == "exponential":
+        shape = np.maximum(lr.decay_rate ** (epochs / lr.decay_epochs), lr.final)
+    else:
+        shape = 1 - progress if lr.decay == "linear" else (1 + np.cos(np.pi * progress)) / 2
+        shape = shape * (1 - lr.final) + lr.final
+    target = scaled_lr(lr, config.nbs) * shape
     most = max(ends[-1] - epoch_samples, ends[-1] / 2)
     warmup = min(lr.warmup_epochs * epoch_samples, most)
     risen = np.minimum(ends / warmup, 1.0) if warmup > 0 else np.ones(len(sizes))
+
+    bn_momentum = np.full(len(sizes), 0.03)
+    if "bn_momentum" in config:
+        bn = config.bn_momentum
+        bn_momentum = np.maximum(bn.start * bn.decay ** (epochs / bn.epochs), bn.final)
 
     def from_to(start, end):
         return start + (end - start) * risen
@@ -70,6 +85,7 @@ def make_schedule(
         lr=from_to(0.0, target),
         bias_lr=from_to(lr.warmup_bias, target),
         momentum=from_to(lr.warmup_momentum, np.full(len(sizes), config.optimizer.momentum)),
+        bn_momentum=bn_momentum,
     )
 
 
@@ -88,17 +104,29 @@ def kinds(params: PyTree) -> PyTree:
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: Schedule
+    config: ml_collections.ConfigDict,
+    schedule: Schedule,
+    untrained: Callable[[str], bool] = lambda path: False,
 ) -> optax.GradientTransformation:
     """SGD with Nesterov momentum (decay coupled), MuSGD or AdamW (decoupled), by `optimizer.name`.
 
     Decay acts on weights only, not on norms and biases; biases have their own warm-up. MuSGD adds
     0.2 of the orthogonalised momentum to SGD's own step of kernels, and moves the class branch of
     a detector three times as fast.
+
+    Args:
+      config: with `optimizer`, `nbs` and `lr`.
+      schedule: hyperparameters of every update.
+      untrained: whether the loss does not depend on the parameter of that path ("a/b/kernel");
+        such a one does not decay either, as in PyTorch, where it has no gradient.
     """
     options = config.optimizer
+
+    def decays(path, kind):
+        return kind == "weight" and not untrained("/".join(str(key.key) for key in path))
+
     decay = optax.add_decayed_weights(
-        weight_decay(config), mask=lambda p: jax.tree.map(lambda k: k == "weight", kinds(p))
+        weight_decay(config), mask=lambda p: jax.tree_util.tree_map_with_path(decays, kinds(p))
     )
     rates = {"weight": schedule.lr, "norm": schedule.lr, "bias": schedule.bias_lr}
     descend = optax.partition(

@@ -1,11 +1,14 @@
-"""python -m jaxaccum.predict --workdir=DIR --source=IMAGE_OR_FOLDER --out=DIR [--conf=0.25]
+"""python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER --out=DIR
 
-Draws the detections of a run's best weights, and writes them to detections.json.
+Uses a run's best weights. A detector takes images, draws its detections [--conf=0.25] and writes
+them to detections.json. A completion network takes clouds (.pcd, .ply, .npy), writes what it makes
+of them [--format=ply] and draws it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from jaxaccum import data, draw, run
-from jaxaccum.inference import load
+from jaxaccum import data, draw, draw_clouds, run
+from jaxaccum.inference import Trained, load
 from jaxaccum.metrics import detection as metrics
 
+CLOUDS = (".npy", ".pcd", ".ply")
 
-def find_images(source: Path) -> list[Path]:
-    """The image, or all images of a folder, sorted.
+
+def find_files(source: Path, suffixes: Collection[str]) -> list[Path]:
+    """The file, or all files of a folder with one of these suffixes, sorted.
 
     Raises:
       DataError: nothing there.
@@ -28,21 +33,85 @@ def find_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise data.DataError(f"--source={source} is neither a file nor a folder")
-    found = sorted(p for p in source.iterdir() if p.suffix.lower() in data.SUFFIXES)
+    found = sorted(p for p in source.iterdir() if p.suffix.lower() in suffixes)
     if not found:
         raise data.DataError(
-            f"--source={source} holds no image (looked for {', '.join(sorted(data.SUFFIXES))})"
+            f"--source={source} holds nothing to use (looked for {', '.join(sorted(suffixes))})"
         )
     return found
 
 
-def predict(
-    workdir: Path, source: Path, out: Path, conf: float = 0.25, iou: float = 0.7
+def _target(out: Path, path: Path, paths: Sequence[Path]) -> Path:
+    """Where to write what becomes of a file, without the suffix: a.jpg and a.png are two."""
+    single = sum(other.stem == path.stem for other in paths) == 1
+    return out / (path.stem if single else path.name)
+
+
+def complete(
+    trained: Trained, source: Path, out: Path, format: str = "ply", normalise: bool | None = None
+) -> list[dict[str, Any]]:
+    """Completes clouds, writes and draws them.
+
+    Args:
+      trained: a completion network.
+      source: a cloud, or a folder of them.
+      out: folder for a cloud and a picture of each, and completions.json.
+      format: of the clouds, "ply" or "npy".
+      normalise: bring every cloud to the frame of ShapeNet's (mean at the origin, largest radius
+        1) before, and what is predicted back after; None does as in the training.
+    Returns:
+      per cloud {"file", "points", "written", "normalised"}.
+    """
+    task = trained.task
+    paths = find_files(source, CLOUDS)
+    if normalise is None:
+        normalise = task.is_normalised(trained.config)
+    forward = jax.jit(task.predict)
+    out.mkdir(parents=True, exist_ok=True)
+    results, unreadable = [], []
+    for path in paths:
+        try:
+            cloud = data.read_cloud(path, drop_invalid=True)
+        except data.DataError as error:
+            unreadable.append(str(error))
+            continue
+        partial, pose = data.prepare_partial(cloud, normalise)
+        predicted = pose.restore(
+            np.asarray(forward(trained.params, trained.stats, partial[None]))[0]
+        )
+        target = _target(out, path, paths)
+        written = target.with_name(f"{target.name}.{format}")
+        data.write_cloud(written, predicted)
+        draw.save_image(
+            target.with_name(f"{target.name}.png"), draw_clouds.draw_completion(cloud, predicted)
+        )
+        results.append(
+            {
+                "file": path.name,
+                "points": len(cloud),
+                "written": written.name,
+                "normalised": normalise,
+            }
+        )
+    _report(unreadable, results, paths, source)
+    (out / "completions.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _report(unreadable, results, paths, source):
+    for message in unreadable:
+        print(f"skipped: {message}")
+    if not results:
+        raise data.DataError(f"none of the {len(paths)} files of {source} could be read")
+
+
+def detect(
+    trained: Trained, source: Path, out: Path, conf: float = 0.25, iou: float = 0.7
 ) -> list[dict[str, Any]]:
     """Detects, draws and writes.
 
     Args:
-      workdir: of the run.
+      trained: a detector.
       source: image or folder.
       out: folder for a drawn image per image and detections.json.
       conf: smallest score. iou: overlap above which the lesser box is dropped.
@@ -50,8 +119,7 @@ def predict(
       per image {"file", "width", "height", "detections": [{"class", "name", "score",
       "box": [x1, y1, x2, y2] in pixels}]}.
     """
-    paths = find_images(source)
-    trained = load(workdir)
+    paths = find_files(source, data.SUFFIXES)
     forward = jax.jit(trained.task.predict)
     out.mkdir(parents=True, exist_ok=True)
     results, unreadable = [], []
@@ -68,9 +136,8 @@ def predict(
         )
         boxes = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
         drawn = draw.draw_detections(image, boxes, found.classes, trained.names, found.scores)
-        # a.jpg and a.png are two pictures
-        single = sum(other.stem == path.stem for other in paths) == 1
-        draw.save_image(out / f"{path.stem if single else path.name}.png", drawn)
+        target = _target(out, path, paths)
+        draw.save_image(target.with_name(f"{target.name}.png"), drawn)
         results.append(
             {
                 "file": path.name,
@@ -87,10 +154,7 @@ def predict(
                 ],
             }
         )
-    for message in unreadable:
-        print(f"skipped: {message}")
-    if not results:
-        raise data.DataError(f"none of the {len(paths)} images of {source} could be read")
+    _report(unreadable, results, paths, source)
     (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -99,16 +163,31 @@ if __name__ == "__main__":
     from jaxaccum.train import main_with_clear_errors
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
-    _SOURCE = flags.DEFINE_string("source", None, "an image or a folder of images", required=True)
+    _SOURCE = flags.DEFINE_string("source", None, "a file or a folder of files", required=True)
     _OUT = flags.DEFINE_string("out", None, "where to write", required=True)
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
+    _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
+    _NORMALISE = flags.DEFINE_enum(
+        "normalise", "auto", ["auto", "yes", "no"],
+        "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
+    )  # fmt: skip
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
-        out = Path(_OUT.value)
-        results = predict(Path(_WORKDIR.value), Path(_SOURCE.value), out, _CONF.value, _IOU.value)
+        source, out = Path(_SOURCE.value), Path(_OUT.value)
+        trained = load(Path(_WORKDIR.value))
+        if trained.config.task == "completion":
+            chosen = {"auto": None, "yes": True, "no": False}[_NORMALISE.value]
+            for result in complete(trained, source, out, _FORMAT.value, chosen):
+                frame = "ShapeNet's frame" if result["normalised"] else "its own frame"
+                print(
+                    f"{result['file']}: {result['points']} points, taken in {frame}, "
+                    f"completed in {result['written']}"
+                )
+            return 0
+        results = detect(trained, source, out, _CONF.value, _IOU.value)
         for result in results:
             names = [d["name"] for d in result["detections"]]
             counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import data, models, optim
+from jaxaccum import optim, tasks
 from jaxaccum.accumulate import Geometry, Recipe, UpdateRule, Window
-from jaxaccum.tasks.detection import DetectionTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Run:
       recipe, window: what is learned, and its layout on the geometry.
       sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the compat rule.
       schedule: hyperparameters of every update.
-      task: model, terms and batch format.
+      task: model, terms, samples and metrics.
       rule: the update.
     """
 
@@ -36,7 +36,7 @@ class Run:
     window: Window
     sizes: np.ndarray
     schedule: optim.Schedule
-    task: DetectionTask
+    task: tasks.Task
     rule: UpdateRule
 
     @property
@@ -55,13 +55,17 @@ class Run:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, *, num_classes: int, samples: int, identity: dict[str, Any]
+    config: ml_collections.ConfigDict,
+    *,
+    names: Sequence[str],
+    samples: int,
+    identity: dict[str, Any],
 ) -> Run:
     """Derives a run.
 
     Args:
-      config: checked by `config.validate`.
-      num_classes: classes of the data set.
+      config: as made by a file in configs/; checked here.
+      names: classes or categories of the data set.
       samples: samples of an epoch.
       identity: what identifies the data, kept in the recipe.
     Raises:
@@ -72,25 +76,23 @@ def prepare(
     useful = -(-config.nbs // config.microbatch)
     devices = config.devices or min(len(jax.devices()), useful)
     sizes = _sizes(config, devices, samples)
-    config = optim.resolve(config, num_classes, len(sizes))
-    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": num_classes}, devices)
-    if config.compat:  # the usual rule: statistics per microbatch, as many samples as K gives
+    config = optim.resolve(config, len(names), len(sizes))
+    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": len(names)}, devices)
+    compat = configs.is_compat(config)
+    if compat:  # the usual rule: statistics per microbatch, as many samples as K gives
         frozen = config.bn_group == "frozen"
         recipe = dataclasses.replace(
             recipe, nbs=int(sizes.max()), bn_group="frozen" if frozen else config.microbatch
         )
     window = Window(recipe, Geometry(config.microbatch, devices, config.engine))
-    model = models.create(config.model, num_classes=num_classes, dtype=compute_dtype(config))
-    task = DetectionTask(
-        model, config.data.image_size, recipe.group,
-        (config.loss.box, config.loss.cls, config.loss.dfl),
-    )  # fmt: skip
+    task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)
     ema = config.ema
     rule = UpdateRule(
-        task.objective(recipe.nbs, config.compat),
-        optim.make_optimizer(config, schedule),
+        task.objective(recipe.nbs, compat),
+        optim.make_optimizer(config, schedule, task.untrained),
         clip=config.optimizer.clip,
+        statistics_momentum=optim.at(schedule.bn_momentum),
         ema_decay=optim.ema_decay(ema.decay, ema.ramp) if ema.decay else None,
     )
     return Run(config, recipe, window, sizes, schedule, task, rule)
@@ -99,7 +101,7 @@ def prepare(
 def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.ndarray:
     """Samples of every update."""
     total = config.steps * config.nbs if config.steps else config.epochs * samples
-    if not config.compat:
+    if not configs.is_compat(config):
         return np.full(max(-(-round(total) // config.nbs), 1), config.nbs)
     # The usual trainer: K = round(nbs / batch) microbatches, ramped up from 1 over the warm-up.
     batch = config.microbatch * devices
@@ -118,34 +120,13 @@ def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.
     return np.asarray(sizes)
 
 
-def make_stream(run: Run, source: data.Source, mosaic: bool = True) -> data.TrainStream:
-    """The run's samples; without mosaic and mixup from the first if not `mosaic`.
+def make_stream(run: Run, source: tasks.Source, plain: bool = False) -> Any:
+    """The run's samples; without the strongest augmentation from the first if `plain`.
 
     Raises:
       ConfigError: an augmentation is out of its range.
     """
-    config = run.config
-    options = config.augment.to_dict()
-    options.pop("close_mosaic")
-    try:
-        augment = data.Augment(**options)
-    except ValueError as error:
-        raise configs.ConfigError(f"augment: {error}") from None
-    return data.TrainStream(
-        source,
-        image_size=config.data.image_size,
-        max_objects=config.data.max_objects,
-        augment=augment,
-        seed=config.seed,
-        close_mosaic_at=mosaic_until(run, len(source)) if mosaic else 0,
-        cache=config.data.cache,
-        cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
-    )
-
-
-def mosaic_until(run: Run, samples: int) -> int:
-    """Samples of the run that are made with mosaic; the last epochs are not."""
-    return max(int(run.sizes.sum()) - round(run.config.augment.close_mosaic * samples), 0)
+    return run.task.stream(run.config, source, int(run.sizes.sum()), plain)
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> Any:
@@ -160,18 +141,16 @@ def compute_dtype(config: ml_collections.ConfigDict) -> Any:
 
 
 def open_source(
-    config: ml_collections.ConfigDict, split: str, names: tuple[str, ...] | None = None
-) -> data.Source:
+    config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
+) -> Any:
     """The "train" or "val" split that the config names.
 
     Raises:
+      ConfigError: there is no such task.
       DataError: it cannot be used, or has other classes than `names`.
     """
-    options = config.data
-    return data.open_source(
-        options.path, split, val_path=options.val_path, images=options.images,
-        on_error=options.on_error, names=names,
-    )  # fmt: skip
+    configs.validate(config)
+    return tasks.of(config).open(config, split, names)
 
 
 def use_compilation_cache() -> None:

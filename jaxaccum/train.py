@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import runpy
 import sys
 from collections import deque
 from difflib import get_close_matches
@@ -20,12 +21,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import data, run
+from jaxaccum import data, run, tasks
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
 from jaxaccum.checkpoint import CheckpointError, Checkpoints, require_same_recipe
 from jaxaccum.convert import identify, load_initial
 from jaxaccum.draw import contact_sheet
-from jaxaccum.evaluation import Evaluator, recompute_statistics
+from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
 from jaxaccum.models.weights import WeightsError
@@ -51,7 +52,7 @@ def train(
         print(line)
     this = run.prepare(
         config,
-        num_classes=len(train_set.names),
+        names=train_set.names,
         samples=len(train_set),
         identity={
             "identity": train_set.identity,
@@ -70,7 +71,7 @@ def train(
             print(line)
     require_constant_denominators(
         this.task.forward, params, stats,
-        this.task.example(this.window.geometry.microbatch, config.data.max_objects),
+        this.task.example(this.window.geometry.microbatch),
     )  # fmt: skip
     describe(this, len(train_set), count(params), workdir)
 
@@ -98,10 +99,11 @@ def train(
         if best and checkpoints.best != best["step"]:
             best = {}  # a better one came after this checkpoint; it will come again
 
-        console = Console(this.steps, done, this.recipe.nbs)
+        console = Console(this.steps, done, this.recipe.nbs, this.task.unit)
         board = Board(workdir / "events", done) if config.log.tensorboard else None
-        evaluator = Evaluator(this.task, val_set, config.eval)
-        plain = run.make_stream(this, train_set, mosaic=False) if config.eval.precise_bn else stream
+        evaluator = this.task.evaluator(config, val_set)
+        metric, more_is_better = this.task.monitor
+        plain = run.make_stream(this, train_set, plain=True) if config.eval.precise_bn else stream
         windows = stream.windows(
             this.samples_before(consumed), map(this.size_of, itertools.count(consumed)),
             workers=config.data.workers, prefetch=config.data.prefetch,
@@ -133,8 +135,9 @@ def train(
             if board:
                 board.scalars({f"val/{k}": v for k, v in result.items()}, step)
                 if pictures:
-                    board.image("val/detections", contact_sheet(pictures, 2), step)
-            if not best or result["map50_95"] > best["map50_95"]:
+                    board.image("val/samples", contact_sheet(pictures, 2), step)
+            better = result[metric] - best[metric] if best else np.nan
+            if not best or (better > 0 if more_is_better else better < 0):
                 best = {"step": step, **result}
                 checkpoints.save_best(step, weights, meta_now(metrics=best))
 
@@ -160,13 +163,14 @@ def train(
                 "skipped": int(log["windows"]) - step,
             }
             log_file.write(record)
-            speed = {"images_per_second": console.images_per_second}
+            more = {f"{this.task.unit}_per_second": console.per_second}
+            more |= this.task.readable(record)
             shown = {
                 k: v for k, v in record.items() if not k.startswith(("samples", "skipped", "sums/"))
             }
-            console.line(format_line(step, this.steps, shown | speed))
+            console.line(format_line(step, this.steps, shown | more))
             if board:
-                board.scalars(record | speed, step)
+                board.scalars(record | more, step)
             if stream.truncated:
                 console.line(
                     f"{stream.truncated} objects left out so far: samples with more than "
@@ -209,10 +213,7 @@ def train(
         log_file.close()
         checkpoints.wait()
         if best:
-            print(
-                f"best: update {best['step']}, mAP50 {best['map50']:.4f}, "
-                f"mAP50-95 {best['map50_95']:.4f} in {workdir / 'best'}"
-            )
+            print(f"best: update {best['step']}, {this.task.summary(best)} in {workdir / 'best'}")
     return best
 
 
@@ -227,18 +228,17 @@ def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> Non
         f"{config.optimizer.name}, peak learning rate {this.schedule.lr.max():.3g}, weight decay "
         f"{run.optim.weight_decay(config):.3g}"
     )
-    if config.compat:
+    if configs.is_compat(config):
         print(
             f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
             f"{this.sizes.max()} samples, every microbatch normalised by itself"
         )
-    if config.augment.mosaic or config.augment.mixup:
-        until = run.mosaic_until(this, samples) // this.recipe.nbs
-        print(f"mosaic and mixup until update {until} (augment.close_mosaic)")
+    for line in this.task.notes(config, int(this.sizes.sum()), samples):
+        print(line)
     print(f"workdir {workdir}", flush=True)
 
 
-def _skipped(console, number, indices, log, source: data.Source, limit: int) -> None:
+def _skipped(console, number, indices, log, source: tasks.Source, limit: int) -> None:
     names = ", ".join(source.name(int(i)) for i in indices)
     console.line(
         f"window {number} skipped ({log['skipped_in_row']} in a row): loss {log['loss']}, "
@@ -299,7 +299,7 @@ def main_with_clear_errors(main) -> None:
 
 
 def _unknown_field(argv: list[str]) -> str | None:
-    """What to say of a --config.FIELD that no config has."""
+    """What to say of a --config.FIELD that the config does not have."""
 
     def fields(config, prefix=""):
         for key, value in config.items():
@@ -307,14 +307,28 @@ def _unknown_field(argv: list[str]) -> str | None:
             if isinstance(value, ml_collections.ConfigDict):
                 yield from fields(value, f"{prefix}{key}.")
 
-    known = list(fields(configs.detection()))
-    for argument in argv:
-        field = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and field not in known:
-            close = get_close_matches(field, known, n=3, cutoff=0.5)
-            hint = f'. Did you mean "{close[0]}"?' if close else f"; it has {', '.join(known)}"
+    known = {task: list(fields(make())) for task, make in configs.DEFAULTS.items()}
+    given = [a.lstrip("-").partition("=")[0] for a in argv[1:] if a.startswith("-")]
+    given = [field.removeprefix("config.") for field in given if field.startswith("config.")]
+    file = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")), "")
+    task = _task_of(file)
+    here = known[task] if task else sorted({field for fs in known.values() for field in fs})
+    for field in given:
+        if field not in here:
+            close = get_close_matches(field, here, n=3, cutoff=0.5)
+            hint = f'. Did you mean "{close[0]}"?' if close else f"; it has {', '.join(here)}"
             return f"the config has no field {field!r}{hint}"
     return None
+
+
+def _task_of(file: str) -> str | None:
+    """The task of a config file as given to --config, if it can be read."""
+    path, _, argument = file.partition(":")
+    try:
+        made = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    except Exception:  # its own error was, or will be, reported where it is read for good
+        return None
+    return made.task
 
 
 if __name__ == "__main__":

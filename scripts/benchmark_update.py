@@ -50,14 +50,16 @@ def main(_) -> int:
     print(
         f"{'k':>3} {'one pass':>9} {'scan':>6} {'multisteps':>11} {'temporary memory of scan':>25}"
     )
+    single = None
     for k in (int(text) for text in STEPS.value):
+        print(f"compiling k = {k}", file=sys.stderr, flush=True)
         with config.unlocked():
             config.nbs, config.devices, config.steps = k * microbatch, 1, 10
         made = {}
         for engine in ("scan", "multisteps"):
             config.engine = engine
             this = run.prepare(
-                config, num_classes=len(source.names), samples=len(source), identity={}
+                config, names=source.names, samples=len(source), identity={}
             )
             made[engine] = make_engine(this.task.forward, this.rule, this.window)
         batch = next(run.make_stream(this, source).windows(0, [config.nbs]))
@@ -66,10 +68,11 @@ def main(_) -> int:
         placed = made["scan"].place(batch)
         compiled = made["scan"].lower(states["scan"], *placed).compile()
         one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], batch))
-        single = jax.jit(
-            lambda p, s, b, this=this: this.rule.objective.sums(this.task.forward, p, s, b)
-        )
-        single(*start, one)
+        if single is None:  # the sums do not depend on the effective batch
+            single = jax.jit(
+                lambda p, s, b, this=this: this.rule.objective.sums(this.task.forward, p, s, b)
+            )
+            single(*start, one)
         passes, ratios = [], {name: [] for name in made}
         for repeat in range(REPEATS.value + 1):
             alone = seconds(single, *start, one)

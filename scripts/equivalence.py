@@ -96,7 +96,7 @@ def main(_) -> int:
             microbatch, _, devices = geometry
             config.microbatch, config.devices, config.engine = microbatch, devices, engine
             this = prepare(
-                config, num_classes=len(train_set.names), samples=len(train_set),
+                config, names=train_set.names, samples=len(train_set),
                 identity={"identity": train_set.identity},
             )  # fmt: skip
             dtype = np.float64 if X64.value else np.float32

@@ -317,7 +317,7 @@ def test_wrong_arguments_say_what_was_expected():
 
 def test_without_grain_threads_serve_and_workers_are_refused(monkeypatch):
     expected = list(stream().windows(0, [3]))
-    monkeypatch.setattr("jaxaccum.data.loader.find_spec", lambda name: None)
+    monkeypatch.setattr("jaxaccum.data.stream.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "grain", None)
     assert_same(next(stream().windows(0, [3])), expected[0])
     with pytest.raises(ImportError, match="pip install grain, or set workers=0"):

@@ -14,16 +14,20 @@ from jaxaccum.accumulate import Geometry, Output, require_constant_denominators
 NBS, UPDATES = 10, 2  # uneven tails; some of the scenes have no objects
 
 
-def trace(geometry, bn_group, x64=True):
+def trace(geometry, bn_group, x64=True, objects=None):
     source = data.Scenes("train", size=64, length=40)
     config = tiny_config(
         nbs=NBS, bn_group=bn_group, microbatch=geometry.microbatch, devices=geometry.devices,
         engine=geometry.engine, dtype="float64" if x64 else "float32",
     )  # fmt: skip
-    this = run.prepare(config, num_classes=len(source.names), samples=len(source), identity={})
+    this = run.prepare(config, names=source.names, samples=len(source), identity={})
 
     def batches():
-        return run.make_stream(this, source).windows(0, [NBS] * UPDATES, backend="threads")
+        for batch in run.make_stream(this, source).windows(0, [NBS] * UPDATES, backend="threads"):
+            if objects is not None:  # only that many in the whole effective batch
+                kept = np.cumsum(batch["valid"]).reshape(batch["valid"].shape) <= objects
+                batch["valid"] &= kept
+            yield batch
 
     return equivalence.trace(
         this.task.forward, this.rule, this.recipe, geometry,
@@ -52,6 +56,17 @@ def test_one_run_float64(x64, whole, bn_group, geometry):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objects", [0, 1])
+def test_one_run_with_a_target_score_sum_below_one(x64, objects):
+    """An effective batch of ten images with one object, or none: the floor acts, and acts once."""
+    whole = trace(Geometry(12), 4, objects=objects)
+    assert all(log["sums/target_scores"] < 1 for log in whole.logs)
+    for geometry in (Geometry(4, 2), Geometry(4, 1, "multisteps")):
+        found = equivalence.differences(trace(geometry, 4, objects=objects), whole)
+        assert equivalence.within(found, equivalence.Tolerance.of(True)), found
+
+
+@pytest.mark.slow
 def test_one_run_float32():
     found = equivalence.differences(trace(Geometry(4, 2), 4, False), trace(Geometry(12), 4, False))
     assert equivalence.within(found, equivalence.Tolerance.of(False)), found
@@ -59,9 +74,9 @@ def test_one_run_float32():
 
 def test_denominators_carry_no_gradient():
     source = data.Scenes("train", length=4)
-    this = run.prepare(tiny_config(), num_classes=len(source.names), samples=4, identity={})
+    this = run.prepare(tiny_config(), names=source.names, samples=4, identity={})
     params, stats = this.task.initialise(0)
-    example = this.task.example(2, 32)
+    example = this.task.example(2)
     require_constant_denominators(this.task.forward, params, stats, example)
 
     def leaking(params, stats, batch):
@@ -90,7 +105,7 @@ def test_the_gradient_of_a_pool_inside_of_a_model(x64):
     task = DetectionTask(model, 64, 2)
     params, stats = task.initialise(0, np.float64)
     stream = run.make_stream(
-        run.prepare(tiny_config(), num_classes=6, samples=40, identity={}), source
+        run.prepare(tiny_config(), names=tuple("abcdef"), samples=40, identity={}), source
     )
     batch = next(stream.windows(0, [4], backend="threads"))
     sums = jax.jit(lambda b: task.objective(4).sums(task.forward, params, stats, b))

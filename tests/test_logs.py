@@ -202,25 +202,25 @@ class Clock:
 def test_images_per_second_leaves_out_pauses_and_the_compiling_update():
     clock = Clock()
     console = Console(100, 0, 64, stream=io.StringIO(), clock=clock)
-    assert np.isnan(console.images_per_second)
+    assert np.isnan(console.per_second)
     clock.now += 64
     console.update()
-    assert console.images_per_second == 1.0  # nothing better is known yet
+    assert console.per_second == 1.0  # nothing better is known yet
     for _ in range(3):
         clock.now += 2
         console.update()
-        assert console.images_per_second == 32.0
+        assert console.per_second == 32.0
         with console.pause():
             clock.now += 1000
     clock.now += 4
     console.update(samples=32)
-    assert console.images_per_second == (192 + 32) / 10
+    assert console.per_second == (192 + 32) / 10
     with suppress(RuntimeError), console.pause():
         clock.now += 1000
         raise RuntimeError
     clock.now += 4
     console.update(2)
-    assert console.images_per_second == (192 + 32 + 128) / 14
+    assert console.per_second == (192 + 32 + 128) / 14
 
 
 def test_images_per_second_follows_the_recent_updates():
@@ -229,7 +229,7 @@ def test_images_per_second_follows_the_recent_updates():
     for seconds in [1] * 50 + [5] * 40:
         clock.now += seconds
         console.update()
-    assert console.images_per_second == 2.0
+    assert console.per_second == 2.0
 
 
 def test_console_prints_plain_lines_without_a_terminal():

@@ -67,7 +67,7 @@ def test_evaluate_repeats_the_runs_own_evaluation(trained):
 
 
 def test_evaluation_does_not_depend_on_the_batch(trained):
-    from jaxaccum.evaluation import Evaluator
+    from jaxaccum.tasks.detection import Evaluator
 
     found = inference.load(trained)
     source = data.Scenes("val", length=10)
@@ -86,11 +86,11 @@ def test_precise_statistics_are_of_the_data_alone(trained):
 
     found = inference.load(trained)
     source = data.Scenes("train", length=8)
-    this = run.prepare(found.config, num_classes=6, samples=8, identity={})
+    this = run.prepare(found.config, names=found.names, samples=8, identity={})
     others = jax.tree.map(lambda a: a * 3 + 1, found.stats)
     ours, theirs = (
         recompute_statistics(
-            found.task, found.params, stats, run.make_stream(this, source, mosaic=False), 8
+            found.task, found.params, stats, run.make_stream(this, source, plain=True), 8
         )
         for stats in (found.stats, others)
     )
@@ -107,7 +107,7 @@ def test_predict_draws_and_writes(trained, tmp_path):
     for i in range(2):
         save_image(source / f"{i}.png", data.Scenes("val").image(i))
     (source / "broken.jpg").write_bytes(b"not an image")
-    results = predict.predict(trained, source, tmp_path / "out", conf=0.001)
+    results = predict.detect(inference.load(trained), source, tmp_path / "out", conf=0.001)
     assert [r["file"] for r in results] == ["0.png", "1.png"]
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == results
     for result in results:
@@ -116,15 +116,11 @@ def test_predict_draws_and_writes(trained, tmp_path):
             assert 0 <= x1 < x2 <= result["width"] and 0 <= y1 < y2 <= result["height"]
     assert (tmp_path / "out" / "1.png").stat().st_size > 1000
     with pytest.raises(data.DataError, match="neither a file nor a folder"):
-        predict.predict(trained, tmp_path / "nothing", tmp_path / "out")
+        predict.detect(inference.load(trained), tmp_path / "nothing", tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(data.DataError, match="holds no image"):
-        predict.predict(
-            trained,
-            empty,
-            tmp_path / "out",
-        )
+    with pytest.raises(data.DataError, match="holds nothing to use"):
+        predict.detect(inference.load(trained), empty, tmp_path / "out")
 
 
 def test_a_workdir_without_weights(tmp_path):

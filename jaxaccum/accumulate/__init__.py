@@ -5,6 +5,7 @@ Knows no model and no data set. A task is a function
 """
 
 from jaxaccum.accumulate.batchnorm import GroupBatchNorm, Groups
+from jaxaccum.accumulate.coupled import Coupled
 from jaxaccum.accumulate.engines import make_engine
 from jaxaccum.accumulate.randomness import sample_keys
 from jaxaccum.accumulate.recipe import Geometry, GeometryError, Recipe, Window
@@ -12,6 +13,7 @@ from jaxaccum.accumulate.terms import Objective, Output, Sums, Term, require_con
 from jaxaccum.accumulate.update import State, UpdateRule
 
 __all__ = [
+    "Coupled",
     "Geometry",
     "GeometryError",
     "GroupBatchNorm",

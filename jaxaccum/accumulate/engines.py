@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccum.accumulate import batchnorm
+from jaxaccum.accumulate.coupled import Coupling
 from jaxaccum.accumulate.recipe import GeometryError, Window
 from jaxaccum.accumulate.terms import Forward, Sums, add
 from jaxaccum.accumulate.update import Closed, State, UpdateRule, advance, close_window
@@ -26,6 +27,7 @@ PyTree = Any
 AXIS = "data"
 REPLICATED = PartitionSpec()
 PER_DEVICE = PartitionSpec(AXIS)
+LAID = PartitionSpec(None, AXIS)  # (steps, microbatch * devices, ...)
 
 
 def make_engine(forward: Forward, rule: UpdateRule, window: Window, devices=None):
@@ -90,8 +92,26 @@ class _Engine:
         """Marks replicated values as each device's own, so that gradients stay local."""
         return jax.tree.map(lambda a: jax.lax.pcast(a, (AXIS,), to="varying"), tree)
 
-    def _sums(self, params, stats, batch) -> Sums:
-        return self.rule.objective.sums(self.forward, params, stats, batch)
+    def _sums(self, params, stats, batch, coupling=None) -> Sums:
+        return self.rule.objective.sums(self.forward, params, stats, batch, coupling)
+
+    def _features(self, params, stats, batch):
+        return self.rule.objective.features(self.forward, params, stats, batch)
+
+    def _couple(self, params, features, weight, denominators):
+        """The coupled terms, from what lies (steps, microbatch * devices, ...) over the devices."""
+
+        def together(a):  # every device gets all of them: one gather per leaf and update
+            whole = jax.lax.with_sharding_constraint(a, self.replicated)
+            return whole.reshape(-1, *whole.shape[2:])
+
+        def apart(a):
+            laid = a.reshape(*weight.shape, *a.shape[1:])
+            return jax.lax.with_sharding_constraint(laid, NamedSharding(self.mesh, LAID))
+
+        features, weights = jax.tree.map(together, (features, weight))
+        coupling = self.rule.objective.couple(params, features, weights, denominators)
+        return coupling._replace(pulls=jax.tree.map(apart, coupling.pulls))
 
 
 class ScanEngine(_Engine):
@@ -100,7 +120,7 @@ class ScanEngine(_Engine):
 
     def __init__(self, forward, rule, window, mesh):
         super().__init__(forward, rule, window, mesh)
-        self.batched = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        self.batched = NamedSharding(mesh, LAID)
         self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=self.replicated)
 
     def update(self, state, batch, steps=None):
@@ -117,33 +137,84 @@ class ScanEngine(_Engine):
         return self._jitted.lower(state, microbatches, steps)
 
     def _update(self, state: State, microbatches, steps):
-        sums, stats = self._accumulate(state.params, state.stats, microbatches, steps)
+        coupling = None
+        if self.rule.objective.coupled:
+            coupling = self._couple(
+                state.params,
+                *self._collect(state.params, state.stats, microbatches, steps),
+            )
+        rate = self.rule.statistics_momentum(state.step)
+        sums, stats = self._accumulate(
+            state.params, state.stats, rate, microbatches, steps, coupling
+        )
         closed, opt_state = close_window(self.rule).update(sums, state.opt_state, state.params)
         return advance(
             self.rule, state, closed, opt_state, stats if self.rule.objective.compat else None
         )
 
-    def _accumulate(self, params, stats, microbatches, steps):
+    def _collect(self, params, stats, microbatches, steps):
+        """The first pass: features (steps, microbatch * devices, ...), weights, denominators."""
+
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, REPLICATED, PartitionSpec(None, AXIS), REPLICATED),
-            out_specs=REPLICATED,
+            in_specs=(REPLICATED, REPLICATED, LAID, REPLICATED),
+            out_specs=(LAID, REPLICATED),
         )
         def local(params, stats, microbatches, steps):
             params, stats = self._varying(params), self._varying(stats)
+            length = len(microbatches["weight"])
             one = jax.tree.map(lambda a: a[0], microbatches)
-            shapes = jax.eval_shape(self._sums, params, stats, one)
+            shapes = jax.eval_shape(self._features, params, stats, one)
+
+            def zeros(shape, dtype):
+                return self._varying(jnp.zeros(shape, dtype))
+
+            kept = jax.tree.map(lambda s: zeros((length, *s.shape), s.dtype), shapes[0])
+            sums = jax.tree.map(lambda s: zeros(s.shape, s.dtype), shapes[1])
+
+            def body(i, carry):
+                kept, sums = carry
+                new, more = self._features(params, stats, _at(microbatches, i))
+                kept = jax.tree.map(
+                    lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), kept, new
+                )
+                return kept, add(sums, more)
+
+            kept, sums = jax.lax.fori_loop(0, steps, body, (kept, sums))
+            return kept, jax.lax.psum(sums, AXIS)
+
+        features, denominators = local(params, stats, microbatches, steps)
+        # Microbatches that a shorter window leaves out count for nothing.
+        real = jnp.arange(len(microbatches["weight"]))[:, None] < steps
+        return features, jnp.where(real, microbatches["weight"], 0), denominators
+
+    def _accumulate(self, params, stats, rate, microbatches, steps, coupling):
+        whole: Any = () if coupling is None else coupling._replace(pulls=())
+        pulls: Any = () if coupling is None else coupling.pulls
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=self.mesh,
+            in_specs=(REPLICATED, REPLICATED, REPLICATED, LAID, REPLICATED, REPLICATED, LAID),
+            out_specs=REPLICATED,
+        )
+        def local(params, stats, rate, microbatches, steps, whole, pulls):
+            params, stats = self._varying(params), self._varying(stats)
+
+            def sums_of(batch, pulls):
+                own = whole._replace(pulls=pulls) if coupling is not None else None
+                return self._sums(params, stats, batch, own)
+
+            one = jax.tree.map(lambda a: a[0], (microbatches, pulls))
+            shapes = jax.eval_shape(sums_of, *one)
             zero = self._varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
             def body(i, carry):
                 sums, stats = carry
-                batch = jax.tree.map(
-                    lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), microbatches
-                )
-                new = self._sums(params, stats, batch)
+                new = sums_of(*_at((microbatches, pulls), i))
                 if self.rule.objective.compat:
-                    stats = self._move_now(stats, new)
+                    stats = batchnorm.move_statistics(stats, new.moments, rate)
                 return add(sums, new), stats
 
             sums, stats = jax.lax.fori_loop(0, steps, body, (zero, stats))
@@ -153,10 +224,8 @@ class ScanEngine(_Engine):
                 stats = ()
             return jax.lax.psum(sums, AXIS), stats
 
-        return local(params, stats, microbatches, steps)
-
-    def _move_now(self, stats, sums: Sums):
-        return batchnorm.move_statistics(stats, sums.moments, self.rule.statistics_momentum)
+        sums, stats = local(params, stats, rate, microbatches, steps, whole, pulls)
+        return sums._replace(coupling=whole), stats
 
 
 class MultiStepsEngine(_Engine):
@@ -183,48 +252,99 @@ class MultiStepsEngine(_Engine):
             functools.partial(self._microbatch, closing=True), donate_argnums=(0, 1),
             out_shardings=places,
         )  # fmt: skip
+        self._first_pass = jax.jit(self._collect)
+        self._between = jax.jit(self._couple)
 
     def update(self, state, batch, steps=None):
         self._require_room(batch, steps)
         microbatches = self.window.split(batch)
         steps = np.int32(self.window.steps if steps is None else steps)
+
+        def on_devices(i):
+            return jax.device_put(jax.tree.map(lambda a: a[i], microbatches), self.batched)
+
+        coupling = None
+        if self.rule.objective.coupled:
+            passed = [
+                self._first_pass(state.params, state.stats, on_devices(i))
+                for i in range(int(steps))
+            ]
+            features = jax.tree.map(lambda *a: jnp.stack(a), *(p[0] for p in passed))
+            denominators = functools.reduce(add, (p[1] for p in passed))
+            weight = jax.device_put(
+                microbatches["weight"][: int(steps)], NamedSharding(self.mesh, LAID)
+            )
+            coupling = self._between(state.params, features, weight, denominators)
         for i in range(int(steps)):
-            one = jax.device_put(jax.tree.map(lambda a, i=i: a[i], microbatches), self.batched)
+            one, own = on_devices(i), None
+            if coupling is not None:
+                own = coupling._replace(pulls=jax.tree.map(lambda a, i=i: a[i], coupling.pulls))
             if self._accumulator is None:
-                self._accumulator = self._empty(state, one)
+                self._accumulator = self._empty(state, one, own)
             last = i == int(steps) - 1
             call = self._close if last else self._add
             # Nothing but the accumulator survives a microbatch; it is empty between windows.
-            result, self._accumulator = call(state, self._accumulator, one, np.int32(i), steps)
+            result, self._accumulator = call(state, self._accumulator, one, np.int32(i), steps, own)
         return result
 
-    def _empty(self, state: State, one: PyTree) -> PyTree:
-        """Zero sums for every device, with a leading axis over the devices."""
-        per_device = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                (self.window.geometry.microbatch, *a.shape[1:]), a.dtype
-            ),
-            one,
+    def _collect(self, params, stats, microbatch):
+        """The first pass over one microbatch: its features, and denominators of all devices."""
+
+        @functools.partial(
+            jax.shard_map,
+            mesh=self.mesh,
+            in_specs=(REPLICATED, REPLICATED, PER_DEVICE),
+            out_specs=(PER_DEVICE, REPLICATED),
         )
-        shapes = jax.eval_shape(self._sums, state.params, state.stats, per_device)
+        def local(params, stats, microbatch):
+            features, denominators = self._features(
+                self._varying(params), self._varying(stats), microbatch
+            )
+            return features, jax.lax.psum(denominators, AXIS)
+
+        return local(params, stats, microbatch)
+
+    def _empty(self, state: State, one: PyTree, coupling: Coupling | None = None) -> PyTree:
+        """Zero sums for every device, with a leading axis over the devices."""
+
+        def per_device(tree):
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(
+                    (self.window.geometry.microbatch, *a.shape[1:]), a.dtype
+                ),
+                tree,
+            )
+
+        if coupling is not None:
+            coupling = coupling._replace(pulls=per_device(coupling.pulls))
+        shapes = jax.eval_shape(self._sums, state.params, state.stats, per_device(one), coupling)
         devices = self.window.geometry.devices
         return jax.tree.map(
             lambda s: jax.device_put(np.zeros((devices, *s.shape), s.dtype), self.batched), shapes
         )
 
-    def _microbatch(self, state: State, accumulator, microbatch, index, steps, *, closing: bool):
+    def _microbatch(
+        self, state: State, accumulator, microbatch, index, steps, coupling=None, *, closing: bool
+    ):
         keep = optax.GradientTransformation(lambda p: (), lambda u, s, p=None: ((), s))
-        inner = _reduced(close_window(self.rule)) if closing else keep
+        whole: Any = () if coupling is None else coupling._replace(pulls=())
+        pulls: Any = () if coupling is None else coupling.pulls
 
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, PER_DEVICE, PER_DEVICE, REPLICATED, REPLICATED),
+            in_specs=(
+                REPLICATED, PER_DEVICE, PER_DEVICE, REPLICATED, REPLICATED, REPLICATED, PER_DEVICE,
+            ),
             out_specs=(REPLICATED, PER_DEVICE),
-        )
-        def local(state: State, accumulator, microbatch, index, steps):
-            sums = self._sums(self._varying(state.params), self._varying(state.stats), microbatch)
+        )  # fmt: skip
+        def local(state: State, accumulator, microbatch, index, steps, whole, pulls):
+            own = whole._replace(pulls=pulls) if coupling is not None else None
+            sums = self._sums(
+                self._varying(state.params), self._varying(state.stats), microbatch, own
+            )
             sums = _without_bad(sums)
+            inner = _reduced(close_window(self.rule), whole) if closing else keep
             multi = optax.MultiSteps(
                 inner,
                 every_k_schedule=lambda _: steps,
@@ -241,17 +361,25 @@ class MultiStepsEngine(_Engine):
             accumulator = jax.tree.map(lambda a: a[None], multi_state.acc_grads)
             return (closed, multi_state.inner_opt_state if closing else ()), accumulator
 
-        (closed, opt_state), accumulator = local(state, accumulator, microbatch, index, steps)
+        (closed, opt_state), accumulator = local(
+            state, accumulator, microbatch, index, steps, whole, pulls
+        )
         if not closing:
             return (), accumulator
         return advance(self.rule, state, Closed(*closed), opt_state), accumulator
 
 
-def _reduced(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _at(tree: PyTree, i: jax.Array) -> PyTree:
+    """Microbatch i of what is laid out over the window."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+
+def _reduced(inner: optax.GradientTransformation, coupling) -> optax.GradientTransformation:
     """`inner` on the sums of all devices: the one reduction of an update."""
 
     def update(sums, opt_state, params):
-        return inner.update(jax.lax.psum(sums, AXIS), opt_state, params)
+        whole = jax.lax.psum(sums, AXIS)._replace(coupling=coupling)
+        return inner.update(whole, opt_state, params)
 
     return optax.GradientTransformation(inner.init, update)
 

@@ -5,6 +5,10 @@
 where both sums run over the samples of the effective batch. Sums add up over microbatches and
 devices; ratios do not. So gradients of numerators and the denominators are carried side by side,
 and the division happens once, at the update.
+
+A loss that couples samples (accumulate.coupled) takes a pass of its own over the window, which
+learns the denominators on the way: then the division is known beforehand, and one accumulator and
+one backward pass do for all terms.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+
+from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
 PyTree = Any
 
@@ -36,11 +42,14 @@ class Output(NamedTuple):
       numerators: term name -> scalar, differentiable in the parameters, without its gain.
       denominators: denominator name -> scalar that carries no gradient.
       moments: additive moments of the batch-norm layers (accumulate.batchnorm), or {}.
+      features: what coupled terms look at, leaves (microbatch, ...); small, as those of the whole
+        effective batch are kept together.
     """
 
     numerators: Mapping[str, jax.Array]
     denominators: Mapping[str, jax.Array]
     moments: PyTree
+    features: PyTree = ()
 
 
 Forward = Callable[[PyTree, PyTree, PyTree], Output]
@@ -51,11 +60,13 @@ class Sums(NamedTuple):
     """What an update is made of; adds up over microbatches and over devices.
 
     Attributes:
-      gradients: denominator name -> gradient of the sum of gain * numerator over its terms.
+      gradients: denominator name -> gradient of the sum of gain * numerator over its terms; with
+        coupled terms "loss" -> gradient of scale * loss.
       numerators, denominators, moments: as in `Output`.
       samples: real samples, sum of the weights.
       bad: microbatches whose sums were not finite (counted by the multisteps engine, which must
         not let them into its accumulator).
+      coupling: of the window's coupled terms, once the sums are complete.
     """
 
     gradients: Mapping[str, PyTree]
@@ -64,6 +75,7 @@ class Sums(NamedTuple):
     moments: PyTree
     samples: jax.Array
     bad: jax.Array
+    coupling: Coupling | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,24 +89,62 @@ class Objective:
         recipes use the effective batch here, so that clipping acts on a sum over images.
       compat: the rule of the usual trainers instead: every microbatch divides by its own
         denominator and counts with its number of samples. Kept for comparison only.
+      coupled: terms that couple the samples of the effective batch.
     """
 
     terms: tuple[Term, ...]
     floors: Mapping[str, float]
     scale: float = 1.0
     compat: bool = False
+    coupled: tuple[Coupled, ...] = ()
 
     def __post_init__(self):
         missing = {t.denominator for t in self.terms} - set(self.floors)
         if missing:
             raise ValueError(f"no floor given for the denominators {sorted(missing)}")
+        if self.coupled and self.compat:
+            raise ValueError("compat knows no coupled terms: the usual rule cannot compute them")
 
     def divisor(self, name: str, denominators: Mapping[str, jax.Array]) -> jax.Array:
         """The denominator `name`, floored."""
         return jnp.maximum(denominators[name], self.floors[name])
 
-    def sums(self, forward: Forward, params: PyTree, stats: PyTree, batch: PyTree) -> Sums:
-        """Gradients of the numerators and all other sums of one microbatch."""
+    def features(self, forward: Forward, params: PyTree, stats: PyTree, batch: PyTree):
+        """The first pass over a microbatch of a window with coupled terms.
+
+        Returns:
+          features of its samples, and its denominators.
+        """
+        out = forward(params, stats, batch)
+        return out.features, dict(out.denominators)
+
+    def couple(
+        self, params: PyTree, features: PyTree, weight: jax.Array, denominators: PyTree
+    ) -> Coupling:
+        """The coupled terms of an effective batch, between its two passes.
+
+        Args:
+          features: leaves (samples, ...); weight: (samples,); both of the whole effective batch.
+          denominators: summed over it.
+        """
+        divisors = {name: self.divisor(name, denominators) for name in self.floors}
+        return couple(self.coupled, self.scale, params, features, weight, divisors)
+
+    def sums(
+        self,
+        forward: Forward,
+        params: PyTree,
+        stats: PyTree,
+        batch: PyTree,
+        coupling: Coupling | None = None,
+    ) -> Sums:
+        """Gradients of the numerators and all other sums of one microbatch.
+
+        Args:
+          coupling: with coupled terms, the window's; its `pulls` are those of this microbatch.
+        """
+        if coupling is not None:
+            return self._coupled_sums(forward, params, stats, batch, coupling)
 
         def weighted(params):
             out = forward(params, stats, batch)
@@ -117,8 +167,29 @@ class Objective:
         )  # fmt: skip
         return self._normalised(sums) if self.compat else sums
 
+    def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
+        """Sums whose gradient is that of `scale * loss`, coupled terms included, in one pass."""
+
+        def total(params):
+            out = forward(params, stats, batch)
+            value = sum(
+                t.gain * self.scale / coupling.divisors[t.denominator] * out.numerators[t.name]
+                for t in self.terms
+            )
+            pulled = jax.tree.map(lambda f, g: jnp.sum(f * g), out.features, coupling.pulls)
+            return value + sum(jax.tree.leaves(pulled)), out
+
+        gradient, out = jax.grad(total, has_aux=True)(params)
+        samples = jnp.sum(batch["weight"]).astype(jnp.result_type(*out.numerators.values()))
+        return Sums(
+            {"loss": gradient}, dict(out.numerators), dict(out.denominators), out.moments, samples,
+            jnp.zeros_like(samples),
+        )  # fmt: skip
+
     def gradient(self, sums: Sums) -> PyTree:
         """The gradient of `scale * loss` over the effective batch."""
+        if isinstance(sums.coupling, Coupling):
+            return add(sums.gradients["loss"], sums.coupling.direct)
         factors: dict[str, Any] = dict.fromkeys(self.floors, 1.0)
         if not self.compat:
             factors = {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
@@ -139,6 +210,8 @@ class Objective:
         values = {
             f"loss/{t.name}": t.gain * sums.numerators[t.name] / divisor(t) for t in self.terms
         }
+        if isinstance(sums.coupling, Coupling):
+            values |= {f"loss/{name}": value for name, value in sums.coupling.values.items()}
         return {"loss": jnp.sum(jnp.stack(list(values.values()))), **values}
 
     def _sharing(self, denominator: str) -> list[Term]:

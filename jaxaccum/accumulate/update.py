@@ -51,14 +51,15 @@ class UpdateRule:
       objective: terms and their division.
       optimizer: optax transformation of the divided and clipped gradient.
       clip: largest global norm of the gradient; 0 for no clipping.
-      statistics_momentum: weight of an update's batch statistics in the running ones.
+      statistics_momentum: updates done before -> weight of an update's batch statistics in the
+        running ones (PyTorch's convention).
       ema_decay: update count -> decay of the moving average; None for no average.
     """
 
     objective: Objective
     optimizer: optax.GradientTransformation
     clip: float = 0.0
-    statistics_momentum: float = 0.03
+    statistics_momentum: Callable[[jax.Array], jax.Array | float] = lambda step: 0.03
     ema_decay: Callable[[jax.Array], jax.Array] | None = None
 
     def init(self, params: PyTree, stats: PyTree) -> State:
@@ -128,7 +129,7 @@ def advance(
     params = optax.apply_updates(state.params, closed.updates)
     if stats is None:
         stats = batchnorm.move_statistics(
-            state.stats, closed.sums.moments, rule.statistics_momentum
+            state.stats, closed.sums.moments, rule.statistics_momentum(state.step)
         )
     stats = keep(stats, state.stats)
     step = state.step + ok.astype(jnp.int32)

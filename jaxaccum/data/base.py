@@ -1,4 +1,4 @@
-"""What a data set is to the rest of jaxaccum: images, objects, an identity and a report."""
+"""What a data set of images is to the rest of jaxaccum: objects, an identity and a report."""
 
 from __future__ import annotations
 
@@ -61,26 +61,48 @@ def no_objects() -> Objects:
 
 
 @dataclass
-class Report:
-    """What a source holds and what it left out, counted.
+class Findings:
+    """What a source left out, and why.
 
     Attributes:
       where: the data set and split, for people.
-      images: images kept.
-      objects: labelled objects kept.
-      backgrounds: images kept that have no object.
       skipped: reason -> the (file, line or None) of everything left out for it.
     """
 
     where: str
-    images: int = 0
-    objects: int = 0
-    backgrounds: int = 0
-    skipped: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict)
+    skipped: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict, kw_only=True)
 
     def skip(self, reason: str, file: str, line: int | None = None) -> None:
         """Counts one thing left out."""
         self.skipped.setdefault(reason, []).append((file, line))
+
+    def summary(self) -> str:
+        """What was kept, in one line."""
+        raise NotImplementedError
+
+    def lines(self, examples: int = 3) -> list[str]:
+        """A summary for people: one line of totals, then one for each reason to skip."""
+        summary = [f"{self.where}: {self.summary()}"]
+        for reason, places in self.skipped.items():
+            shown = [f if line is None else f"{f}:{line}" for f, line in places[:examples]]
+            more = ", ..." if len(places) > examples else ""
+            summary.append(f"  skipped {len(places)} x {reason}: {', '.join(shown)}{more}")
+        return summary
+
+
+@dataclass
+class Report(Findings):
+    """What a source of images holds and what it left out, counted.
+
+    Attributes:
+      images: images kept.
+      objects: labelled objects kept.
+      backgrounds: images kept that have no object.
+    """
+
+    images: int = 0
+    objects: int = 0
+    backgrounds: int = 0
 
     def count(self, objects: Iterable[Objects]) -> None:
         """Counts the images kept, one `Objects` each."""
@@ -89,17 +111,12 @@ class Report:
             self.objects += len(one)
             self.backgrounds += len(one) == 0
 
-    def lines(self, examples: int = 3) -> list[str]:
-        """A summary for people: one line of totals, then one for each reason to skip."""
-        summary = [
-            f"{self.where}: {self.images} images, {self.objects} objects, "
+    def summary(self) -> str:
+        """What was kept, in one line."""
+        return (
+            f"{self.images} images, {self.objects} objects, "
             f"{self.backgrounds} images without objects"
-        ]
-        for reason, places in self.skipped.items():
-            shown = [f if line is None else f"{f}:{line}" for f, line in places[:examples]]
-            more = ", ..." if len(places) > examples else ""
-            summary.append(f"  skipped {len(places)} x {reason}: {', '.join(shown)}{more}")
-        return summary
+        )
 
 
 class Source(Protocol):

@@ -7,6 +7,8 @@ parameter's path, joined by dots, is its key. Every block is called as `block(x,
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +19,48 @@ from jaxaccum.accumulate import GroupBatchNorm, Groups
 from jaxaccum.models import ops
 
 Dtype = Any
+PyTree = Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rematerialised(
+    function: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+) -> PyTree:
+    """function(params, inputs), its inner values not kept for the gradient but computed anew.
+
+    What `jax.checkpoint` does (Chen et al. 2016, arXiv:1604.06174), on every backend. It holds the
+    second computation back with a barrier, which XLA's CPU backend drops before it orders the
+    program: all is then computed anew as early as can be, and kept. A branch is not torn apart so.
+
+    Args:
+      function: of pytrees of floating arrays, to such; closes over no traced value.
+    """
+    return function(params, inputs)
+
+
+def _rematerialised_forward(function, params, inputs):
+    return function(params, inputs), (params, inputs)
+
+
+def _rematerialised_backward(function, residuals, cotangents):
+    def gradient(residuals, cotangents):
+        return jax.vjp(function, *residuals)[1](cotangents)
+
+    def cpu(residuals, cotangents):
+        number = sum(a.ravel()[0] for a in jax.tree.leaves(cotangents))
+        # XLA cannot know that this is no NaN; if it is one, so is the gradient.
+        return jax.lax.cond(number == number, gradient, nan, residuals, cotangents)
+
+    def nan(residuals, cotangents):
+        return jax.tree.map(lambda a: a * jnp.nan, residuals)
+
+    def default(residuals, cotangents):
+        return gradient(*jax.lax.optimization_barrier((residuals, cotangents)))
+
+    return jax.lax.platform_dependent(residuals, cotangents, cpu=cpu, default=default)
+
+
+rematerialised.defvjp(_rematerialised_forward, _rematerialised_backward)
 
 
 def conv2d(features: int, kernel: int, stride: int = 1, groups: int = 1, **options) -> nn.Conv:

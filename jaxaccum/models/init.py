@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax
 import flax.linen as nn
@@ -21,28 +21,30 @@ PyTree = Any
 
 def initialise(
     model: nn.Module,
-    example: jax.ShapeDtypeStruct,
+    example: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...],
     seed: int,
     constants: Mapping[str, float] | None = None,
-    deviation: Callable[[str], float | None] = lambda path: None,
+    deviation: Callable[[str], float | Literal["xavier"] | None] = lambda path: None,
     dtype: Any = np.float32,
 ) -> tuple[PyTree, PyTree]:
     """Initial parameters and running statistics.
 
-    Kernels and biases of convolutions are uniform in +-1/sqrt(fan_in) (PyTorch's default),
-    batch norm starts as the identity.
+    Kernels and biases of convolutions and linear maps are uniform in +-1/sqrt(fan_in) (PyTorch's
+    default), norms start as the identity.
 
     Args:
       model: a Linen module.
-      example: shape and dtype of its input.
+      example: shape and dtype of its input, or of its inputs.
       seed: the run's seed.
       constants: parameter path ("model.22/cv2.0.2/bias") -> value to fill it with.
-      deviation: parameter path -> standard deviation, for kernels that start normal instead.
+      deviation: parameter path -> standard deviation, for kernels and biases that start normal
+        instead (0: at zero); "xavier" for sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010).
       dtype: of the parameters and statistics.
     Returns:
       (params, stats), nested dicts of numpy arrays.
     """
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
+    inputs = example if isinstance(example, tuple) else (example,)
+    shapes = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
     constants = dict(constants or {})
     flat = flax.traverse_util.flatten_dict(shapes["params"])
     params = {}
@@ -58,7 +60,10 @@ def initialise(
             kernel = flat[(*path[:-1], "kernel")].shape
             bound = 1 / np.sqrt(np.prod(kernel[:-1]))
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-            if (sigma := deviation(name)) is not None:
+            sigma = deviation(name)
+            if sigma == "xavier":
+                sigma = np.sqrt(2 / (np.prod(kernel[:-2]) * (kernel[-2] + kernel[-1])))
+            if sigma is not None:
                 params[path] = rng.normal(0.0, sigma, leaf.shape).astype(dtype)
             else:
                 params[path] = rng.uniform(-bound, bound, leaf.shape).astype(dtype)

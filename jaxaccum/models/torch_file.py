@@ -48,7 +48,7 @@ _INERT = {
     "argparse.Namespace", "collections.defaultdict", "datetime.date", "datetime.datetime",
     "datetime.timedelta", "datetime.timezone", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "torch.Tensor",
-    "types.SimpleNamespace",
+    "types.SimpleNamespace", "utils.metrics.Metrics",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__")
       for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
     *(f"torch.{name}" for name in _DTYPES),
@@ -161,7 +161,14 @@ def _plain(value: np.ndarray) -> np.ndarray:
 
 
 def without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keys from "model.0." on, where all have the same wrapper ("module.") before that."""
+    """Keys without the wrappers that training put around the model.
+
+    A detector's go from "model.0." on, where all have the same before that; a completion network's
+    lose every "module.", as where its authors load them.
+    """
+    plain = {key.replace("module.", ""): value for key, value in state.items()}
+    if any(key.startswith("base_model.") for key in plain):
+        return plain
     found = next((m for m in map(re.compile(r"(.+\.)model\.0\.").match, state) if m), None)
     if found is None or not all(key.startswith(found[1]) for key in state):
         return state
@@ -176,6 +183,7 @@ def _read_zip(path: Path) -> Weights:
         if isinstance(root, dict):
             train_args = root.get("train_args")
             for key, words in {
+                "base_model": "the model of a checkpoint",
                 "ema": "the weight average of a training checkpoint",
                 "model": "the model of a checkpoint",
                 "state_dict": "the state dict of a checkpoint",

@@ -2,7 +2,7 @@
 into a model, also one with other classes.
 
 A parameter's path joined by dots is its key, but for the last word: kernel and scale are both
-called weight there, and kernels are OIHW.
+called weight there. Kernels (..., in, out) are (out, in, ...) there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum.models import yolo
+from jaxaccum.models import completion, yolo
 
 PyTree = Any
 State = dict[str, np.ndarray]
+Model = yolo.Yolo | completion.Completion
 # Of the values outside the class branch; below it a file is taken for another network's.
 _LEAST_SHARE = 0.4
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -38,7 +39,7 @@ def to_reference(tree: PyTree) -> dict[str, np.ndarray]:
     """Parameters, statistics or gradients under the reference's keys, in its layouts."""
     flat = flax.traverse_util.flatten_dict(tree)
     return {
-        key_of(path): np.transpose(a, (3, 2, 0, 1)) if path[-1] == "kernel" else np.asarray(a)
+        key_of(path): np.moveaxis(a, (-1, -2), (0, 1)) if path[-1] == "kernel" else np.asarray(a)
         for path, a in flat.items()
     }
 
@@ -63,8 +64,8 @@ def from_reference(state: Mapping[str, np.ndarray], params: PyTree, stats: PyTre
             if key not in state:
                 raise KeyError(f"the state dict has no {key!r}")
             value = np.asarray(state[key])
-            if path[-1] == "kernel":
-                value = np.transpose(value, (2, 3, 1, 0))
+            if path[-1] == "kernel" and value.ndim >= 2:
+                value = np.moveaxis(value, (0, 1), (-1, -2))
             if value.shape != old.shape:
                 raise ValueError(f"{key!r} has shape {value.shape}, the model needs {old.shape}")
             new[path] = value.astype(old.dtype)
@@ -149,32 +150,49 @@ def _last_row(keys: Iterable[str]) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def shapes(name: str, classes: int) -> dict[str, tuple[int, ...]]:
+def shapes(name: str, classes: int = 0) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter and statistic of a model, under the reference's keys."""
-    model = yolo.Yolo(name, classes)
-    example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    model: Any
+    if name in completion.names():
+        model = completion.create(name)
+        example = jax.ShapeDtypeStruct((1, model.num_input, 3), jnp.float32)
+    else:
+        model = yolo.Yolo(name, classes)
+        example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
     found = {}
     for tree in (variables["params"], variables.get("batch_stats", {})):
         for path, leaf in flax.traverse_util.flatten_dict(tree).items():
             h = leaf.shape
-            found[key_of(path)] = (h[3], h[2], h[0], h[1]) if path[-1] == "kernel" else h
+            found[key_of(path)] = (*h[:-3:-1], *h[:-2]) if path[-1] == "kernel" else h
+    return found
+
+
+def _candidates(state: State) -> list[str]:
+    """Models that a few of the shapes fit; tracing every model would take minutes."""
+    found = []
+    last, stem = _last_row(state), state.get("model.0.conv.weight")
+    for name in yolo.names() if stem is not None and stem.shape else []:
+        family, scale = yolo.parse(name)
+        _, _, _, (features, *_) = family.rows[0]
+        width = math.ceil(min(features, family.max_channels[scale]) * family.width[scale] / 8) * 8
+        if len(family.rows) - 1 == last and stem is not None and width == stem.shape[0]:
+            found.append(name)
+    coarse = state.get("base_model.coarse_pred.2.weight")
+    for name, table in completion.MODELS.items() if coarse is not None else ():
+        if coarse is not None and coarse.shape == (3 * table.queries, table.global_width):
+            found.append(name)
     return found
 
 
 def fitting_models(weights: Weights) -> list[tuple[str, float]]:
     """Models that the weights may be of, with the share of their tensors that fit, best first."""
-    last, stem = _last_row(weights.state), weights.state.get("model.0.conv.weight")
-    if weights.class_layer is None or stem is None or not stem.shape:
-        return []
-    classes, found = weights.classes, []
-    for name in yolo.names():
-        family, scale = yolo.parse(name)
-        _, _, _, (features, *_) = family.rows[0]
-        width = math.ceil(min(features, family.max_channels[scale]) * family.width[scale] / 8) * 8
-        if len(family.rows) - 1 != last or width != stem.shape[0]:
-            continue  # tracing every model would take minutes
-        needed = shapes(name, classes)
+    found = []
+    for name in _candidates(weights.state):
+        detector = name not in completion.names()
+        if detector and weights.class_layer is None:
+            continue
+        needed = shapes(name, weights.classes if detector else 0)
         fits = sum(k in weights.state and weights.state[k].shape == s for k, s in needed.items())
         found.append((name, fits / len(needed)))
     return sorted(found, key=lambda pair: -pair[1])
@@ -184,11 +202,17 @@ def guess_model(weights: Weights) -> str:
     """The model whose tensors are all there, by their shapes.
 
     Raises:
-      WeightsError: there is none.
+      WeightsError: there is none, or more than one.
     """
     found = fitting_models(weights)
-    if found and found[0][1] == 1:
-        return found[0][0]
+    whole = [name for name, share in found if share == 1]
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
+        raise WeightsError(
+            f"{weights.origin}: {' and '.join(whole)} have these tensors alike and differ in what "
+            "needs none: name the model that it is"
+        )
     raise WeightsError(
         f"{weights.origin}: the weights of no model we know"
         + (f", the source calls it {weights.model!r}" if weights.model else "")
@@ -261,27 +285,26 @@ def _stems(keys: Iterable[str]) -> str:
 
 
 def transfer(
-    weights: Weights, model: yolo.Yolo, params: PyTree, stats: PyTree, names: Sequence[str]
+    weights: Weights, model: Model, params: PyTree, stats: PyTree, names: Sequence[str] = ()
 ) -> tuple[PyTree, PyTree, Transfer]:
     """Gives a model the weights that fit; the rest keeps its initial values.
 
-    A tensor is copied if its key and shape are the same. The rows of the last layer of the class
-    branch are copied by class name where both sides have names and these differ. The inner width
-    of the class branch can depend on the number of classes; where it differs, that branch stays at
-    its initial values.
+    A tensor is copied if its key and shape are the same. The rows of the last layer of a detector's
+    class branch are copied by class name where both sides have names and these differ. The inner
+    width of the class branch can depend on the number of classes; where it differs, that branch
+    stays at its initial values. A completion network knows no classes.
 
     Args:
       weights: what there is.
       model: the model that is to be filled.
       params, stats: its initial values.
-      names: its classes.
+      names: a detector's classes.
     Returns:
       (params, stats, report).
     Raises:
       WeightsError: hardly anything fits, or a value is not finite.
     """
-    head = f"model.{len(yolo.parse(model.model)[0].rows) - 1}."
-    rows = re.compile(re.escape(head) + r"cv3\.\d+\.2\.(weight|bias)")
+    classes, rows = _class_branch(model)
     theirs, row_of, layer = weights.known_names, None, weights.class_layer
     ours = [_comparable(name) for name in names]
     if theirs is not None and ours != [_comparable(name) for name in theirs]:
@@ -324,23 +347,24 @@ def transfer(
         elif fits:
             values[key] = new
             loaded.append(key)
-        elif key.startswith(f"{head}cv3."):
+        elif classes.match(key):
             left[key] = (
                 "the width of the class branch follows the number of classes "
-                f"({model.classes} here{'' if layer is None else f', {len(layer)} there'})"
+                f"({len(names)} here{'' if layer is None else f', {len(layer)} there'})"
             )
         else:
             left[key] = "of another shape in the file"
-        if not key.startswith(f"{head}cv3."):
+        if not classes.match(key):
             sizes[key in values] += old.size
     share = sizes[True] / max(sum(sizes.values()), 1)
-    strange = any(not key.startswith(f"{head}cv3.") for key in left)
+    strange = any(not classes.match(key) for key in left)
     better = [name for name, fit in fitting_models(weights) if fit == 1] if strange else []
     hint = f"the file fits {better[0]} whole" if better and better[0] != model.model else ""
     if share < _LEAST_SHARE:
         raise WeightsError(
-            f"{weights.origin}: only {share:.1%} of the values of {model.model} outside its class "
-            f"branch are there in the same shape; {hint or 'no model we know fits it'}"
+            f"{weights.origin}: only {share:.1%} of the values of {model.model} "
+            f"{'outside its class branch ' if isinstance(model, yolo.Yolo) else ''}"
+            f"are there in the same shape; {hint or 'no model we know fits it'}"
         )
     carried = [name for name, i in zip(names, row_of or [], strict=False) if i is not None]
     unused = set(state) - set(values) - set(left)
@@ -359,6 +383,14 @@ def transfer(
     return fill(params), fill(stats), report
 
 
+def _class_branch(model: Model) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What the keys of a model's class branch look like, and those of its last layer."""
+    if not isinstance(model, yolo.Yolo):
+        return re.compile(r"(?!)"), re.compile(r"(?!)")
+    branch = rf"model\.{len(yolo.parse(model.model)[0].rows) - 1}\.cv3\."
+    return re.compile(branch), re.compile(branch + r"\d+\.2\.(weight|bias)")
+
+
 def _size(tree: PyTree) -> int:
     return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
 
@@ -370,11 +402,11 @@ def _comparable(name: str) -> str:
 _FIXED = (".num_batches_tracked", ".dfl.conv.weight")
 
 
-def for_pytorch(model: yolo.Yolo, params: PyTree, stats: PyTree, updates: int = 0) -> State:
+def for_pytorch(model: Model, params: PyTree, stats: PyTree, updates: int = 0) -> State:
     """The whole state dict of the reference's module, for its strict loading.
 
     Beside parameters and statistics it holds what never changes here: the number of batches that
-    each batch norm has seen (`updates`), and the bins of the box distribution.
+    each batch norm has seen (`updates`), and the bins of a detector's box distribution.
     """
     state = to_reference(params) | to_reference(stats)
     whole: State = {}
@@ -383,6 +415,8 @@ def for_pytorch(model: yolo.Yolo, params: PyTree, stats: PyTree, updates: int = 
         if key.endswith(".running_var"):
             tracked = key.removesuffix("running_var") + "num_batches_tracked"
             whole[tracked] = np.asarray(updates, np.int64)
+    if not isinstance(model, yolo.Yolo):
+        return whole
     head = len(yolo.parse(model.model)[0].rows) - 1
     bins = np.arange(yolo.REG_MAX, dtype=np.float32).reshape(1, yolo.REG_MAX, 1, 1)
     return whole | {f"model.{head}.dfl.conv.weight": bins}

@@ -304,11 +304,13 @@ class Yolo(nn.Module):
       model: its name, "family-scale".
       classes: number of classes.
       dtype: compute dtype; parameters and statistics stay as they are given.
+      remat: keep only what goes from row to row, and compute the rest anew for the gradient.
     """
 
     model: str
     classes: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -340,8 +342,33 @@ class Yolo(nn.Module):
                 x = [outputs[j] for j in source]
             elif outputs:
                 x = outputs[source]
-            outputs.append(self._row(family, scale, f"model.{i}", repeats, kind, args)(x, groups))
+            row = self._row(family, scale, f"model.{i}", repeats, kind, args)
+            if not self.remat or self.is_initializing():
+                outputs.append(row(x, groups))
+            elif isinstance(row, nn.Module):
+                outputs.append(self._rematerialised(row, x, groups))
+            else:  # part of the rows that take it, as its output need not be kept either
+                outputs.append(jax.tree_util.Partial(row, x, None))
         return outputs[-1]
+
+    def _rematerialised(self, row: nn.Module, x: Any, groups: Groups | None) -> Any:
+        """row(x, groups), what is inside of it computed anew for the gradient."""
+        name, size = row.name, groups and groups.size
+        writes = ["moments"] if self.is_mutable_collection("moments") else []
+        row = row.clone(parent=None)  # as a function of its variables
+
+        def function(params, inputs):
+            x, stats, weight = inputs
+            variables = {"params": params, "batch_stats": stats}
+            groups = None if size is None else Groups(size, weight)
+            return row.apply(variables, _settled(x), groups, mutable=writes)
+
+        params, stats = (self.variables[c][name] for c in ("params", "batch_stats"))
+        inputs = (x, stats, groups and groups.weight)
+        y, changed = blocks.rematerialised(function, params, inputs)
+        for collection, values in changed.items():
+            self.put_variable(collection, name, values)
+        return y
 
     def _row(self, family, scale, name, repeats, kind, args):
         """A row as a function of (input, groups)."""
@@ -371,6 +398,13 @@ class Yolo(nn.Module):
             options |= {"residual": large, "mlp_ratio": family.large_mlp_ratio if large else 2.0}
             return blocks.A2C2f(features, depth, args[1], turbo=family.turbo, **options)
         raise ValueError(f"row {name} names an unknown block {kind!r}")
+
+
+def _settled(x: Any) -> Any:
+    """Arrays for the rows in `x` that were put off."""
+    if isinstance(x, jax.tree_util.Partial):
+        return x.func(*_settled(x.args))
+    return type(x)(map(_settled, x)) if isinstance(x, list | tuple) else x
 
 
 def initial_deviation(path: str) -> float | None:

@@ -1,17 +1,23 @@
-"""2D detection: a YOLO model, its loss terms and its batch format."""
+"""2D detection: a YOLO model, its loss terms, its samples and its mAP."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from jaxaccum import models
+from jaxaccum import config as configs
+from jaxaccum import data, draw, models
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.losses import detection
+from jaxaccum.metrics import detection as metrics
 from jaxaccum.models import yolo
 
 PyTree = Any
@@ -30,12 +36,47 @@ class DetectionTask:
       image_size: side of the square input in pixels, a multiple of 32.
       group: samples that share batch statistics; None to use the running ones.
       gains: of the terms box, cls, dfl.
+      max_objects: room for objects in a training sample.
+      names: of the classes.
     """
+
+    unit: ClassVar[str] = "images"
+    monitor: ClassVar[tuple[str, bool]] = ("map50_95", True)
 
     model: yolo.Yolo
     image_size: int
     group: int | None
     gains: tuple[float, float, float] = (7.5, 0.5, 1.5)
+    max_objects: int = 300
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
+    ) -> data.Source:
+        """The "train" or "val" split that the config names.
+
+        Raises:
+          DataError: it cannot be used, or has other classes than `names`.
+        """
+        options = config.data
+        return data.open_source(
+            options.path, split, val_path=options.val_path, images=options.images,
+            on_error=options.on_error, names=names,
+        )  # fmt: skip
+
+    @classmethod
+    def create(
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
+    ) -> DetectionTask:
+        """The task of a config, for classes of these names."""
+        model = models.create(config.model, num_classes=len(names), dtype=dtype)
+        model = model.clone(remat=config.remat)
+        loss = config.loss
+        return cls(
+            model, config.data.image_size, group, (loss.box, loss.cls, loss.dfl),
+            config.data.max_objects, tuple(names),
+        )  # fmt: skip
 
     @property
     def anchors(self) -> yolo.Anchors:
@@ -75,19 +116,156 @@ class DetectionTask:
         predictions: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
         return yolo.decode(predictions, self.anchors)
 
-    def example(self, samples: int, max_objects: int) -> PyTree:
+    def untrained(self, path: str) -> bool:
+        """Every parameter of a detector is trained."""
+        del path
+        return False
+
+    def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
 
         def shape(*dims, dtype=jnp.float32):
             return jax.ShapeDtypeStruct((samples, *dims), dtype)
 
-        size = self.image_size
+        size, room = self.image_size, self.max_objects
         return {
             "image": shape(size, size, 3, dtype=jnp.uint8),
-            "boxes": shape(max_objects, 4),
-            "classes": shape(max_objects, dtype=jnp.int32),
-            "valid": shape(max_objects, dtype=jnp.bool_),
+            "boxes": shape(room, 4),
+            "classes": shape(room, dtype=jnp.int32),
+            "valid": shape(room, dtype=jnp.bool_),
             "weight": shape(),
             "index": shape(dtype=jnp.int32),
             "epoch": shape(dtype=jnp.int32),
         }
+
+    def stream(
+        self,
+        config: ml_collections.ConfigDict,
+        source: data.Source,
+        samples: int,
+        plain: bool = False,
+    ) -> data.TrainStream:
+        """The samples of a run of that many; without mosaic and mixup if `plain`.
+
+        Raises:
+          ConfigError: an augmentation is out of its range.
+        """
+        options = config.augment.to_dict()
+        options.pop("close_mosaic")
+        try:
+            augment = data.Augment(**options)
+        except ValueError as error:
+            raise configs.ConfigError(f"augment: {error}") from None
+        return data.TrainStream(
+            source,
+            image_size=self.image_size,
+            max_objects=self.max_objects,
+            augment=augment,
+            seed=config.seed,
+            close_mosaic_at=0 if plain else mosaic_until(config, samples, len(source)),
+            cache=config.data.cache,
+            cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+        )
+
+    def notes(self, config: ml_collections.ConfigDict, samples: int, epoch: int) -> list[str]:
+        """Lines to print at the start of a run of `samples`, in epochs of `epoch`."""
+        if not (config.augment.mosaic or config.augment.mixup):
+            return []
+        until = mosaic_until(config, samples, epoch) // config.nbs
+        return [f"mosaic and mixup until update {until} (augment.close_mosaic)"]
+
+    def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
+        """COCO mAP on a source."""
+        return Evaluator(self, source, config.eval)
+
+    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
+        """COCO mAP on the val split, and what that holds."""
+        source = self.open(config, "val", self.names)
+        return self.evaluator(config, source), source.report.lines()
+
+    def summary(self, best: dict[str, Any]) -> str:
+        """The metrics of an evaluation in a few words."""
+        return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
+
+    def readable(self, record: dict[str, Any]) -> dict[str, float]:
+        """Nothing: losses of detectors have no unit."""
+        del record
+        return {}
+
+
+def mosaic_until(config: ml_collections.ConfigDict, samples: int, epoch: int) -> int:
+    """Samples of a run of `samples` that are made with mosaic; its last epochs are not."""
+    return max(samples - round(config.augment.close_mosaic * epoch), 0)
+
+
+class Evaluator:
+    """COCO mAP of a detector on a source, as a function of its weights.
+
+    The padded samples of the last batch are not counted. Results do not depend on the batch.
+    """
+
+    def __init__(
+        self, task: DetectionTask, source: data.Source, options: ml_collections.ConfigDict
+    ):
+        self.task, self.source, self.options = task, source, options
+        self._predict = jax.jit(task.predict)
+
+    def __call__(
+        self, params: PyTree, stats: PyTree, pictures: int = 0
+    ) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Metrics and the first `pictures` images with detections of score 0.25 and more."""
+        options = self.options
+        # One device evaluates; weights that lie on all of them would have each do all of it.
+        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
+        result = metrics.DetectionMetrics(self.source.names)
+        drawn: list[np.ndarray] = []
+        pending: Callable[[], None] | None = None
+        batches = data.eval_batches(
+            self.source, image_size=self.task.image_size, batch=options.batch
+        )
+        with ThreadPoolExecutor() as pool:
+            for batch in batches:
+                output = self._predict(params, stats, batch["image"])
+                if pending is not None:  # the host works on a batch while the device is on the next
+                    pending()
+                pending = functools.partial(
+                    self._score, pool, batch, output, result, drawn, pictures
+                )
+            if pending is not None:
+                pending()
+        return result.compute(), drawn
+
+    def _score(self, pool, batch, output, result, drawn, pictures):
+        boxes, scores = (np.asarray(a) for a in output)
+        options = self.options
+
+        def detect(i):
+            found = metrics.nms(
+                boxes[i], scores[i], conf=options.conf, iou=options.iou, max_det=options.max_det,
+                multi_label=True,
+            )  # fmt: skip
+            original = metrics.unletterbox(
+                found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
+            )
+            return metrics.Detections(original, found.scores, found.classes)
+
+        real = np.flatnonzero(batch["weight"] > 0)
+        for i, found in zip(real, pool.map(detect, real), strict=True):
+            index = int(batch["index"][i])
+            truth = self.source.objects(index)
+            height, width = (int(v) for v in batch["size"][i])
+            result.add(
+                f"{index} {self.source.name(index)}",
+                found,
+                truth.boxes,
+                truth.classes,
+                (height, width),
+            )
+            if len(drawn) < pictures:
+                show = found.scores >= 0.25
+                drawn.append(
+                    draw.draw_detections(
+                        self.source.image(index), found.boxes[show], found.classes[show],
+                        self.source.names, found.scores[show],
+                    )
+                )  # fmt: skip

@@ -1,0 +1,262 @@
+"""The samples of a run by position, whatever a sample is: effective batches in order.
+
+A run is one infinite sequence of samples. Sample n is index `order(n // N)[n % N]` of a data set
+of N, and all its random choices draw from a generator seeded with (seed, epoch, index). So the
+position is the only state: any geometry, any number of workers and any resume see the same samples.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import os
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Batch = dict[str, NDArray[Any]]
+Backend = Literal["auto", "grain", "threads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sample stands: its position in the run, its epoch, its index in the data set."""
+
+    position: int
+    epoch: int
+    index: int
+
+
+class SampleStream(abc.ABC):
+    """Random access to the samples of a run. A subclass says what a sample is.
+
+    Attributes:
+      truncated: things left out of samples so far because a sample had no room for them.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        """Describes the order of the samples.
+
+        Args:
+          length: samples in the data set.
+          seed: of the order and of everything random in a sample; not negative.
+
+        Raises:
+          ValueError: an argument is out of range.
+        """
+        if length < 1:
+            raise ValueError(f"a data set of {length} samples; expected at least 1.")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected at least 0.")
+        self.truncated = 0
+        self._length = length
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+
+    @abc.abstractmethod
+    def _empty(self, count: int) -> Batch:
+        """A batch of `count` samples of weight 0.
+
+        It holds weight (n,) float32, index and epoch (n,) int32, and what the subclass adds.
+        """
+
+    @abc.abstractmethod
+    def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:
+        """Writes the sample of a place into a row, and its weight, but not its index and epoch.
+
+        Args:
+          rng: seeded with (seed, epoch, index); the only source of random choices.
+        Returns:
+          How many things the row had no room for.
+        """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The permutation of the data set in `epoch`: (N,) int64, of (seed, epoch) alone."""
+        with self._lock:
+            if epoch not in self._orders:
+                # The spawn key keeps this stream apart from those of the samples.
+                entropy = np.random.SeedSequence([self._seed, epoch], spawn_key=(0,))
+                rng = np.random.Generator(np.random.PCG64(entropy))
+                self._orders[epoch] = rng.permutation(self._length)
+                if len(self._orders) > 2:
+                    self._orders.popitem(last=False)
+            return self._orders[epoch]
+
+    def sample(self, position: int) -> Batch:
+        """Sample `position` of the run: the arrays of a batch without their leading axis."""
+        sample, truncated = self._counted_sample(position)
+        self._count(truncated)
+        return sample
+
+    def windows(
+        self,
+        start: int,
+        sizes: Iterable[int],
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        backend: Backend = "auto",
+    ) -> Generator[Batch, None, None]:
+        """Consecutive effective batches.
+
+        Args:
+          start: position of the first sample. Starting here gives what iterating to here would.
+          sizes: samples of each effective batch; may be endless. Read `prefetch` ahead.
+          workers: processes that make samples; 0 for threads in this process. Needs grain.
+          prefetch: effective batches to prepare ahead.
+          backend: "grain", "threads" (of this module), or "auto": grain if installed. The samples
+            are the same.
+
+        Yields:
+          The arrays of `sample` with a leading axis of sizes[i].
+
+        Raises:
+          DataError: a sample cannot be read.
+          ImportError: grain is asked for and not installed.
+          ValueError: an argument is out of range.
+        """
+        if start < 0 or workers < 0 or prefetch < 0:
+            raise ValueError(
+                f"start {start}, workers {workers} and prefetch {prefetch} must not be negative."
+            )
+        if backend not in ("auto", "grain", "threads"):
+            raise ValueError(f"backend is {backend!r}, expected 'auto', 'grain' or 'threads'.")
+        if backend == "threads" and workers:
+            raise ValueError("worker processes need the backend 'grain'; set workers=0.")
+        installed = find_spec("grain") is not None
+        if not installed and (backend == "grain" or workers):
+            raise ImportError(
+                "worker processes and the backend 'grain' need the package grain: "
+                "pip install grain, or set workers=0 and backend='auto'."
+            )
+        checked = map(_checked_size, sizes)
+        # Many small calls run beside each other: threads inside OpenCV would only fight.
+        cv2.setNumThreads(0)
+        if backend == "threads" or not installed:
+            return self._threaded(start, checked, prefetch)
+        return self._grained(start, checked, workers, prefetch)
+
+    def _threaded(
+        self, start: int, sizes: Iterable[int], prefetch: int
+    ) -> Generator[Batch, None, None]:
+        def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
+            position = start
+            for size in sizes:
+                batch = self._empty(size)
+                yield (
+                    batch,
+                    [functools.partial(self._fill, batch, i, position + i) for i in range(size)],
+                )
+                position += size
+
+        for batch, truncated in ahead(jobs(), prefetch):
+            self._count(sum(truncated))
+            yield batch
+
+    def _grained(
+        self, start: int, sizes: Iterable[int], workers: int, prefetch: int
+    ) -> Generator[Batch, None, None]:
+        import grain
+
+        remaining = iter(sizes)
+        coming = deque(islice(remaining, prefetch + 1))
+        if not coming:
+            return
+        options = grain.ReadOptions(
+            num_threads=_threads(), prefetch_buffer_size=max(_threads(), sum(coming))
+        )
+        positions = grain.MapDataset.range(start, sys.maxsize)
+        samples = positions.map(self._counted_sample).to_iter_dataset(options)
+        if workers:
+            from absl import flags
+
+            # Grain's processes read absl flags, which only absl's own app.run parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            samples = samples.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=workers,
+                    per_worker_buffer_size=max(1, sum(coming) // workers),
+                )
+            )
+        iterator = iter(samples)
+        try:
+            while coming:
+                size = coming.popleft()
+                coming.extend(islice(remaining, 1))
+                batch = self._empty(size)
+                for i in range(size):
+                    sample, truncated = next(iterator)
+                    self._count(int(truncated))
+                    for key, value in sample.items():
+                        batch[key][i] = value
+                yield batch
+        finally:
+            iterator.close()
+
+    def _counted_sample(self, position: int) -> tuple[Batch, int]:
+        batch = self._empty(1)
+        truncated = self._fill(batch, 0, int(position))
+        return {key: value[0] for key, value in batch.items()}, truncated
+
+    def _fill(self, batch: Batch, row: int, position: int) -> int:
+        """Writes sample `position` into a row of a batch; returns what it had no room for."""
+        epoch, place = divmod(position, self._length)
+        index = int(self.order(epoch)[place])
+        rng = np.random.Generator(np.random.PCG64([self._seed, epoch, index]))
+        batch["index"][row] = index
+        batch["epoch"][row] = epoch
+        return self._write(batch, row, Place(position, epoch, index), rng)
+
+    def _count(self, truncated: int) -> None:
+        with self._lock:
+            self.truncated += truncated
+
+
+def ahead(
+    jobs: Iterable[tuple[Batch, Sequence[Callable[[], int]]]], prefetch: int
+) -> Iterator[tuple[Batch, list[int]]]:
+    """Runs each batch's jobs on threads, up to `prefetch` batches ahead; yields them in order."""
+    pending: deque[tuple[Batch, list[Future[int]]]] = deque()
+    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="samples")
+    try:
+        for batch, work in jobs:
+            pending.append((batch, [pool.submit(job) for job in work]))
+            if len(pending) > prefetch:
+                yield _finished(*pending.popleft())
+        while pending:
+            yield _finished(*pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(batch: Batch, work: Sequence[Future[int]]) -> tuple[Batch, list[int]]:
+    return batch, [job.result() for job in work]
+
+
+def _checked_size(size: int) -> int:
+    if size < 1:
+        raise ValueError(f"an effective batch of {size} samples; expected at least 1.")
+    return int(size)
+
+
+def _threads() -> int:
+    return min(16, (os.cpu_count() or 1) + 1)

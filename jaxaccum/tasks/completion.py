@@ -1,0 +1,337 @@
+"""Point completion: PoinTr or AdaPoinTr, its Chamfer terms, its samples and its metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxaccum import data, draw_clouds
+from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
+from jaxaccum.data.cloud_sources import CroppedClouds
+from jaxaccum.losses.chamfer import chamfer_l1
+from jaxaccum.metrics import completion as metrics
+from jaxaccum.models import completion, points
+
+PyTree = Any
+SAMPLES = "samples"
+# Of the jitter on the centres that AdaPoinTr learns to denoise: deviation, and largest value.
+NOISE, NOISE_LIMIT = 0.01, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionTask:
+    """A completion network in training.
+
+    A batch is a dict with a leading axis of samples: `partial` (2048, 3) and `complete` (P, 3)
+    float32, `weight` () 1 for a real sample; `index` and `epoch` name the sample.
+
+    Attributes:
+      model: the network.
+      group: samples that share batch statistics; None to use the running ones.
+      gains: of the terms coarse, fine, denoise.
+      seed: of the noise.
+      names: of the categories.
+    """
+
+    unit: ClassVar[str] = "clouds"
+    monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
+
+    model: Any
+    group: int | None
+    gains: tuple[float, float, float] = (1.0, 1.0, 0.5)
+    seed: int = 0
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
+    ) -> data.CloudSource:
+        """The "train", "val" or "unseen" split that the config names.
+
+        Its categories may be others than `names`: a completion network does not know them.
+
+        Raises:
+          DataError: it cannot be used.
+        """
+        del names
+        options = config.eval
+        return data.open_clouds(
+            config.data.path, split, mode=options.mode, viewpoints=options.viewpoints or None
+        )
+
+    @classmethod
+    def create(
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
+    ) -> CompletionTask:
+        """The task of a config."""
+        model = completion.create(config.model, dtype=dtype).clone(remat=config.remat)
+        loss = config.loss
+        return cls(
+            model, group, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names)
+        )  # fmt: skip
+
+    def initialise(self, seed: int, dtype: Any = np.float32) -> tuple[PyTree, PyTree]:
+        """Initial (params, stats), on the host."""
+        return completion.initialise(self.model, seed, dtype)
+
+    def objective(self, nbs: int, compat: bool = False) -> Objective:
+        """Means over samples of the Chamfer distances (L1).
+
+        Coarse and fine against the target, and what became of the jittered centres against the
+        points of the target around them. PoinTr has no such centres.
+        """
+        del nbs
+        names = ("coarse", "fine", "denoise")[: 3 if self.model.denoise_points else 2]
+        terms = tuple(
+            Term(name, gain, SAMPLES) for name, gain in zip(names, self.gains, strict=False)
+        )
+        return Objective(terms, {SAMPLES: 1.0}, 1.0, compat)
+
+    def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
+        """Numerators, denominators and moments of a microbatch."""
+        weight = batch["weight"]
+        groups = None if self.group is None else Groups(self.group, weight)
+        partial, target = self._coordinates(batch["partial"]), self._coordinates(batch["complete"])
+        noise = self.noise(batch["epoch"], batch["index"], partial.dtype)
+        clouds, changed = self.model.apply(
+            {"params": params, "batch_stats": stats}, partial, groups, noise, mutable=["moments"]
+        )
+        distances = {
+            "coarse": chamfer_l1(clouds.coarse, target),
+            "fine": chamfer_l1(clouds.fine, target),
+        }
+        if noise is not None:
+            near = points.nearest(clouds.centres, target, self.model.points_per_query)
+            around = points.gather(target, near.reshape(len(near), -1))
+            distances["denoise"] = chamfer_l1(clouds.denoised, around)
+        numerators = {
+            name: jnp.sum(jnp.where(weight > 0, weight * value, 0))
+            for name, value in distances.items()
+        }
+        return Output(numerators, {SAMPLES: jnp.sum(weight)}, changed.get("moments", {}))
+
+    def noise(self, epoch: jax.Array, index: jax.Array, dtype: Any) -> jax.Array | None:
+        """Jitter of the centres to denoise, (samples, denoise_points, 3), by sample and epoch."""
+        count = self.model.denoise_points
+        if not count:
+            return None
+
+        def one(key):
+            return NOISE * jax.random.normal(key, (count, 3), jnp.float32)
+
+        jitter = jax.vmap(one)(sample_keys(self.seed, epoch, index))
+        return jnp.clip(jitter, -NOISE_LIMIT, NOISE_LIMIT).astype(dtype)
+
+    def predict(self, params: PyTree, stats: PyTree, partial: jax.Array) -> jax.Array:
+        """The completed clouds (N, P, 3) of partial ones (N, 2048, 3)."""
+        variables = {"params": params, "batch_stats": stats}
+        return self.model.apply(variables, self._coordinates(partial)).fine
+
+    def is_normalised(self, config: ml_collections.ConfigDict) -> bool:
+        """Whether the clouds it was trained on have their mean at 0 and a largest radius of 1."""
+        benchmark = config.data.path.rstrip("/").replace(":", "/").rpartition("/")[2]
+        return not config.data.path or benchmark.startswith("ShapeNet")
+
+    def _coordinates(self, cloud):
+        """Coordinates keep at least float32, whatever the features are computed in."""
+        return cloud.astype(jnp.promote_types(self.model.dtype, jnp.float32))
+
+    def untrained(self, path: str) -> bool:
+        """Whether the loss does not depend on a parameter."""
+        return completion.untrained(self.model.model, path)
+
+    def example(self, samples: int) -> PyTree:
+        """Shapes of a batch."""
+
+        def shape(*dims, dtype=jnp.float32):
+            return jax.ShapeDtypeStruct((samples, *dims), dtype)
+
+        return {
+            "partial": shape(self.model.num_input, 3),
+            "complete": shape(self.model.num_points, 3),
+            "weight": shape(),
+            "index": shape(dtype=jnp.int32),
+            "epoch": shape(dtype=jnp.int32),
+        }
+
+    def stream(
+        self,
+        config: ml_collections.ConfigDict,
+        source: data.CloudSource,
+        samples: int,
+        plain: bool = False,
+    ) -> data.CloudStream:
+        """The samples of a run; not mirrored if `plain`."""
+        del samples
+        mirror = config.augment.mirror and not plain
+        return data.CloudStream(source, seed=config.seed, mirror=mirror)
+
+    def notes(self, config: ml_collections.ConfigDict, samples: int, epoch: int) -> list[str]:
+        """Lines to print at the start of a run: none."""
+        del config, samples, epoch
+        return []
+
+    def evaluator(self, config: ml_collections.ConfigDict, source: data.CloudSource) -> Evaluator:
+        """Chamfer distances and F-Score on a source, and on the unseen categories if asked for."""
+        sources = {"": source}
+        if config.eval.unseen:
+            sources["unseen/"] = self.open(config, "unseen")
+        return Evaluator(self, sources, config.eval.batch, references(config))
+
+    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
+        """The test split, and the unseen categories where there are some; what is cropped by us in
+        all three modes, and over these the mean."""
+        config = config.copy_and_resolve_references()
+        sources, lines = {}, []
+        for prefix, split in (("", "test"), ("unseen/", "unseen")):
+            try:
+                source = self.open(config, split)
+            except data.DataError as error:
+                if split == "test":
+                    raise
+                lines.append(f"no unseen categories: {error}")
+                continue
+            lines += source.report.lines()
+            if not isinstance(source, CroppedClouds):
+                sources[prefix] = source
+                continue
+            for mode in ("easy", "median", "hard"):
+                config.eval.mode = mode
+                sources[f"{prefix}{mode}/"] = self.open(config, split)
+        return Evaluator(self, sources, config.eval.batch, references(config)), lines
+
+    def summary(self, best: dict[str, Any]) -> str:
+        """The metrics of an evaluation in a few words."""
+        unseen = f", unseen {best['unseen/cd_l1']:.3f}" if "unseen/cd_l1" in best else ""
+        return (
+            f"CD-L1 {best['cd_l1']:.3f}{unseen}, CD-L2 {best['cd_l2']:.3f} (x 1000), "
+            f"F-Score {best['f_score']:.4f}"
+        )
+
+    def readable(self, record: dict[str, Any]) -> dict[str, float]:
+        """CD-L1 x 1000 of every term, without its gain."""
+        gains = zip(("coarse", "fine", "denoise"), self.gains, strict=True)
+        return {
+            f"cd_l1/{name}": 1000 * record[f"loss/{name}"] / gain
+            for name, gain in gains
+            if gain and f"loss/{name}" in record
+        }
+
+
+class Evaluator:
+    """Metrics of a completion network on sources, as a function of its weights.
+
+    The padded samples of the last batch are not counted. Results do not depend on the batch.
+    """
+
+    def __init__(
+        self,
+        task: CompletionTask,
+        sources: dict[str, data.CloudSource],
+        batch: int,
+        cars: Callable[[], Iterator[np.ndarray]] | None = None,
+    ):
+        """Args:
+        task: the model.
+        sources: prefix of the metrics' names -> what to evaluate on.
+        batch: clouds to predict at once.
+        cars: complete clouds to compare predictions of real scans with, which have no target.
+        """
+        self.task, self.sources, self.batch, self.cars = task, sources, batch, cars
+        self._predict = jax.jit(task.predict)
+
+    def __call__(
+        self, params: PyTree, stats: PyTree, pictures: int = 0
+    ) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Metrics, with each source's prefix, and `pictures` drawings from each.
+
+        Modes of one set ("easy/", "median/", "hard/") are followed by their mean, as published.
+        """
+        # One device evaluates; weights that lie on all of them would have each do all of it.
+        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
+        found: dict[str, float] = {}
+        drawn: list[np.ndarray] = []
+        for prefix, source in self.sources.items():
+            result: Any = (
+                metrics.CompletionMetrics(source.names)
+                if source.points
+                else metrics.ScanMetrics(self.cars)
+            )
+            # Spread over the source, which lists one category after the other.
+            shown = set(np.linspace(0, len(source) - 1, pictures).astype(int).tolist())
+            pending: Callable[[], None] | None = None
+            with ThreadPoolExecutor() as pool:
+                for batch in data.cloud_batches(source, batch=self.batch):
+                    output = self._predict(params, stats, batch["partial"])
+                    if pending is not None:  # the host measures while the device is on the next
+                        pending()
+                    pending = functools.partial(
+                        self._score, pool, source, batch, output, result, drawn, shown
+                    )
+                if pending is not None:
+                    pending()
+            found |= {f"{prefix}{k}": v for k, v in result.compute().items()}
+        return _means_over_modes(found) | found, drawn
+
+    def _score(self, pool, source, batch, output, result, drawn, shown):
+        predicted = np.asarray(output, np.float32)
+        real = np.flatnonzero(batch["weight"] > 0)
+        indices = [int(i) for i in batch["index"][real]]
+        partial, target = batch["partial"][real], batch["complete"][real]
+        if source.points:
+            result.add_clouds(
+                [source.category(i) for i in indices], [source.name(i) for i in indices],
+                predicted[real], target, pool,
+            )  # fmt: skip
+        else:
+            names = [source.name(i) for i in indices]
+            result.add_clouds(names, partial, predicted[real], pool)
+        for row, index in enumerate(indices):
+            if index in shown and np.isfinite(predicted[real[row]]).all():
+                drawn.append(
+                    draw_clouds.draw_completion(
+                        partial[row], predicted[real[row]], target[row] if source.points else None,
+                        title=source.names[source.category(index)],
+                    )
+                )  # fmt: skip
+
+
+def _means_over_modes(found: dict[str, float]) -> dict[str, float]:
+    """Metrics that exist for the modes easy, median and hard, averaged over them."""
+    means = {}
+    for name in found:
+        before, middle, after = name.partition("easy/")
+        if middle and not after.startswith("samples") and after != "categories":
+            modes = [found[f"{before}{mode}/{after}"] for mode in ("easy", "median", "hard")]
+            means[before + after] = float(np.mean(modes))
+    return means
+
+
+def references(config: ml_collections.ConfigDict) -> Callable[[], Iterator[np.ndarray]] | None:
+    """The cars of `eval.references`, a PCN folder, all splits, to be read one after the other.
+
+    Raises:
+      DataError: it cannot be used, or holds no cars.
+    """
+    path = config.eval.references
+    if not path:
+        return None
+    sources = [data.open_clouds(path, split) for split in ("train", "val", "test")]
+    if not all("car" in source.names for source in sources):
+        raise data.DataError(f"eval.references={path}: has no category 'car'", file=path)
+
+    def cars():
+        for source in sources:
+            for i in range(len(source)):
+                if source.names[source.category(i)] == "car":
+                    yield source.sample(i, None)[1]
+
+    return cars
