@@ -37,7 +37,7 @@ RANGES = {
     "bn_momentum.start": (0, 1), "bn_momentum.decay": (0, 1), "bn_momentum.epochs": (1e-9, 1e9),
     "bn_momentum.final": (0, 1),
     "loss.coarse": (0, 1e9), "loss.fine": (0, 1e9), "loss.denoise": (0, 1e9),
-    "eval.viewpoints": (0, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
+    "eval.viewpoints": (1, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
     "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
     "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
 }  # fmt: skip
@@ -177,6 +177,7 @@ def completion() -> ml_collections.ConfigDict:
             # "" for the embedded shapes, the folder of PCN, or FOLDER:BENCHMARK in the ShapeNet
             # layout: DATA/ShapeNet55-34:ShapeNet-34, ...:Projected_ShapeNet-34_noise
             "path": "",
+            "cache_gib": 2.0,  # most memory for clouds, the least recently used go first
             "workers": 0,  # loader processes; 0: threads
             "prefetch": 2,  # effective batches made ahead
         }
@@ -185,7 +186,7 @@ def completion() -> ml_collections.ConfigDict:
     _run(c)
     # Of the ShapeNet layout: how much is cut off, "easy", "median" or "hard".
     c.eval.mode = "median"
-    c.eval.viewpoints = 0  # and from how many of its 8 sides; 0: all (one of embedded shapes)
+    c.eval.viewpoints = 1  # and from how many of its 8 sides while training; `evaluate` takes all
     c.eval.unseen = False  # evaluate the categories that are not trained on, too
     c.eval.references = ""  # a PCN folder, with whose cars predictions of KITTI's are compared
     return c
@@ -235,6 +236,10 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"bn_group is a positive integer, 'all' or 'frozen'; got {c.bn_group!r}")
     if not c.steps and not c.epochs:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")
+    if c.task != "detection" and c.optimizer.name in ("auto", "musgd"):
+        raise ConfigError(
+            f"optimizer.name={c.optimizer.name} is a rule for detectors; use adamw or sgd"
+        )
     if is_compat(c) and c.engine != "scan":
         raise ConfigError("compat runs on engine=scan only")
     known = {"detection": yolo, "completion": completion_models}[c.task].names()

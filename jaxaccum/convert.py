@@ -1,8 +1,9 @@
 """python -m jaxaccum.convert --from=FILE --out=DIR [--model=NAME] [--names=a,b,c]
 python -m jaxaccum.convert --from=WORKDIR --to=FILE.safetensors
 
-Weights in: a .pt or .safetensors file of a YOLO detector becomes a workdir that evaluate, predict
-and `init_from` take. Weights out: the best weights of a run as a state dict that PyTorch loads.
+Weights in: a .pt, .pth or .safetensors file of a YOLO detector, of PoinTr or of AdaPoinTr becomes a
+workdir that evaluate, predict and `init_from` take. Weights out: the best weights of a run as a
+state dict that PyTorch loads.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 from absl import flags, logging
 from safetensors.numpy import save_file
 
 from jaxaccum import config as configs
-from jaxaccum import models
+from jaxaccum import tasks
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.inference import load
-from jaxaccum.models import torch_file, weights, yolo
+from jaxaccum.models import completion, torch_file, weights, yolo
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
-from jaxaccum.tasks.detection import DetectionTask
 
 PyTree = Any
 
@@ -36,19 +37,21 @@ def read(path: Path) -> Weights:
       WeightsError, CheckpointError: there are none, or they cannot be used.
     """
     if not path.exists():
-        raise WeightsError(f"{path} does not exist: give a .pt or .safetensors file or a workdir")
+        raise WeightsError(
+            f"{path} does not exist: give a .pt, .pth or .safetensors file or a workdir"
+        )
     if not path.is_dir():
         return torch_file.read(path)
     trained = load(path)
     state = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
     return Weights(
         {k: np.asarray(v) for k, v in state.items()}, trained.names, trained.config.model,
-        f"{path}, update {trained.step} of a run", trained.config.data.image_size,
+        f"{path}, update {trained.step} of a run", trained.config.data.get("image_size"),
     )  # fmt: skip
 
 
 def load_initial(
-    path: str | Path, model: yolo.Yolo, params: PyTree, stats: PyTree, names: Sequence[str]
+    path: str | Path, model: weights.Model, params: PyTree, stats: PyTree, names: Sequence[str]
 ) -> tuple[PyTree, PyTree, Transfer]:
     """Initial values of a run from the weights of another, with other classes too.
 
@@ -94,29 +97,12 @@ def convert(
         cannot be written.
     """
     found = read(source)
-    try:
-        name = model or weights.guess_model(found)
-        yolo.parse(name)
-    except WeightsError:
-        raise
-    except ValueError as error:
-        raise WeightsError(f"--model: {error}") from None
-    classes = found.classes
-    if names and len(names) != classes:
-        raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
-    in_file = found.names if found.names and len(found.names) == classes else None
-    names = tuple(names) or in_file or tuple(map(str, range(classes)))
-
-    config = configs.detection()
-    config.model = name
-    size = found.image_size
-    if size and size > 0 and size % 32 == 0:
-        config.data.image_size = size
-    network = models.create(name, num_classes=classes)
-    task = DetectionTask(network, config.data.image_size, None)
-    params, stats, report = weights.transfer(
-        Weights(found.state, None, found.model, found.origin), network, *task.initialise(0), names
-    )
+    name = model or weights.guess_model(found)
+    config, names, facts = _described(found, name, source, names)
+    task = tasks.of(config).create(config, names, None, np.dtype(np.float32))
+    params, stats = task.initialise(0)
+    source_weights = Weights(found.state, None, found.model, found.origin)
+    params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)
     if not report.complete:
         raise WeightsError("\n".join([f"the file is not a whole {name}", *report.lines()]))
     digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
@@ -125,6 +111,7 @@ def convert(
         "recipe": {"converted_from": source.name, "sha256": digest},
         "config": config.to_dict(),
         "names": list(names),
+        "facts": facts,
         "best": {},
         "metrics": {},
     }
@@ -134,6 +121,39 @@ def convert(
     with Checkpoints(out) as checkpoints:
         checkpoints.save_best(0, {"params": params, "stats": stats}, meta)
     return report, meta
+
+
+def _described(
+    found: Weights, name: str, source: Path, names: Sequence[str]
+) -> tuple[ml_collections.ConfigDict, tuple[str, ...], dict[str, Any]]:
+    """The config, class names and facts to save beside the weights of a model.
+
+    Raises:
+      WeightsError: there is no such model, or it has another number of classes.
+    """
+    if name in completion.names():
+        if names:
+            raise WeightsError(f"--names: {name} knows no classes")
+        config = configs.completion()
+        config.model = name
+        # Networks of ShapeNet-55 and -34 see clouds with mean 0 and radius 1, the others as is.
+        return config, (), {"normalised": name.endswith("-shapenet")}
+    try:
+        yolo.parse(name)
+    except ValueError as error:
+        raise WeightsError(
+            f"--model: {error}; or of completion: {', '.join(completion.names())}"
+        ) from None
+    classes = found.classes
+    if names and len(names) != classes:
+        raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
+    in_file = found.names if found.names and len(found.names) == classes else None
+    config = configs.detection()
+    config.model = name
+    size = found.image_size
+    if size and size > 0 and size % 32 == 0:
+        config.data.image_size = size
+    return config, tuple(names) or in_file or tuple(map(str, range(classes))), {}
 
 
 def write(workdir: Path, file: Path) -> int:
@@ -150,9 +170,10 @@ def write(workdir: Path, file: Path) -> int:
         "format": "pt",
         "model": trained.config.model,
         "names": json.dumps(trained.names),
-        "image_size": str(trained.config.data.image_size),
         "recipe": trained.fingerprint,
     }
+    if "image_size" in trained.config.data:
+        facts["image_size"] = str(trained.config.data.image_size)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file, facts)
@@ -164,7 +185,9 @@ def write(workdir: Path, file: Path) -> int:
 if __name__ == "__main__":
     from jaxaccum.train import main_with_clear_errors
 
-    _FROM = flags.DEFINE_string("from", None, "a .pt or .safetensors file, or a run", required=True)
+    _FROM = flags.DEFINE_string(
+        "from", None, "a .pt, .pth or .safetensors file, or a run", required=True
+    )
     _OUT = flags.DEFINE_string("out", None, "the workdir to make of a file")
     _TO = flags.DEFINE_string("to", None, "the .safetensors to make of a run")
     _MODEL = flags.DEFINE_string("model", "", "family-scale; told from the shapes by default")
@@ -189,6 +212,11 @@ if __name__ == "__main__":
         print(*report.lines(), sep="\n")
         told = "" if _MODEL.value else " (told from the shapes)"
         names = meta["names"]
+        if meta["config"]["task"] == "completion":
+            frame = "mean 0, radius 1" if meta["facts"]["normalised"] else "as in its data set"
+            print(f"model {meta['config']['model']}{told}, clouds: {frame}")
+            print(f"weights in {out / 'best'}")
+            return 0
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         print(f"model {meta['config']['model']}{told}, {len(names)} classes: {shown}")
         if all(name.isdecimal() for name in names):

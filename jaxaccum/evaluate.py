@@ -1,7 +1,8 @@
-"""python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--precise_bn=N]
+"""python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--precise_bn=N] [--references=PATH]
 
-Evaluates the best weights of a run on its val split. The last line of the output is one JSON
-object.
+Evaluates the best weights of a run on its val split; of completion, on the test split and the
+unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
+of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,21 +15,33 @@ import numpy as np
 from absl import flags, logging
 
 from jaxaccum import run
+from jaxaccum.config import ConfigError
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.inference import load
 
 
-def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[str, Any]:
+def evaluate(
+    workdir: Path, data_path: str = "", precise_bn: int = 0, references: str = ""
+) -> dict[str, Any]:
     """Metrics of a run's best weights, on everything that its data set has for the purpose.
 
     Args:
       workdir: of the run.
       data_path: evaluate on this data set instead of the run's own, by the same rules as
         `data.path`.
-      precise_bn: recompute the running statistics over this many training samples first.
+      precise_bn: recompute the running statistics over this many of the run's training samples
+        first.
+      references: a PCN folder with whose cars predictions of real scans are compared.
+    Raises:
+      ConfigError: references for a task that has no use for them.
     """
     trained = load(workdir)
     config = trained.config
+    own = config.copy_and_resolve_references()
+    if references:
+        if "references" not in config.eval:
+            raise ConfigError("--references is for networks that complete clouds")
+        config.eval.references = references
     if data_path:
         config.data.path = data_path
         for other in ("val_path", "images"):
@@ -38,8 +51,8 @@ def evaluate(workdir: Path, data_path: str = "", precise_bn: int = 0) -> dict[st
     print(*reports, sep="\n")
     stats = trained.stats
     if precise_bn:
-        train_set = run.open_source(config, "train", trained.names)
-        this = run.prepare(config, names=trained.names, samples=len(train_set), identity={})
+        train_set = run.open_source(own, "train", trained.names)
+        this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
         stream = run.make_stream(this, train_set, plain=True)
         stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
     metrics, _ = measure(trained.params, stats, 0)
@@ -60,11 +73,13 @@ if __name__ == "__main__":
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples"
     )
+    _REFERENCES = flags.DEFINE_string("references", "", "PCN folder, for the MMD of real scans")
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
-        print(json.dumps(evaluate(Path(_WORKDIR.value), _DATA.value, _PRECISE.value)))
+        found = evaluate(Path(_WORKDIR.value), _DATA.value, _PRECISE.value, _REFERENCES.value)
+        print(json.dumps(found))
         return 0
 
     main_with_clear_errors(main)

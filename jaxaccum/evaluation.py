@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def recompute_statistics(
     """
     if task.group is None:
         raise ValueError("eval.precise_bn needs batch statistics; this recipe's are frozen")
-    moments_of, group = _moments_of(task), task.group
+    moments_of, group = _moments_of(cast(Any, task)), task.group
     total = None
     for batch in stream.windows(0, [group] * -(-samples // group)):
         new = moments_of(params, stats, batch)

@@ -1,11 +1,14 @@
-"""python -m jaxaccum.export --workdir=DIR --out=FILE [--platforms=cpu,cuda,tpu] [--batch=N]
+"""python -m jaxaccum.export --workdir=DIR --out=FILE [--format=stablehlo|onnx]
+    [--platforms=cpu,cuda,tpu] [--batch=N]
 
-Writes a run's best weights and its network as one StableHLO program, which `load_exported`, or any
-runtime of StableHLO, runs without this package's models.
+Writes a run's best weights and its network as one program: StableHLO, which `load_exported`, or any
+runtime of StableHLO, runs without this package's models; or ONNX, of a detector.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,65 +21,126 @@ from jax import export as jax_export
 
 from jaxaccum.checkpoint import CheckpointError
 from jaxaccum.config import ConfigError
-from jaxaccum.inference import load
+from jaxaccum.inference import Trained, load
+from jaxaccum.models import blocks
 
+FORMATS = ("stablehlo", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN = (*PLATFORMS, "rocm")
 
 
 def export(
-    workdir: Path, file: Path, platforms: Sequence[str] = PLATFORMS, batch: int = 0
+    workdir: Path,
+    file: Path,
+    platforms: Sequence[str] = PLATFORMS,
+    batch: int = 0,
+    format: str = "stablehlo",
 ) -> dict[str, Any]:
     """Writes FILE, the program, and FILE.json, what it takes and gives.
 
-    The program maps images (N, S, S, 3) uint8 RGB to boxes (N, A, 4), x1 y1 x2 y2 in pixels, and
-    class probabilities (N, A, classes), before non-maximum suppression. The weights are in it.
+    The program of a detector maps images (N, S, S, 3) uint8 RGB to boxes (N, A, 4), x1 y1 x2 y2 in
+    pixels, and class probabilities (N, A, classes), before non-maximum suppression; that of a
+    completion network partial clouds (N, 2048, 3) float32 to complete ones (N, P, 3). The weights
+    are in it.
 
     Args:
       workdir: of the run.
       file: to write.
-      platforms: it can run on.
-      batch: images per call; 0 for any number.
+      platforms: a StableHLO program can run on.
+      batch: samples per call; 0 for any number.
+      format: "stablehlo"; or "onnx", in float32 and with the names `images`, `boxes` and
+        `probabilities`, which needs the package jax2onnx.
     Returns:
       what FILE.json holds.
     Raises:
       CheckpointError: the workdir holds no weights, or the file cannot be written.
-      ConfigError: an unknown platform.
+      ConfigError: an unknown platform or format, or ONNX without its package or of no detector.
     """
     if not platforms or not set(platforms) <= set(_KNOWN):
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
+    if format not in FORMATS:
+        raise ConfigError(f"the format is one of {', '.join(FORMATS)}; got {format!r}")
     trained = load(workdir)
-    size = trained.task.image_size
-    params, stats = jax.device_get(trained.params), jax.device_get(trained.stats)
-
-    @jax.jit
-    def predict(images):
-        return trained.task.predict(params, stats, images)
-
-    count = batch or jax_export.symbolic_shape("n")[0]
-    images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8)
-    exported = jax_export.export(predict, platforms=tuple(platforms))(images)
+    program, facts = (_onnx if format == "onnx" else _stablehlo)(trained, batch, platforms)
     facts = {
         "model": trained.config.model,
         "names": list(trained.names),
-        "image_size": size,
         "batch": batch or "any",
-        "platforms": list(exported.platforms),
-        "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
-        "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
+        "format": format,
+        **facts,
+        **_interface(trained)[1],
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(exported.serialize())
+        file.write_bytes(program)
         file.with_name(f"{file.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return facts
 
 
-def load_exported(file: Path) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """The program in a file, as a function of images."""
+def load_exported(file: Path) -> Callable[[jax.Array], Any]:
+    """The StableHLO program in a file, as a function of images or clouds."""
     return jax.jit(jax_export.deserialize(bytearray(file.read_bytes())).call)
+
+
+def _interface(trained: Trained) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
+    """Shape of an input sample, and the program's input and output in words."""
+    if trained.config.task == "detection":
+        size = trained.task.image_size
+        return jax.ShapeDtypeStruct((size, size, 3), jnp.uint8), {
+            "image_size": size,
+            "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
+            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
+        }
+    points = trained.task.model.num_input
+    frame = "mean at the origin, largest radius 1" if trained.facts["normalised"] else "as they are"
+    return jax.ShapeDtypeStruct((points, 3), jnp.float32), {
+        "input": f"partial clouds (N, {points}, 3) float32, {frame}",
+        "output": f"complete clouds (N, {trained.task.model.num_points}, 3), in the same frame",
+    }
+
+
+def _stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
+    """The program as bytes, and facts of it."""
+    params, stats = jax.device_get((trained.params, trained.stats))
+    sample, _ = _interface(trained)
+    count = batch or jax_export.symbolic_shape("n")[0]
+    exported = jax_export.export(
+        jax.jit(lambda inputs: trained.task.predict(params, stats, inputs)),
+        platforms=tuple(platforms),
+    )(jax.ShapeDtypeStruct((count, *sample.shape), sample.dtype))
+    return exported.serialize(), {"platforms": list(exported.platforms)}
+
+
+def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
+    """The program as bytes, and facts of it. It runs wherever its runtime does."""
+    del platforms
+    if trained.config.task != "detection":
+        raise ConfigError(
+            f"{trained.config.model} is not a detector: only detectors are written as ONNX"
+        )
+    try:
+        jax2onnx = importlib.import_module("jax2onnx")
+    except ImportError as error:
+        raise ConfigError(
+            f"--format=onnx needs the package jax2onnx ({error}): pip install onnx-ir equinox "
+            "dm-pix, then pip install --no-deps jax2onnx (it asks for an orbax-checkpoint older "
+            "than the one that reads the checkpoints, but does not use it)"
+        ) from error
+    task = trained.task
+    task = dataclasses.replace(task, model=task.model.clone(dtype=jnp.float32, remat=False))
+    params, stats = jax.device_get((trained.params, trained.stats))
+    sample, _ = _interface(trained)
+    with blocks.portable():
+        program = jax2onnx.to_onnx(
+            lambda images: task.predict(params, stats, images),
+            [jax.ShapeDtypeStruct((batch or "n", *sample.shape), sample.dtype)],
+            model_name=trained.config.model,
+            input_names=["images"],
+            output_names=["boxes", "probabilities"],
+        )
+    return program.SerializeToString(), {"opset": program.opset_import[0].version}
 
 
 if __name__ == "__main__":
@@ -84,12 +148,15 @@ if __name__ == "__main__":
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
     _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
-    _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "where it can run")
-    _BATCH = flags.DEFINE_integer("batch", 0, "images per call; 0 for any number", 0)
+    _FORMAT = flags.DEFINE_enum("format", FORMATS[0], FORMATS, "of the program")
+    _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "where a StableHLO program runs")
+    _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0)
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
-        facts = export(Path(_WORKDIR.value), Path(_OUT.value), _PLATFORMS.value, _BATCH.value)
+        facts = export(
+            Path(_WORKDIR.value), Path(_OUT.value), _PLATFORMS.value, _BATCH.value, _FORMAT.value
+        )
         print(json.dumps(facts))
         return 0
 

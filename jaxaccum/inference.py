@@ -30,6 +30,7 @@ class Trained:
       names: of the classes or categories.
       step: update the weights are of.
       fingerprint: of the recipe they were learned by.
+      facts: what of the training data a user of the weights must know; see `Task.facts`.
     """
 
     task: Any
@@ -39,6 +40,7 @@ class Trained:
     names: tuple[str, ...]
     step: int
     fingerprint: str
+    facts: dict[str, Any]
 
 
 def load(workdir: Path) -> Trained:
@@ -72,5 +74,5 @@ def load(workdir: Path) -> Trained:
         weights, _ = checkpoints.restore_best(template)
         return Trained(
             task, weights["params"], weights["stats"], config, names, checkpoints.best,
-            meta["fingerprint"],
+            meta["fingerprint"], meta.get("facts", {}),
         )  # fmt: skip

@@ -8,7 +8,7 @@ of them [--format=ply] and draws it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,11 @@ def complete(
     task = trained.task
     paths = find_files(source, CLOUDS)
     if normalise is None:
-        normalise = task.is_normalised(trained.config)
+        normalise = bool(trained.facts["normalised"])
+    written_to = {path: _target(out, path, paths) for path in paths}
+    _spare(
+        paths, (f"{t}{suffix}" for t in written_to.values() for suffix in (f".{format}", ".png"))
+    )
     forward = jax.jit(task.predict)
     out.mkdir(parents=True, exist_ok=True)
     results, unreadable = [], []
@@ -75,11 +79,20 @@ def complete(
         except data.DataError as error:
             unreadable.append(str(error))
             continue
+        radius = float(np.linalg.norm(cloud, axis=1).max())
+        if not normalise and radius > 2:
+            print(
+                f"{path.name}: reaches {radius:.3g} from the origin, far beyond the clouds that "
+                "the network knows; bring it to their frame, or try --normalise=yes"
+            )
         partial, pose = data.prepare_partial(cloud, normalise)
         predicted = pose.restore(
             np.asarray(forward(trained.params, trained.stats, partial[None]))[0]
         )
-        target = _target(out, path, paths)
+        if not np.isfinite(predicted).all():
+            unreadable.append(f"{path}: the network's prediction is not finite")
+            continue
+        target = written_to[path]
         written = target.with_name(f"{target.name}.{format}")
         data.write_cloud(written, predicted)
         draw.save_image(
@@ -96,6 +109,18 @@ def complete(
     _report(unreadable, results, paths, source)
     (out / "completions.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _spare(paths: Sequence[Path], targets: Iterable[str]) -> None:
+    """Refuses to write over what is read.
+
+    Raises:
+      DataError: names the file.
+    """
+    sources = {path.resolve() for path in paths}
+    for target in targets:
+        if Path(target).resolve() in sources:
+            raise data.DataError(f"--out would overwrite {target}: give another folder")
 
 
 def _report(unreadable, results, paths, source):
@@ -120,6 +145,7 @@ def detect(
       "box": [x1, y1, x2, y2] in pixels}]}.
     """
     paths = find_files(source, data.SUFFIXES)
+    _spare(paths, (f"{_target(out, path, paths)}.png" for path in paths))
     forward = jax.jit(trained.task.predict)
     out.mkdir(parents=True, exist_ok=True)
     results, unreadable = [], []

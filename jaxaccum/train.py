@@ -73,7 +73,8 @@ def train(
         this.task.forward, params, stats,
         this.task.example(this.window.geometry.microbatch),
     )  # fmt: skip
-    describe(this, len(train_set), count(params), workdir)
+    evaluator = this.task.evaluator(config, val_set)
+    describe(this, train_set, count(params), workdir)
 
     workdir.mkdir(parents=True, exist_ok=True)
     fingerprint = this.recipe.fingerprint
@@ -101,7 +102,6 @@ def train(
 
         console = Console(this.steps, done, this.recipe.nbs, this.task.unit)
         board = Board(workdir / "events", done) if config.log.tensorboard else None
-        evaluator = this.task.evaluator(config, val_set)
         metric, more_is_better = this.task.monitor
         plain = run.make_stream(this, train_set, plain=True) if config.eval.precise_bn else stream
         windows = stream.windows(
@@ -115,6 +115,7 @@ def train(
                 "recipe": this.recipe.as_dict(),
                 "config": config.to_dict(),
                 "names": list(train_set.names),
+                "facts": this.task.facts(train_set),
                 "best": best,
                 **more,
             }
@@ -136,6 +137,9 @@ def train(
                 board.scalars({f"val/{k}": v for k, v in result.items()}, step)
                 if pictures:
                     board.image("val/samples", contact_sheet(pictures, 2), step)
+            if np.isnan(result[metric]):
+                console.line(f"{metric} is not a number: a prediction is not finite")
+                return
             better = result[metric] - best[metric] if best else np.nan
             if not best or (better > 0 if more_is_better else better < 0):
                 best = {"step": step, **result}
@@ -171,7 +175,7 @@ def train(
             console.line(format_line(step, this.steps, shown | more))
             if board:
                 board.scalars(record | more, step)
-            if stream.truncated:
+            if stream.truncated:  # only detectors have objects
                 console.line(
                     f"{stream.truncated} objects left out so far: samples with more than "
                     f"data.max_objects={config.data.max_objects} (the smallest go first)"
@@ -217,9 +221,9 @@ def train(
     return best
 
 
-def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> None:
+def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path) -> None:
     """Prints what was derived from the config."""
-    config = this.config
+    config, samples = this.config, len(source)
     print(f"{config.model}: {parameters:,} parameters, {config.dtype}, {jax.default_backend()}")
     print(this.window)
     print(
@@ -233,7 +237,7 @@ def describe(this: run.Run, samples: int, parameters: int, workdir: Path) -> Non
             f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
             f"{this.sizes.max()} samples, every microbatch normalised by itself"
         )
-    for line in this.task.notes(config, int(this.sizes.sum()), samples):
+    for line in this.task.notes(config, source, int(this.sizes.sum())):
         print(line)
     print(f"workdir {workdir}", flush=True)
 
@@ -270,7 +274,7 @@ def main_with_clear_errors(main) -> None:
     def parse(argv):
         try:
             return flags.FLAGS(argv)
-        except flags.Error as error:
+        except (flags.Error, configs.ConfigError) as error:
             sys.exit(f"error: {error}")
         except (AttributeError, KeyError) as error:
             sys.exit(f"error: {_unknown_field(argv) or error}")
@@ -289,8 +293,8 @@ def main_with_clear_errors(main) -> None:
                 raise
             print(
                 f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch; "
-                "it must stay a multiple of bn_group, and a smaller bn_group or data.image_size "
-                "is another recipe.",
+                "it must stay a multiple of bn_group. Or set remat=True. A smaller bn_group, or "
+                "smaller images, are another recipe.",
                 file=sys.stderr,
             )
         return 1

@@ -58,9 +58,7 @@ def main(_) -> int:
         made = {}
         for engine in ("scan", "multisteps"):
             config.engine = engine
-            this = run.prepare(
-                config, names=source.names, samples=len(source), identity={}
-            )
+            this = run.prepare(config, names=source.names, samples=len(source), identity={})
             made[engine] = make_engine(this.task.forward, this.rule, this.window)
         batch = next(run.make_stream(this, source).windows(0, [config.nbs]))
         start = this.task.initialise(config.seed)

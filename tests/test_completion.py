@@ -176,6 +176,66 @@ def test_predict_writes_clouds_and_pictures(trained, tmp_path):
         predict.complete(inference.load(trained), source / "broken.pcd", tmp_path / "out")
 
 
+def test_weights_come_in_and_go_out(trained, tmp_path):
+    """A run's weights as a file, and a file as a workdir: the same predictions, either frame."""
+    from jaxaccum import convert
+
+    file = tmp_path / "weights.safetensors"
+    assert convert.write(trained, file) > 50
+    report, meta = convert.convert(file, tmp_path / "converted")
+    assert report.complete and meta["config"]["model"] == "adapointr-tiny"
+    before, after = inference.load(trained), inference.load(tmp_path / "converted")
+    partial = few("val").sample(0, None)[0][None]
+    np.testing.assert_array_equal(
+        before.task.predict(before.params, before.stats, partial),
+        after.task.predict(after.params, after.stats, partial),
+    )
+    assert before.facts == {"normalised": True}
+    with pytest.raises(convert.WeightsError, match="knows no classes"):
+        convert.convert(file, tmp_path / "other", names=["chair"])
+    with pytest.raises(convert.WeightsError, match="or of completion: "):
+        convert.convert(file, tmp_path / "other", model="adapointr-big")
+
+
+def test_init_from_a_workdir(trained):
+    from jaxaccum import convert
+
+    task = inference.load(trained).task
+    params, _, report = convert.load_initial(trained, task.model, *task.initialise(5), ())
+    assert report.complete
+    same = jax.tree.map(np.array_equal, params, inference.load(trained).params)
+    assert all(jax.tree.leaves(same))
+
+
+def test_predict_does_not_write_over_its_input(trained, tmp_path):
+    data.write_cloud(tmp_path / "a.ply", data.Shapes("val", length=1).complete(0))
+    with pytest.raises(data.DataError, match="would overwrite"):
+        predict.complete(inference.load(trained), tmp_path, tmp_path)
+
+
+def test_a_model_of_another_data_set():
+    source = few()
+    this = run.prepare(
+        tiny_config(model="adapointr-pcn"), names=source.names, samples=12, identity={}
+    )
+    with pytest.raises(configs.ConfigError, match="predicts 16384 points"):
+        this.task.notes(this.config, source, 12)
+
+
+def test_scans_without_a_target(monkeypatch):
+    from jaxaccum.metrics.completion import ScanMetrics
+
+    rng = np.random.default_rng(0)
+    clouds = [rng.random((50, 3)).astype(np.float32) for _ in range(3)]
+    result = ScanMetrics(lambda: clouds)
+    result.add_clouds(["a", "b"], clouds[:2], [clouds[0], clouds[1]])
+    assert result.compute() == {"fidelity": 0.0, "samples": 2.0, "mmd": 0.0}
+    result.add_clouds(["c"], [clouds[2]], [np.full((50, 3), np.nan)])
+    assert np.isnan(result.compute()["fidelity"])
+    with pytest.raises(ValueError, match="added before"):
+        result.add_clouds(["a"], clouds[:1], clouds[1:2])
+
+
 def test_configs_and_their_errors():
     config = configs.completion()
     config.model = "yolov8-n"

@@ -4,7 +4,7 @@ from jaxaccum.data.augment import Augment, letterbox
 from jaxaccum.data.base import DataError, Objects, Report, Source
 from jaxaccum.data.cloud_files import read_cloud, write_cloud
 from jaxaccum.data.cloud_ops import Pose, prepare_partial
-from jaxaccum.data.cloud_sources import open_clouds
+from jaxaccum.data.cloud_sources import has_unseen, open_clouds
 from jaxaccum.data.clouds import CloudReport, CloudSource, CloudStream, cloud_batches
 from jaxaccum.data.images import SUFFIXES, read_image
 from jaxaccum.data.loader import TrainStream, eval_batches
@@ -30,6 +30,7 @@ __all__ = [
     "TrainStream",
     "cloud_batches",
     "eval_batches",
+    "has_unseen",
     "letterbox",
     "open_clouds",
     "open_source",

@@ -113,6 +113,14 @@ def open_clouds(
     )
 
 
+def has_unseen(path: str) -> bool:
+    """Whether the benchmark of that path, as in `open_clouds`, has categories to hold back."""
+    if not path:
+        return True
+    root, benchmark = _divided(path)
+    return _plain(benchmark or root.name).endswith("-34")
+
+
 class Complete(Protocol):
     """Complete clouds of one split in a common frame: what `CroppedClouds` crops."""
 
@@ -149,6 +157,8 @@ class CroppedClouds:
     Training crops from a random direction. Evaluation crops each shape from some of the fixed
     directions, one sample each, shape by shape.
     """
+
+    normalised = True
 
     def __init__(
         self, shapes: Complete, evaluation: bool, mode: str, viewpoints: int, cache_bytes: int
@@ -254,7 +264,11 @@ class _Models:
             looked = f"; looked for {models[0].complete} and so on" if models else ""
             raise DataError(f"{where}: no shapes{looked}.")
         ids = sorted({model.category for model in self._models})
-        self.names = tuple(names.get(i, i) for i in ids)
+        words = Counter(names.get(i, i) for i in ids)
+        # Two ids of one name stay two categories.
+        self.names = tuple(
+            names.get(i, i) if words[names.get(i, i)] == 1 else f"{names[i]} {i}" for i in ids
+        )
         digest.update("\0".join(self.names).encode())
         self.identity = digest.hexdigest()[:12]
         self._categories = {i: number for number, i in enumerate(ids)}
@@ -304,6 +318,8 @@ class PairedClouds(_Models):
     choice of those of viewpoint 0.
     """
 
+    normalised = False
+
     def __init__(
         self, kind: str, where: str, models: Sequence[Model], names: dict[str, str],
         report: CloudReport, cache_bytes: int,
@@ -322,8 +338,12 @@ class PairedClouds(_Models):
         assert model.partials is not None
         file = model.partials / model.views[view]
         (partial,) = self._cache.get((index, view), lambda: (read_cloud(file),))
+        return subsampled(partial, rng), self.complete(index)
+
+    def complete(self, index: int) -> Points:
+        """The complete (P, 3) cloud of shape `index`."""
         (complete,) = self._cache.get(index, lambda: (self._read_complete(index),))
-        return subsampled(partial, rng), complete
+        return complete
 
 
 class KittiCars:
@@ -331,6 +351,7 @@ class KittiCars:
 
     names = ("car",)
     points = 0
+    normalised = False
 
     def __init__(self, root: Path, split: str) -> None:
         """root: a folder with cars/NAME.pcd and bboxes/NAME.txt, and a list in KITTI.json, if

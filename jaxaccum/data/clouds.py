@@ -47,6 +47,7 @@ class CloudSource(Protocol):
         file sizes, the kind of partial clouds) and not of where it lies on disk.
       report: what was kept and what was left out.
       points: P, the points of every complete cloud; 0 if there are none.
+      normalised: the mean of every complete cloud is the origin, its largest radius 1.
     """
 
     @property
@@ -60,6 +61,9 @@ class CloudSource(Protocol):
 
     @property
     def points(self) -> int: ...
+
+    @property
+    def normalised(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

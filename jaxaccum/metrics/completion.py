@@ -210,7 +210,7 @@ class ScanMetrics:
     def __init__(self, references: Callable[[], Iterable[ArrayLike]] | None = None) -> None:
         """`references` reads the shapes of `mmd`; None leaves that out."""
         self._references = references
-        self._samples: dict[str, dict[str, float]] = {}
+        self._samples: dict[str, tuple[float, Cloud]] = {}
 
     def add_clouds(
         self,
@@ -219,25 +219,38 @@ class ScanMetrics:
         predictions: Sequence[ArrayLike],
         pool: Executor | None = None,
     ) -> None:
-        """Measures and adds several samples, in the threads of `pool` if one is given."""
+        """Adds several samples, measured in the threads of `pool` if one is given.
+
+        Raises:
+          ValueError: on a repeated name, or a partial cloud that is not finite.
+        """
 
         def one(name: str, partial: ArrayLike, prediction: ArrayLike) -> None:
-            cloud = np.asarray(partial)
-            # Zeros fill a scan up to the size that a network takes; they are not part of it.
-            scores = {"fidelity": fidelity(cloud[(cloud != 0).any(1)], prediction)}
-            if self._references is not None:
-                scores["mmd"] = mmd(prediction, self._references())
-            self._samples[name] = scores
+            cloud = np.asarray(prediction)
+            kept = fidelity(partial, cloud) if np.isfinite(cloud).all() else math.nan
+            if self._samples.setdefault(name, (kept, cloud))[1] is not cloud:
+                raise ValueError(f"sample {name!r} was added before")
 
         list((map if pool is None else pool.map)(one, names, partials, predictions))
 
     def compute(self) -> dict[str, float]:
-        """fidelity and mmd (both * 1000), means over samples, and how many these are."""
-        scores = list(self._samples.values())
-        keys = scores[0] if scores else ("fidelity",)
-        return {key: _mean(s[key] for s in scores) for key in keys} | {
-            "samples": float(len(scores))
+        """fidelity and mmd (both * 1000), means over samples, and how many these are.
+
+        References are read one after the other, each once.
+        """
+        found = {
+            "fidelity": _mean(kept for kept, _ in self._samples.values()),
+            "samples": float(len(self._samples)),
         }
+        if self._references is None:
+            return found
+        if math.isnan(found["fidelity"]):
+            return found | {"mmd": math.nan}
+        clouds = [cloud for _, cloud in self._samples.values()]
+        best = np.full(len(clouds), np.inf)
+        for reference in self._references():
+            best = np.minimum(best, [mmd(cloud, [reference]) for cloud in clouds])
+        return found | {"mmd": float(best.mean())}
 
 
 def fidelity(partial: ArrayLike, prediction: ArrayLike) -> float:

@@ -91,22 +91,23 @@ def _first(style: str, depth: int) -> tuple[str, ...]:
     return (style, *["attn"] * (depth - 1))
 
 
-def _depth(encoder: int, decoder: int) -> dict[str, Any]:
+def _size(encoder: int, decoder: int, width: int = 384, global_width: int = 1024) -> dict[str, Any]:
+    """Blocks, the first of each stack with a graph, and channels."""
     own = _first("attn-graph", decoder)
-    return {"encoder": _first("attn-graph", encoder), "decoder_self": own, "decoder_cross": own}
+    return {"encoder": _first("attn-graph", encoder), "decoder_self": own, "decoder_cross": own,
+            "width": width, "global_width": global_width}  # fmt: skip
 
 
-_FULL = _depth(6, 8)
-_SMALL: dict[str, Any] = {**_depth(3, 4), "width": 192, "global_width": 512}
-
+# Queries, points per query, centres, size. The small ones are ours, for a laptop.
+_FULL = _size(6, 8)
 MODELS: dict[str, Table] = {
     "pointr-pcn": Table("pointr", 224, 64, (512, 128), **_FULL, head="fold"),
     "pointr-shapenet": Table("pointr", 96, 64, (512, 128), **_FULL, head="fold"),
-    "pointr-small": Table("pointr", 64, 64, (256, 128), **_SMALL, head="fold"),
+    "pointr-small": Table("pointr", 64, 64, (256, 128), **_size(3, 4, 192, 512), head="fold"),
     "adapointr-pcn": Table("adapointr", 512, 32, (512, 256), **_FULL, denoise=64),
     "adapointr-shapenet": Table("adapointr", 512, 16, (512, 256), **_FULL, denoise=64),
     "adapointr-projected": Table("adapointr", 512, 16, (256, 128), **_FULL, denoise=64),
-    "adapointr-small": Table("adapointr", 256, 16, (256, 128), **_SMALL, denoise=32),
+    "adapointr-small": Table("adapointr", 256, 16, (256, 128), **_size(4, 6, 192, 512), denoise=32),
 }
 
 
@@ -309,7 +310,7 @@ class AdaPoinTr(Completion):
             )
             x = block(x, near)
         if self.is_initializing():  # the reference has it and never applies it
-            blocks.layer_norm(f"{base}.encoder.norm", self.layout.eps, dtype)(x)
+            blocks.LayerNorm(self.layout.eps, name=f"{base}.encoder.norm")(x)
         wider = (t.global_width, t.global_width)
         everywhere = chain(f"{base}.increase_dim", wider, gelu, x, dtype=dtype)
         everywhere = largest(everywhere, 1)[:, None]

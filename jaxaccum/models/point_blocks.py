@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxaccum.accumulate import GroupBatchNorm, Groups
 from jaxaccum.models import points
-from jaxaccum.models.blocks import attend
 
 Dtype = Any
 SLOPE = 0.2  # of every leaky ReLU
@@ -62,6 +61,28 @@ def _largest_backward(axis, residuals, dy):
 
 
 largest.defvjp(_largest_forward, _largest_backward)
+
+
+@jax.custom_vjp
+def settled(x: jax.Array) -> jax.Array:
+    """x, whose gradient is computed once.
+
+    XLA's CPU backend would fuse the sums of gradients along a chain of residual blocks, and those
+    of the norms with them, into every layer that reads one: work that grows with the square of the
+    depth. It fuses nothing across a branch; barriers it drops before.
+    """
+    return x
+
+
+def _settled_backward(_, dy):
+    def cpu(dy):
+        first = dy.ravel()[0]
+        return jax.lax.cond(first == first, lambda a: a, lambda a: a * jnp.nan, dy)
+
+    return (jax.lax.platform_dependent(dy, cpu=cpu, default=lambda dy: dy),)
+
+
+settled.defvjp(lambda x: (x, None), _settled_backward)
 
 
 class Dense(nn.Module):
@@ -132,8 +153,109 @@ def normed_pair(prefix: str, hidden: int, features: int, x, groups: Groups | Non
     return Dense(features, 1, dtype=dtype, name=f"{prefix}.3")(x)
 
 
-def layer_norm(name: str, eps: float, dtype: Dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm of (..., C); keeps only the input and two numbers per token for its gradient."""
+    return _normalise_forward(x, scale, bias, eps)[0]
+
+
+def _normalise_forward(x, scale, bias, eps):
+    centred = x.astype(wide(x.dtype))
+    mean = jnp.mean(centred, axis=-1, keepdims=True)
+    centred = centred - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = centred * inverse * scale + bias
+    return y.astype(x.dtype), (x, scale, bias, mean, inverse)
+
+
+def _normalise_backward(eps, residuals, dy):
+    x, scale, bias, mean, inverse = residuals
+    dy = dy.astype(mean.dtype)
+    normal = (x.astype(mean.dtype) - mean) * inverse
+    pulled = dy * scale
+    first = jnp.mean(pulled, axis=-1, keepdims=True)
+    second = jnp.mean(pulled * normal, axis=-1, keepdims=True)
+    dx = inverse * (pulled - first - normal * second)
+    tokens = tuple(range(x.ndim - 1))
+    return (
+        dx.astype(x.dtype),
+        jnp.sum(dy * normal, axis=tokens).astype(scale.dtype),
+        jnp.sum(dy, axis=tokens).astype(bias.dtype),
+    )
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over channels, in at least float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        dtype = wide(x.dtype)
+        return normalise(x, scale.astype(dtype), bias.astype(dtype), self.eps)
+
+
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, the softmax in at least float32.
+
+    Its gradient computes the weights again, so that none of the size queries x keys are kept
+    (Dao et al. 2022, arXiv:2205.14135).
+
+    Args:
+      q: (..., queries, heads, width). k, v: (..., keys, heads, width).
+    Returns:
+      like q.
+    """
+    return _attend_forward(q, k, v)[0]
+
+
+def _by_head(x):
+    return jnp.swapaxes(x, -2, -3)
+
+
+def _logits(q, k):
+    product = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=wide(q.dtype))
+    return product * q.shape[-1] ** -0.5
+
+
+def _attend_forward(q, k, v):
+    q, k, v = map(_by_head, (q, k, v))
+    logits = _logits(q, k)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=total.dtype) / total
+    return _by_head(out.astype(v.dtype)), (q, k, v, out, top + jnp.log(total))
+
+
+def _attend_backward(residuals, dy):
+    q, k, v, out, log_total = residuals
+    dy = _by_head(dy)
+    weights = jnp.exp(_logits(q, k) - log_total)
+    dv = jnp.matmul(jnp.swapaxes(weights, -1, -2).astype(v.dtype), dy)
+    pulled = jnp.matmul(dy, jnp.swapaxes(v, -1, -2), preferred_element_type=out.dtype)
+    pulled = pulled - jnp.sum(dy.astype(out.dtype) * out, axis=-1, keepdims=True)
+    dlogits = (weights * pulled * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq, dk = jnp.matmul(dlogits, k), jnp.matmul(jnp.swapaxes(dlogits, -1, -2), q)
+    return _by_head(dq), _by_head(dk), _by_head(dv)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def thirds(x: jax.Array) -> tuple[jax.Array, ...]:
+    """The channels in three equal parts; the gradient joins them in one pass."""
+    return tuple(jnp.split(x, 3, axis=-1))
+
+
+thirds.defvjp(lambda x: (thirds(x), None), lambda _, dy: (jnp.concatenate(dy, axis=-1),))
 
 
 class EdgeMap(nn.Module):
@@ -361,7 +483,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         qkv = Dense(3 * x.shape[-1], use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        q, k, v = (_heads(a, self.heads) for a in jnp.split(qkv, 3, axis=-1))
+        q, k, v = (_heads(a, self.heads) for a in thirds(qkv))
         limit = self.ordinary
         if limit is None or limit == x.shape[1]:
             out = attend(q, k, v)
@@ -424,7 +546,7 @@ class Deform(nn.Module):
         hidden = Dense(channels, dtype=self.dtype, name="linear_offset.0")(
             _heads(shifts, groups), _heads(query, groups)[:, :, None]
         )
-        hidden = gelu(layer_norm("linear_offset.1", 1e-5, self.dtype)(hidden))
+        hidden = gelu(LayerNorm(1e-5, name="linear_offset.1")(hidden))
         offset = Dense(3, use_bias=False, dtype=wide(self.dtype), name="linear_offset.3")(hidden)
         around = points.gather(near.v_xyz, near.nearest)
         offset = jnp.tanh(offset)
@@ -506,22 +628,22 @@ class Block(nn.Module):
             return Dense(channels, dtype=self.dtype, name=names.merge)(a, b)
 
         if attention and kind and self.combine == "onebyone":
-            x = x + attend_(norms[0](x))
-            return x + local(norms[1](x))
+            x = settled(x + attend_(norms[0](x)))
+            return settled(x + local(norms[1](x)))
         n = norms[0](x)
         if self.layout.spare and not kind and self.is_initializing():
             merge(n, local(n, "graph"))
         if attention and kind:
-            return x + merge(attend_(n), local(n))
-        return x + (local(n) if kind else attend_(n))
+            return settled(x + merge(attend_(n), local(n)))
+        return settled(x + (local(n) if kind else attend_(n)))
 
     def norm(self, name):
-        return layer_norm(name, self.layout.eps, self.dtype)
+        return LayerNorm(self.layout.eps, name=name)
 
     def mlp(self, x):
         """Two linear maps, the hidden one twice as wide."""
         y = gelu(Dense(2 * x.shape[-1], dtype=self.dtype, name="mlp.fc1")(self.norm("norm2")(x)))
-        return x + Dense(x.shape[-1], dtype=self.dtype, name="mlp.fc2")(y)
+        return settled(x + Dense(x.shape[-1], dtype=self.dtype, name="mlp.fc2")(y))
 
 
 class EncoderBlock(Block):

@@ -353,7 +353,7 @@ class Yolo(nn.Module):
 
     def _rematerialised(self, row: nn.Module, x: Any, groups: Groups | None) -> Any:
         """row(x, groups), what is inside of it computed anew for the gradient."""
-        name, size = row.name, groups and groups.size
+        name, size = str(row.name), groups and groups.size
         writes = ["moments"] if self.is_mutable_collection("moments") else []
         row = row.clone(parent=None)  # as a function of its variables
 

@@ -118,8 +118,21 @@ class Task(Protocol):
         """The samples of a run of that many; without the strongest augmentation if `plain`."""
         ...
 
-    def notes(self, config: ml_collections.ConfigDict, samples: int, epoch: int) -> list[str]:
-        """Lines to print at the start of a run of `samples`, in epochs of `epoch`."""
+    @classmethod
+    def default_config(cls, model: str) -> ml_collections.ConfigDict:
+        """The config that weights from elsewhere are put beside."""
+        ...
+
+    def facts(self, source: Any) -> dict[str, Any]:
+        """What of the training data a user of the weights must know; kept in checkpoints."""
+        ...
+
+    def notes(self, config: ml_collections.ConfigDict, source: Any, samples: int) -> list[str]:
+        """Lines to print at the start of a run of `samples` of a source.
+
+        Raises:
+          ConfigError: the source does not fit the model.
+        """
         ...
 
     def evaluator(self, config: ml_collections.ConfigDict, source: Any) -> Evaluator:

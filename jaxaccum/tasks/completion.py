@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from jaxaccum import config as configs
 from jaxaccum import data, draw_clouds
 from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
-from jaxaccum.data.cloud_sources import CroppedClouds
+from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
 from jaxaccum.losses.chamfer import chamfer_l1
 from jaxaccum.metrics import completion as metrics
 from jaxaccum.models import completion, points
@@ -64,8 +65,9 @@ class CompletionTask:
         del names
         options = config.eval
         return data.open_clouds(
-            config.data.path, split, mode=options.mode, viewpoints=options.viewpoints or None
-        )
+            config.data.path, split, mode=options.mode, viewpoints=options.viewpoints or None,
+            cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+        )  # fmt: skip
 
     @classmethod
     def create(
@@ -135,11 +137,6 @@ class CompletionTask:
         variables = {"params": params, "batch_stats": stats}
         return self.model.apply(variables, self._coordinates(partial)).fine
 
-    def is_normalised(self, config: ml_collections.ConfigDict) -> bool:
-        """Whether the clouds it was trained on have their mean at 0 and a largest radius of 1."""
-        benchmark = config.data.path.rstrip("/").replace(":", "/").rpartition("/")[2]
-        return not config.data.path or benchmark.startswith("ShapeNet")
-
     def _coordinates(self, cloud):
         """Coordinates keep at least float32, whatever the features are computed in."""
         return cloud.astype(jnp.promote_types(self.model.dtype, jnp.float32))
@@ -174,14 +171,37 @@ class CompletionTask:
         mirror = config.augment.mirror and not plain
         return data.CloudStream(source, seed=config.seed, mirror=mirror)
 
-    def notes(self, config: ml_collections.ConfigDict, samples: int, epoch: int) -> list[str]:
-        """Lines to print at the start of a run: none."""
-        del config, samples, epoch
-        return []
+    def facts(self, source: data.CloudSource) -> dict[str, Any]:
+        """The frame of the clouds that the network knows."""
+        return {"normalised": source.normalised}
+
+    def notes(
+        self, config: ml_collections.ConfigDict, source: data.CloudSource, samples: int
+    ) -> list[str]:
+        """Lines to print at the start of a run of `samples` of a source.
+
+        Raises:
+          ConfigError: the model predicts other clouds than the source holds.
+        """
+        del samples
+        # PoinTr's points include those of its input; small models predict fewer than there are.
+        fine, target = self.model.num_points, source.points
+        if fine > target:
+            raise configs.ConfigError(
+                f"{config.model} predicts {fine} points, the complete clouds of "
+                f"{source.report.where} have {target}: it is made for another data set"
+            )
+        frame = "mean at 0, largest radius 1" if source.normalised else "as they lie on disk"
+        return [f"clouds of {target} points ({frame}), {fine} predicted"]
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.CloudSource) -> Evaluator:
         """Chamfer distances and F-Score on a source, and on the unseen categories if asked for."""
         sources = {"": source}
+        if config.eval.unseen and not data.has_unseen(config.data.path):
+            raise configs.ConfigError(
+                f"eval.unseen: {config.data.path} has no categories that training does not see; "
+                "set eval.unseen=False"
+            )
         if config.eval.unseen:
             sources["unseen/"] = self.open(config, "unseen")
         return Evaluator(self, sources, config.eval.batch, references(config))
@@ -190,16 +210,15 @@ class CompletionTask:
         """The test split, and the unseen categories where there are some; what is cropped by us in
         all three modes, and over these the mean."""
         config = config.copy_and_resolve_references()
+        config.eval.viewpoints = 8 if config.data.path else 1  # as the benchmarks have it
         sources, lines = {}, []
         for prefix, split in (("", "test"), ("unseen/", "unseen")):
-            try:
-                source = self.open(config, split)
-            except data.DataError as error:
-                if split == "test":
-                    raise
-                lines.append(f"no unseen categories: {error}")
+            if split == "unseen" and not data.has_unseen(config.data.path):
                 continue
+            source = self.open(config, split)
             lines += source.report.lines()
+            if not source.points and not config.eval.references:
+                lines.append("  no MMD: it needs cars to compare with, --references=PCN_FOLDER")
             if not isinstance(source, CroppedClouds):
                 sources[prefix] = source
                 continue
@@ -324,14 +343,15 @@ def references(config: ml_collections.ConfigDict) -> Callable[[], Iterator[np.nd
     path = config.eval.references
     if not path:
         return None
-    sources = [data.open_clouds(path, split) for split in ("train", "val", "test")]
-    if not all("car" in source.names for source in sources):
-        raise data.DataError(f"eval.references={path}: has no category 'car'", file=path)
+    opened = [data.open_clouds(path, split) for split in ("train", "val", "test")]
+    sources = [s for s in opened if isinstance(s, PairedClouds) and "car" in s.names]
+    if not sources:
+        raise data.DataError(f"{path}: no complete clouds of the category 'car' on disk", file=path)
 
     def cars():
         for source in sources:
             for i in range(len(source)):
                 if source.names[source.category(i)] == "car":
-                    yield source.sample(i, None)[1]
+                    yield source.complete(i)
 
     return cars

@@ -167,11 +167,18 @@ class DetectionTask:
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
         )
 
-    def notes(self, config: ml_collections.ConfigDict, samples: int, epoch: int) -> list[str]:
-        """Lines to print at the start of a run of `samples`, in epochs of `epoch`."""
+    def facts(self, source: data.Source) -> dict[str, Any]:
+        """Nothing: the config and the class names say all."""
+        del source
+        return {}
+
+    def notes(
+        self, config: ml_collections.ConfigDict, source: data.Source, samples: int
+    ) -> list[str]:
+        """Lines to print at the start of a run of `samples` of a source."""
         if not (config.augment.mosaic or config.augment.mixup):
             return []
-        until = mosaic_until(config, samples, epoch) // config.nbs
+        until = mosaic_until(config, samples, len(source)) // config.nbs
         return [f"mosaic and mixup until update {until} (augment.close_mosaic)"]
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
