@@ -1,4 +1,5 @@
 """python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--precise_bn=N] [--references=PATH]
+    [--drawn=FILE] [--pictures=4]
 
 Evaluates the best weights of a run on its val split; of completion, on the test split and the
 unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
@@ -16,12 +17,18 @@ from absl import flags, logging
 
 from jaxaccum import run
 from jaxaccum.config import ConfigError
+from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.inference import load
 
 
 def evaluate(
-    workdir: Path, data_path: str = "", precise_bn: int = 0, references: str = ""
+    workdir: Path,
+    data_path: str = "",
+    precise_bn: int = 0,
+    references: str = "",
+    drawn: Path | None = None,
+    pictures: int = 4,
 ) -> dict[str, Any]:
     """Metrics of a run's best weights, on everything that its data set has for the purpose.
 
@@ -32,6 +39,8 @@ def evaluate(
       precise_bn: recompute the running statistics over this many of the run's training samples
         first.
       references: a PCN folder with whose cars predictions of real scans are compared.
+      drawn: a file for one picture of samples with what was predicted.
+      pictures: samples in it, of each set that is evaluated.
     Raises:
       ConfigError: references for a task that has no use for them.
     """
@@ -55,7 +64,10 @@ def evaluate(
         this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
         stream = run.make_stream(this, train_set, plain=True)
         stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
-    metrics, _ = measure(trained.params, stats, 0)
+    metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
+    if drawn and samples:
+        drawn.parent.mkdir(parents=True, exist_ok=True)
+        save_image(drawn, contact_sheet(samples, 2))
     return {
         "workdir": str(workdir),
         "model": config.model,
@@ -73,12 +85,18 @@ if __name__ == "__main__":
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples"
     )
+    _DRAWN = flags.DEFINE_string("drawn", "", "a file for a picture of samples and predictions")
+    _PICTURES = flags.DEFINE_integer("pictures", 4, "samples in it, of each set", lower_bound=1)
     _REFERENCES = flags.DEFINE_string("references", "", "PCN folder, for the MMD of real scans")
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
-        found = evaluate(Path(_WORKDIR.value), _DATA.value, _PRECISE.value, _REFERENCES.value)
+        drawn = Path(_DRAWN.value) if _DRAWN.value else None
+        found = evaluate(
+            Path(_WORKDIR.value), _DATA.value, _PRECISE.value, _REFERENCES.value, drawn,
+            _PICTURES.value,
+        )  # fmt: skip
         print(json.dumps(found))
         return 0
 

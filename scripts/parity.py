@@ -463,7 +463,13 @@ class CompletionFixture:
 
 def check_completion(path: Path, dtype) -> Comparison:
     """A fixture of a completion network: evaluation, losses, gradients, statistics."""
-    facts, data = json.loads(path.with_suffix(".json").read_text()), np.load(path)
+    return compare_completion(
+        json.loads(path.with_suffix(".json").read_text()), np.load(path), dtype
+    )
+
+
+def compare_completion(facts, data, dtype) -> Comparison:
+    """The same of facts and numbers in memory."""
     ours = CompletionFixture(facts, data, dtype)
     result = Comparison(LOOSE_COMPLETION)
     result.add("parameters", init.count(ours.params), facts["parameters"], 1e-12)

@@ -107,7 +107,7 @@ MODELS: dict[str, Table] = {
     "adapointr-pcn": Table("adapointr", 512, 32, (512, 256), **_FULL, denoise=64),
     "adapointr-shapenet": Table("adapointr", 512, 16, (512, 256), **_FULL, denoise=64),
     "adapointr-projected": Table("adapointr", 512, 16, (256, 128), **_FULL, denoise=64),
-    "adapointr-small": Table("adapointr", 256, 16, (256, 128), **_size(4, 6, 192, 512), denoise=32),
+    "adapointr-small": Table("adapointr", 256, 16, (256, 128), **_size(3, 4, 192, 512), denoise=32),
 }
 
 

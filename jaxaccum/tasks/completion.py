@@ -293,14 +293,14 @@ class Evaluator:
                     if pending is not None:  # the host measures while the device is on the next
                         pending()
                     pending = functools.partial(
-                        self._score, pool, source, batch, output, result, drawn, shown
+                        self._score, pool, prefix, source, batch, output, result, drawn, shown
                     )
                 if pending is not None:
                     pending()
             found |= {f"{prefix}{k}": v for k, v in result.compute().items()}
         return _means_over_modes(found) | found, drawn
 
-    def _score(self, pool, source, batch, output, result, drawn, shown):
+    def _score(self, pool, prefix, source, batch, output, result, drawn, shown):
         predicted = np.asarray(output, np.float32)
         real = np.flatnonzero(batch["weight"] > 0)
         indices = [int(i) for i in batch["index"][real]]
@@ -318,7 +318,7 @@ class Evaluator:
                 drawn.append(
                     draw_clouds.draw_completion(
                         partial[row], predicted[real[row]], target[row] if source.points else None,
-                        title=source.names[source.category(index)],
+                        title=prefix.replace("/", " ") + source.names[source.category(index)],
                     )
                 )  # fmt: skip
 
