@@ -433,7 +433,7 @@ class CompletionFixture:
         return {k: np.abs(a - self.data[k]) / np.abs(self.data[k]).max() for k, a in found.items()}
 
     def turns(self, risk: float = 2e-6, most: int = 3) -> list[jax.Array]:
-        """Neighbours to turn so that the clouds are the fixture's, none if nothing helps.
+        """Neighbours to turn so that the clouds are the fixture's; none if that cannot be had.
 
         Only those are tried that rounding can turn; one after the other, the best first.
         """
@@ -458,7 +458,7 @@ class CompletionFixture:
             call, sample, query = min(tried, key=lambda key: tried[key])
             turned[call][sample, query] ^= True
             best = tried[call, sample, query]
-        return [jnp.asarray(t) for t in turned]
+        return [jnp.asarray(t & (best[1] <= TOLERANCE)) for t in turned]
 
 
 def check_completion(path: Path, dtype) -> Comparison:

@@ -160,11 +160,7 @@ class Objective:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
-        samples = jnp.sum(batch["weight"]).astype(jnp.result_type(*totals.values()))
-        sums = Sums(
-            gradients, dict(out.numerators), dict(out.denominators), out.moments, samples,
-            jnp.zeros_like(samples),
-        )  # fmt: skip
+        sums = _sums(gradients, out, batch)
         return self._normalised(sums) if self.compat else sums
 
     def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
@@ -180,11 +176,7 @@ class Objective:
             return value + sum(jax.tree.leaves(pulled)), out
 
         gradient, out = jax.grad(total, has_aux=True)(params)
-        samples = jnp.sum(batch["weight"]).astype(jnp.result_type(*out.numerators.values()))
-        return Sums(
-            {"loss": gradient}, dict(out.numerators), dict(out.denominators), out.moments, samples,
-            jnp.zeros_like(samples),
-        )  # fmt: skip
+        return _sums({"loss": gradient}, out, batch)
 
     def gradient(self, sums: Sums) -> PyTree:
         """The gradient of `scale * loss` over the effective batch."""
@@ -227,6 +219,17 @@ class Objective:
             },
             numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms},
         )
+
+
+def _sums(gradients: Mapping[str, PyTree], out: Output, batch: PyTree) -> Sums:
+    """The sums of one microbatch, all scalars in the dtype of the numerators."""
+    dtype = jnp.result_type(*out.numerators.values())
+    samples = jnp.sum(batch["weight"]).astype(dtype)
+    denominators = {name: value.astype(dtype) for name, value in out.denominators.items()}
+    return Sums(
+        gradients, dict(out.numerators), denominators, out.moments, samples,
+        jnp.zeros_like(samples),
+    )  # fmt: skip
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

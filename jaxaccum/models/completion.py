@@ -202,9 +202,7 @@ class Completion(nn.Module):
     def spread(self, q, xyz, groups, name):
         """Points (B, M, S, 3) around queries."""
         t = self.table
-        x = normed_pair(
-            "increase_dim", t.global_width, t.global_width, q, groups, self.dtype
-        )  # fmt: skip
+        x = normed_pair("increase_dim", t.global_width, t.global_width, q, groups, self.dtype)
         everywhere = largest(x, 1)[:, None]
         x = Dense(t.width, dtype=self.dtype, name="reduce_map")(everywhere, q, xyz)
         kind: Any = {"fold": blocks.Fold, "fc": blocks.FullyConnected}[t.head]
