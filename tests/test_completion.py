@@ -229,7 +229,9 @@ def test_scans_without_a_target(monkeypatch):
     clouds = [rng.random((50, 3)).astype(np.float32) for _ in range(3)]
     result = ScanMetrics(lambda: clouds)
     result.add_clouds(["a", "b"], clouds[:2], [clouds[0], clouds[1]])
-    assert result.compute() == {"fidelity": 0.0, "samples": 2.0, "mmd": 0.0}
+    assert result.compute() == {
+        "fidelity": 0.0, "fidelity/scan": 0.0, "samples": 2.0, "mmd": 0.0,
+    }  # fmt: skip
     result.add_clouds(["c"], [clouds[2]], [np.full((50, 3), np.nan)])
     assert np.isnan(result.compute()["fidelity"])
     with pytest.raises(ValueError, match="added before"):

@@ -255,12 +255,15 @@ def test_scans_are_averaged_and_their_padding_left_out():
         metrics.add_clouds(["b"], padded[1:], predictions[1:], pool)
     result = metrics.compute()
     pairs = list(zip(scans, predictions, strict=True))
-    assert result["fidelity"] == pytest.approx(np.mean([fidelity(s, p) for s, p in pairs]))
+    whole = list(zip(padded, predictions, strict=True))
+    assert result["fidelity"] == pytest.approx(np.mean([fidelity(s, p) for s, p in whole]))
+    assert result["fidelity/scan"] == pytest.approx(np.mean([fidelity(s, p) for s, p in pairs]))
     assert result["mmd"] == pytest.approx(np.mean([mmd(p, cars) for p in predictions]))
     assert result["samples"] == 2
     without = ScanMetrics()
     without.add_clouds(["a"], padded[:1], predictions[:1])
-    assert without.compute() == {"fidelity": fidelity(*pairs[0]), "samples": 1.0}
+    expected = {"fidelity": fidelity(*whole[0]), "fidelity/scan": fidelity(*pairs[0])}
+    assert without.compute() == expected | {"samples": 1.0}
     assert math.isnan(ScanMetrics().compute()["fidelity"])
 
 

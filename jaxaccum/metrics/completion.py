@@ -210,7 +210,7 @@ class ScanMetrics:
     def __init__(self, references: Callable[[], Iterable[ArrayLike]] | None = None) -> None:
         """`references` reads the shapes of `mmd`; None leaves that out."""
         self._references = references
-        self._samples: dict[str, tuple[float, Cloud]] = {}
+        self._samples: dict[str, tuple[float, float, Cloud]] = {}
 
     def add_clouds(
         self,
@@ -226,27 +226,32 @@ class ScanMetrics:
         """
 
         def one(name: str, partial: ArrayLike, prediction: ArrayLike) -> None:
-            cloud = np.asarray(prediction)
-            kept = fidelity(partial, cloud) if np.isfinite(cloud).all() else math.nan
-            if self._samples.setdefault(name, (kept, cloud))[1] is not cloud:
+            given, cloud = np.asarray(partial), np.asarray(prediction)
+            kept = scan = math.nan
+            if np.isfinite(cloud).all():
+                kept = fidelity(given, cloud)
+                scan = fidelity(given[(given != 0).any(axis=1)], cloud)
+            if self._samples.setdefault(name, (kept, scan, cloud))[2] is not cloud:
                 raise ValueError(f"sample {name!r} was added before")
 
         list((map if pool is None else pool.map)(one, names, partials, predictions))
 
     def compute(self) -> dict[str, float]:
-        """fidelity and mmd (both * 1000), means over samples, and how many these are.
+        """Means over samples (* 1000), and how many these are.
 
-        References are read one after the other, each once.
+        fidelity counts the zeros that fill a scan up, as the published figures do; fidelity/scan
+        does not. mmd where there are references, which are read one after the other, each once.
         """
         found = {
-            "fidelity": _mean(kept for kept, _ in self._samples.values()),
+            "fidelity": _mean(kept for kept, _, _ in self._samples.values()),
+            "fidelity/scan": _mean(scan for _, scan, _ in self._samples.values()),
             "samples": float(len(self._samples)),
         }
         if self._references is None:
             return found
         if math.isnan(found["fidelity"]):
             return found | {"mmd": math.nan}
-        clouds = [cloud for _, cloud in self._samples.values()]
+        clouds = [cloud for _, _, cloud in self._samples.values()]
         best = np.full(len(clouds), np.inf)
         for reference in self._references():
             best = np.minimum(best, [mmd(cloud, [reference]) for cloud in clouds])
