@@ -274,8 +274,11 @@ def main_with_clear_errors(main) -> None:
     def parse(argv):
         try:
             return flags.FLAGS(argv)
-        except (flags.Error, configs.ConfigError) as error:
-            sys.exit(f"error: {error}")
+        except flags.Error as error:
+            text = str(error).rstrip()
+            # What a config says itself comes wrapped in the traceback of its loading.
+            _, said, message = text.rpartition(f"{configs.ConfigError.__module__}.ConfigError: ")
+            sys.exit(f"error: {message if said else text}")
         except (AttributeError, KeyError) as error:
             sys.exit(f"error: {_unknown_field(argv) or error}")
 

@@ -82,3 +82,18 @@ def test_a_mistyped_field_suggests_the_right_one():
 def test_a_mistyped_value_is_refused():
     with pytest.raises(flags.Error, match="nbs"):
         parse("--config.nbs=many")
+
+
+def test_a_benchmark_that_does_not_exist():
+    """What a config file says of its argument is shown without a traceback."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxaccum.train", "--config=configs/adapointr.py:shapenet"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no benchmark 'shapenet'; there are pcn, ")
+    assert "Traceback" not in done.stderr
