@@ -534,6 +534,7 @@ def main() -> int:
     if not args.folder.is_dir():
         parser.error(f"no folder {args.folder}")
     jax.config.update("jax_enable_x64", args.x64)
+    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would round to tf32
     passed, failed = run(args.folder, args.x64)
     print(f"{passed} passed, {failed} failed")
     return int(failed > 0 or passed == 0)
