@@ -96,7 +96,7 @@ def test_any_geometry(nbs, microbatch, devices, engine):
 class DividesPerMicrobatch(Objective):
     """Each microbatch by its own denominator, then averaged: the usual trainers."""
 
-    def sums(self, forward, params, stats, batch):
+    def sums(self, forward, params, stats, batch, coupling=None):
         sums = super().sums(forward, params, stats, batch)
         return sums._replace(
             gradients={
@@ -115,7 +115,7 @@ class DividesPerMicrobatch(Objective):
 class ClampsPerMicrobatch(Objective):
     """Denominators floored in every microbatch instead of once."""
 
-    def sums(self, forward, params, stats, batch):
+    def sums(self, forward, params, stats, batch, coupling=None):
         sums = super().sums(forward, params, stats, batch)
         return sums._replace(
             denominators={n: self.divisor(n, sums.denominators) for n in sums.denominators}
@@ -125,7 +125,7 @@ class ClampsPerMicrobatch(Objective):
 class AveragesInsteadOfSums(Objective):
     """The numerators' gradient as a mean over microbatches."""
 
-    def sums(self, forward, params, stats, batch):
+    def sums(self, forward, params, stats, batch, coupling=None):
         sums = super().sums(forward, params, stats, batch)
         share = batch["weight"].shape[0] / self.scale  # 1 / number of microbatches
         return sums._replace(gradients=jax.tree.map(lambda g: g * share, sums.gradients))
