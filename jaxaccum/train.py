@@ -159,7 +159,7 @@ def train(
                 "step": step,
                 "kind": "train",
                 "epoch": this.samples_before(number + 1) / len(train_set),
-                **{k: v for k, v in log.items() if k.startswith("loss")},
+                **{k: v for k, v in log.items() if k.startswith(("loss", "metrics/"))},
                 "lr": float(this.schedule.lr[step - 1]),
                 "grad_norm": log["grad_norm"],
                 **{k: v for k, v in log.items() if k.startswith("sums/")},

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxaccum import models
 from jaxaccum.accumulate import Groups, batchnorm
 from jaxaccum.losses import detection
+from jaxaccum.losses import solids as solid_losses
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
-from jaxaccum.models import completion, init, points, weights, yolo
+from jaxaccum.models import completion, init, points, solids, weights, yolo
 
 TOLERANCE = 1e-4
 # A training pass goes through a hundred and more batch norms over as few as 32 values and amplifies
@@ -147,14 +148,42 @@ def padded_targets(batch_idx, cls, bboxes, samples: int, height: int, width: int
     return detection.Targets(boxes, classes, valid, np.ones(samples, np.float32))
 
 
-def loss_of(predictions, anchors, targets, enlarge_small=True):
-    """Sum of the three terms with gains over the clamped denominator, and everything else."""
+def padded_solids(data, batch_idx) -> solid_losses.SolidTargets:
+    """Flat 3D targets as padded ones, in the order of `padded_targets`."""
+    room = max(int(np.sum(batch_idx == i)) for i in range(2))
+    values = {}
+    for name, shape in (("location_3d", (3,)), ("dimensions_3d", (3,)), ("rotation_y", ())):
+        values[name] = np.zeros((2, room, *shape), np.float32)
+        for i in range(2):
+            rows = data[f"target_{name}"].reshape(-1, *shape)[batch_idx == i]
+            values[name][i, : len(rows)] = rows
+    return solid_losses.SolidTargets(*values.values(), np.ones(2), np.zeros((2, 3, 4)))
+
+
+def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=None):
+    """Sum of the terms with gains over the clamped denominators, and everything else.
+
+    With 3D targets, by the published rule of YOLOv12-3D; its last three items are parts of others.
+    """
     numerators, denominators, assignment = detection.detection_loss(
         predictions, anchors, targets, enlarge_small
     )
     total = denominators[detection.TARGET_SCORES]
     items = jnp.stack([t.gain * numerators[t.name] for t in detection.terms()])
     items = items / jnp.maximum(total, 1)
+    if solid_targets is not None:
+        def axes(metres):
+            more, denominators = solid_losses.solid_loss(
+                predictions.solids, assignment, solid_targets, solids.ORIGINAL, 0, metres, True
+            )
+            gained, _ = solid_losses.terms(200.0, 0.05, 1.0, compat=True)
+            return jnp.stack([
+                t.gain * more[t.name] / jnp.maximum(denominators.get(t.denominator, total), 1)
+                for t in gained
+            ])  # fmt: skip
+
+        parts = jax.lax.stop_gradient(axes(0.0)[:3])
+        items = jnp.concatenate([items, axes(0.02), parts])
     return jnp.sum(items), (items, total, assignment)
 
 
@@ -212,12 +241,21 @@ def check_model(path: Path, dtype) -> Comparison:
     centre_size = np.concatenate(
         [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1
     )
-    decoded = channels_first(np.concatenate([centre_size, scores], axis=-1), 3)
+    channels = [centre_size, scores]
+    if out.solids is not None:
+        boxes_3d = solids.decode(out.solids, solids.ORIGINAL)
+        channels += [boxes_3d.locations, boxes_3d.sizes, boxes_3d.headings[..., None]]
+    decoded = channels_first(np.concatenate(channels, axis=-1), 3)
     if "eval_boxes" in data:
         result.add("eval_boxes", channels_first(out.boxes, 3), data["eval_boxes"])
         result.add("eval_scores", channels_first(out.scores, 3), data["eval_scores"])
+    classes = 4 + facts["nc"]
     result.add("eval_decoded_boxes", decoded[:, :4], data["eval_decoded"][:, :4])
-    result.add("eval_decoded_scores", decoded[:, 4:], data["eval_decoded"][:, 4:])
+    result.add("eval_decoded_scores", decoded[:, 4:classes], data["eval_decoded"][:, 4:classes])
+    for i, name in enumerate(("x", "y", "z", "height", "width", "length", "heading")):
+        if out.solids is not None:
+            ours, theirs = (d[:, classes + i] for d in (decoded, data["eval_decoded"]))
+            result.add(f"eval_decoded_{name}", ours, theirs)
 
     images = draw(2, 2, 3, 128, 128)
     # Fixtures of the older trainer name their targets so, and know no enlarged small objects.
@@ -225,6 +263,7 @@ def check_model(path: Path, dtype) -> Comparison:
     flat = (data[f"target_{k}" if older else k] for k in ("batch_idx", "cls", "bboxes"))
     batch_idx, cls, bboxes = flat
     targets = padded_targets(batch_idx, cls.ravel(), bboxes, 2, 128, 128)
+    solid_targets = padded_solids(data, batch_idx) if "target_location_3d" in data else None
     groups = Groups(2, jnp.ones(2, dtype))
     anchors = yolo.anchors(128, 128, model.strides)
 
@@ -232,7 +271,7 @@ def check_model(path: Path, dtype) -> Comparison:
         out, moments = model.apply(
             {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
         )
-        loss, aux = loss_of(out, anchors, targets, not older)
+        loss, aux = loss_of(out, anchors, targets, not older, solid_targets)
         return 2 * loss, (out, moments["moments"], aux)
 
     (total, (out, moments, (items, _, _))), gradient = jax.jit(

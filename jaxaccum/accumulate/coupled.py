@@ -34,11 +34,15 @@ class Coupled:
         (samples, ...), in the order of the effective batch and then padding; weight (samples,) is
         0 for padding, of which the value must not depend. params are for what only this loss has,
         such as a temperature.
+      watched: name -> a function of the same arguments, to be logged and not learned from.
     """
 
     name: str
     gain: float
     loss: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+    watched: Mapping[str, Callable[[PyTree, PyTree, jax.Array], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class Coupling(NamedTuple):
@@ -46,12 +50,14 @@ class Coupling(NamedTuple):
 
     Attributes:
       values: term name -> gain * loss, for the log.
+      watched: name -> value, for the log as well.
       pulls: gradient of scale * (all coupled terms) in the features, laid out like them.
       direct: gradient of the same in the parameters, the features held constant.
       divisors: denominator name -> what to divide its terms by.
     """
 
     values: Mapping[str, jax.Array]
+    watched: Mapping[str, jax.Array]
     pulls: PyTree
     direct: PyTree
     divisors: Mapping[str, jax.Array]
@@ -72,4 +78,5 @@ def couple(
         return scale * sum(values.values()), values
 
     (direct, pulls), values = jax.grad(total, argnums=(0, 1), has_aux=True)(params, features)
-    return Coupling(values, pulls, direct, divisors)
+    watched = {k: f(params, features, weight) for t in terms for k, f in t.watched.items()}
+    return Coupling(values, watched, pulls, direct, divisors)

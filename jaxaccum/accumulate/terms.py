@@ -192,7 +192,8 @@ class Objective:
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
 
     def log(self, sums: Sums) -> dict[str, jax.Array]:
-        """The loss of the effective batch, and its terms, gains included, as "loss/NAME"."""
+        """The loss of the effective batch, its terms, gains included, as "loss/NAME", and what
+        coupled terms watch as "metrics/NAME"."""
 
         def divisor(term):
             if self.compat:  # numerators are divided already and weighted by samples
@@ -202,9 +203,11 @@ class Objective:
         values = {
             f"loss/{t.name}": t.gain * sums.numerators[t.name] / divisor(t) for t in self.terms
         }
+        watched = {}
         if isinstance(sums.coupling, Coupling):
             values |= {f"loss/{name}": value for name, value in sums.coupling.values.items()}
-        return {"loss": jnp.sum(jnp.stack(list(values.values()))), **values}
+            watched = {f"metrics/{name}": value for name, value in sums.coupling.watched.items()}
+        return {"loss": jnp.sum(jnp.stack(list(values.values()))), **values, **watched}
 
     def _sharing(self, denominator: str) -> list[Term]:
         return [t for t in self.terms if t.denominator == denominator]

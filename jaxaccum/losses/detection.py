@@ -75,7 +75,7 @@ def detection_loss(
       (numerators {"box", "cls", "dfl"}, denominators {"target_scores"}, Assignment).
     """
     dtype = jnp.promote_types(predictions.boxes.dtype, jnp.float32)
-    logits, scores = (p.astype(dtype) for p in predictions)
+    logits, scores = predictions.boxes.astype(dtype), predictions.scores.astype(dtype)
     strides = jnp.asarray(anchors.strides, dtype)[:, None]
     boxes = decode_boxes(logits, anchors)  # cells of each level
     assignment = assign(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import Groups
-from jaxaccum.models import blocks, ops
+from jaxaccum.models import blocks, ops, solids
 
 REG_MAX = 16
 Row = tuple[Any, int, str, tuple]
@@ -194,6 +194,10 @@ FAMILIES["yolov12-turbo"] = dataclasses.replace(
         for i, row in enumerate(FAMILIES["yolo12"].rows)
     ),
 )
+FAMILIES["yolov12-3d"] = dataclasses.replace(
+    FAMILIES["yolov12-turbo"],
+    rows=(*FAMILIES["yolov12-turbo"].rows[:-1], ((14, 17, 20), 1, "Detect3D", ())),
+)
 
 
 def names() -> list[str]:
@@ -219,10 +223,12 @@ class Predictions(NamedTuple):
     Attributes:
       boxes: (N, A, 4 * 16) logits of the distances left, top, right, bottom, side-major.
       scores: (N, A, classes) class logits.
+      solids: (N, A, 1204) logits of 3D boxes, see `models.solids`; None of a 2D detector.
     """
 
     boxes: jax.Array
     scores: jax.Array
+    solids: jax.Array | None = None
 
 
 class Anchors(NamedTuple):
@@ -263,11 +269,16 @@ def decode_boxes(boxes: jax.Array, anchors: Anchors) -> jax.Array:
 
 
 class Detect(nn.Module):
-    """The head: a box branch and a class branch per level. Widths depend on the finest level."""
+    """The head: a box branch and a class branch per level. Widths depend on the finest level.
+
+    Attributes:
+      solids: outputs of a third branch, for 3D boxes; 0 for none.
+    """
 
     classes: int
     depthwise: bool = False
     dtype: Any = jnp.float32
+    solids: int = 0
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], groups: Groups | None) -> Predictions:
@@ -276,7 +287,8 @@ class Detect(nn.Module):
         finest = levels[0].shape[-1]
         box = max(16, finest // 4, 4 * REG_MAX)
         hidden = max(finest, min(self.classes, 100))
-        boxes, scores = [], []
+        deep = max(finest // 4, min(self.solids, 512))
+        boxes, scores, more = [], [], []
         for i, level in enumerate(levels):
             x = self._conv(box, 3, f"cv2.{i}.0")(level, groups)
             x = self._conv(box, 3, f"cv2.{i}.1")(x, groups)
@@ -291,7 +303,14 @@ class Detect(nn.Module):
                     x = self._conv(hidden, 3, f"cv3.{i}.{j}")(x, groups)
             x = blocks.conv2d(self.classes, 1, dtype=wide, name=f"cv3.{i}.2")(x)
             scores.append(x.reshape(x.shape[0], -1, self.classes))
-        return Predictions(jnp.concatenate(boxes, axis=1), jnp.concatenate(scores, axis=1))
+            if self.solids:
+                x = self._conv(deep, 3, f"cv4.{i}.0")(level, groups)
+                x = self._conv(deep, 3, f"cv4.{i}.1")(x, groups)
+                x = blocks.conv2d(self.solids, 1, dtype=wide, name=f"cv4.{i}.2")(x)
+                more.append(x.reshape(x.shape[0], -1, self.solids))
+        return Predictions(
+            *(jnp.concatenate(parts, axis=1) if parts else None for parts in (boxes, scores, more))
+        )
 
     def _conv(self, features, kernel, name, channel_groups=1):
         return blocks.Conv(features, kernel, groups=channel_groups, dtype=self.dtype, name=name)
@@ -378,6 +397,10 @@ class Yolo(nn.Module):
             return lambda x, groups: jnp.concatenate(x, axis=-1)
         if kind == "Detect":
             return Detect(self.classes, family.depthwise_head, self.dtype, name=name)
+        if kind == "Detect3D":
+            return Detect(
+                self.classes, family.depthwise_head, self.dtype, solids.OUTPUTS, name=name
+            )
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
         depth = max(round(repeats * family.depth[scale]), 1)

@@ -1,0 +1,131 @@
+"""3D boxes as a detector predicts them: bins of location, sizes, a heading; to metres and radians.
+
+An anchor has 3 * 400 logits of where the bottom centre of its box is, along x, y and z in turn, one
+for its height, width and length each, and one for its heading. Camera frame of KITTI: x right, y
+down, z forward (Geiger et al. 2012). The bins are those of YOLOv12-3D's checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+AXES = ("x", "y", "z")
+BINS = 400
+WIDTH = 0.25  # metres
+LOWEST = np.asarray([-50.0, -50.0, 0.0])  # where the bins of every axis begin, metres
+OUTPUTS = len(AXES) * BINS + 4
+
+
+class Solids(NamedTuple):
+    """3D boxes; leading axes as of the logits.
+
+    Attributes:
+      locations: (..., 3) bottom centres x, y, z in metres.
+      sizes: (..., 3) height, width, length in metres.
+      headings: (...,) rotation about y in radians, or as `Coding.heading` has it.
+    """
+
+    locations: jax.Array
+    sizes: jax.Array
+    headings: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """What the outputs mean. The defaults are ours; `ORIGINAL` is that of the checkpoints.
+
+    Attributes:
+      temperature: of the softmax over bins, in the loss and in predictions alike.
+      largest: size in metres of a logit of plus infinity.
+      heading: "seen", the angle to the ray from the camera (KITTI's alpha), which is what pixels
+        show, or "world", the rotation about y.
+      focal: focal length over the width of the input for which depths are meant. Seen through a
+        longer lens, an object looks nearer by the ratio; so depth is predicted as if every lens
+        were this one. 0: metres whatever the lens.
+      place: where x and y come from: "predicted", or "projected", through the centre of the 2D box
+        and the depth.
+    """
+
+    temperature: float = 1.0
+    largest: float = 20.0
+    heading: Literal["seen", "world"] = "seen"
+    focal: float = 0.58
+    place: Literal["predicted", "projected"] = "projected"
+
+
+ORIGINAL = Coding(0.5, 10.0, "world", 0.0, "predicted")
+
+
+def split(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(..., 1204) -> location (..., 3, 400), sizes (..., 3), heading (...,)."""
+    bins = logits[..., : len(AXES) * BINS].reshape(*logits.shape[:-1], len(AXES), BINS)
+    return bins, logits[..., -4:-1], logits[..., -1]
+
+
+def expectation(bins: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Bins (..., 3, 400) to the mean of their centres, (..., 3) metres."""
+    places = jnp.asarray(WIDTH * (np.arange(BINS) + 0.5), bins.dtype)
+    share = jax.nn.softmax(bins / temperature, axis=-1)
+    return jnp.sum(share * places, axis=-1) + jnp.asarray(LOWEST, bins.dtype)
+
+
+def decode(logits: jax.Array, coding: Coding = ORIGINAL) -> Solids:
+    """What the logits (..., 1204) say, before cameras come in: see `in_camera`."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    bins, sizes, heading = split(logits)
+    return Solids(
+        expectation(bins, coding.temperature),
+        coding.largest * jax.nn.sigmoid(sizes),
+        (jax.nn.sigmoid(heading) - 0.5) * 2 * jnp.pi,
+    )
+
+
+def lens(camera: jax.Array, width: int, coding: Coding) -> jax.Array:
+    """What to divide metric depths (N,) by to have those predicted, by camera (N, 3, 4)."""
+    if not coding.focal:
+        return jnp.ones_like(camera[..., 0, 0])
+    return camera[..., 0, 0] / (coding.focal * width)
+
+
+def in_camera(
+    solids: Solids, boxes: jax.Array, camera: jax.Array, width: int, coding: Coding
+) -> Solids:
+    """3D boxes in metres and radians of the camera's frame.
+
+    Args:
+      solids: as decoded, leading axes (N, A).
+      boxes: (N, A, 4) x1 y1 x2 y2 in pixels of the input.
+      camera: (N, 3, 4) projection to pixels of the input: (u, v, 1) ~ camera (x, y, z, 1).
+      width: of the input in pixels.
+    """
+    x, y, z = jnp.moveaxis(solids.locations, -1, 0)
+    z = z * lens(camera, width, coding)[:, None]
+    if coding.place == "projected":
+        x, y = back_projected(boxes, z, camera)
+        y = y + solids.sizes[..., 0] / 2
+    headings = solids.headings
+    if coding.heading == "seen":
+        headings = wrapped(headings + jnp.arctan2(x, z))
+    return Solids(jnp.stack([x, y, z], axis=-1), solids.sizes, headings)
+
+
+def back_projected(
+    boxes: jax.Array, depth: jax.Array, camera: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x and y (N, A) of the points at a depth (N, A) that are seen at the centres of boxes."""
+    matrix = camera[:, None]
+    u, v = ((boxes[..., i] + boxes[..., i + 2]) / 2 for i in (0, 1))
+    w = depth + matrix[..., 2, 3]  # KITTI's rectified cameras have a third row (0, 0, 1, t)
+    x = (u * w - matrix[..., 0, 2] * depth - matrix[..., 0, 3]) / matrix[..., 0, 0]
+    y = (v * w - matrix[..., 1, 2] * depth - matrix[..., 1, 3]) / matrix[..., 1, 1]
+    return x, y
+
+
+def wrapped(angle: jax.Array) -> jax.Array:
+    """The same angle in [-pi, pi)."""
+    return jnp.mod(angle + jnp.pi, 2 * jnp.pi) - jnp.pi
