@@ -10,13 +10,15 @@ from ml_collections import config_dict
 
 from jaxaccum.accumulate import Recipe
 from jaxaccum.models import completion as completion_models
-from jaxaccum.models import yolo
+from jaxaccum.models import pointbert, yolo
 
-# Fields that decide only how a run is computed, watched or stored; all others are the recipe.
+# Fields that decide only how a run is computed, watched or stored, and places of what is known by
+# its contents; all others are the recipe.
 NOT_LEARNED = (
     "init_from", "microbatch", "devices", "engine", "remat", "epochs", "log", "eval", "checkpoint",
     "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error", "data.cache",
-    "data.cache_gib", "data.workers", "data.prefetch",
+    "data.cache_gib", "data.workers", "data.prefetch", "text.encoder",
+    "text.captions", "text.point_weights",
 )  # fmt: skip
 
 
@@ -37,6 +39,7 @@ RANGES = {
     "bn_momentum.start": (0, 1), "bn_momentum.decay": (0, 1), "bn_momentum.epochs": (1e-9, 1e9),
     "bn_momentum.final": (0, 1),
     "loss.coarse": (0, 1e9), "loss.fine": (0, 1e9), "loss.denoise": (0, 1e9),
+    "loss.align": (0, 1e9), "text.temperature": (1e-6, 1e6),
     "eval.viewpoints": (1, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
     "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
     "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
@@ -170,7 +173,23 @@ def completion() -> ml_collections.ConfigDict:
         {"start": 0.9, "decay": 0.5, "epochs": 21.0, "final": 0.01}
     )
     c.ema.decay = 0.0
-    c.loss = ml_collections.ConfigDict({"coarse": 1.0, "fine": 1.0, "denoise": 0.5})
+    c.loss = ml_collections.ConfigDict(
+        {"coarse": 1.0, "fine": 1.0, "denoise": 0.5, "align": 0.05}  # align: with a point_encoder
+    )
+    c.text = ml_collections.ConfigDict(
+        {
+            # What turns captions into vectors that condition the queries: "" for no captions,
+            # "hashed" (counts of words, needs nothing) or "clip:FOLDER" (a CLIP model's text half).
+            "encoder": "",
+            "captions": "",  # a CSV of CATEGORY_NAME,caption; "" for the data set's own
+            # What turns completed clouds into vectors to be aligned with the captions': "" for no
+            # such term, "pointbert" or "pointbert-small". It is frozen.
+            "point_encoder": "",
+            "point_weights": "",  # its weights, a file of ULIP-2; "" for random ones
+            "temperature": 0.07,  # of the alignment at the start
+            "compat": False,  # templates, and equal captions as negatives, as the original has them
+        }
+    )
     c.augment = ml_collections.ConfigDict({"mirror": True})  # along x and z, target alike
     c.data = ml_collections.ConfigDict(
         {
@@ -236,6 +255,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"bn_group is a positive integer, 'all' or 'frozen'; got {c.bn_group!r}")
     if not c.steps and not c.epochs:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")
+    if has(c, "text.encoder"):
+        _validate_text(c.text)
     if c.task != "detection" and c.optimizer.name in ("auto", "musgd"):
         raise ConfigError(
             f"optimizer.name={c.optimizer.name} is a rule for detectors; use adamw or sgd"
@@ -248,6 +269,19 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"model: there is no {c.model!r} for the task {c.task}: "
             + (f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}")
+        )
+
+
+def _validate_text(text: ml_collections.ConfigDict) -> None:
+    for field in ("captions", "point_encoder"):
+        if text[field] and not text.encoder:
+            raise ConfigError(f"text.{field} needs a text.encoder, such as 'hashed'")
+    if text.point_weights and not text.point_encoder:
+        raise ConfigError("text.point_weights needs the text.point_encoder that they are of")
+    if text.point_encoder and text.point_encoder not in pointbert.names():
+        raise ConfigError(
+            f"text.point_encoder is one of {', '.join(pointbert.names())}, or empty; got "
+            f"{text.point_encoder!r}"
         )
 
 

@@ -26,6 +26,7 @@ from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.inference import load
 from jaxaccum.models import completion, torch_file, weights, yolo
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
+from jaxaccum.tasks import captioned
 
 PyTree = Any
 
@@ -64,7 +65,22 @@ def load_initial(
     Raises:
       WeightsError, CheckpointError: nothing there, or hardly anything fits.
     """
-    return weights.transfer(read(Path(path)), model, params, stats, names)
+    # What only the loss has is no part of the model.
+    own, beside = (
+        [{k: v for k, v in t.items() if (k == captioned.MODULE) == aside} for t in (params, stats)]
+        for aside in (False, True)
+    )
+    params, stats = own
+    params, stats, report = weights.transfer(read(Path(path)), model, params, stats, names)
+    return {**params, **beside[0]}, {**stats, **beside[1]}, report
+
+
+def identities(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """What identifies the files of weights that a run needs, wherever they lie."""
+    found = {"init": identify(config.init_from)}
+    if configs.has(config, "text.point_weights"):
+        found["point_weights"] = identify(config.text.point_weights)
+    return found
 
 
 def identify(path: str | Path) -> str:
@@ -76,7 +92,7 @@ def identify(path: str | Path) -> str:
         with Checkpoints(path) as checkpoints:
             return f"{checkpoints.meta(best=True)['fingerprint']} of update {checkpoints.best}"
     if not path.is_file():
-        raise WeightsError(f"init_from: {path} is neither a file nor a workdir")
+        raise WeightsError(f"{path} is neither a file of weights nor a workdir")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 

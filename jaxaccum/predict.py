@@ -2,7 +2,7 @@
 
 Uses a run's best weights. A detector takes images, draws its detections [--conf=0.25] and writes
 them to detections.json. A completion network takes clouds (.pcd, .ply, .npy), writes what it makes
-of them [--format=ply] and draws it.
+of them [--format=ply] [--caption="a chair"] and draws it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from absl import flags, logging
 
 from jaxaccum import data, draw, draw_clouds, run
+from jaxaccum.config import ConfigError
 from jaxaccum.inference import Trained, load
 from jaxaccum.metrics import detection as metrics
+from jaxaccum.tasks import captioned
 
 CLOUDS = (".npy", ".pcd", ".ply")
 
@@ -48,7 +50,12 @@ def _target(out: Path, path: Path, paths: Sequence[Path]) -> Path:
 
 
 def complete(
-    trained: Trained, source: Path, out: Path, format: str = "ply", normalise: bool | None = None
+    trained: Trained,
+    source: Path,
+    out: Path,
+    format: str = "ply",
+    normalise: bool | None = None,
+    caption: str = "",
 ) -> list[dict[str, Any]]:
     """Completes clouds, writes and draws them.
 
@@ -59,10 +66,14 @@ def complete(
       format: of the clouds, "ply" or "npy".
       normalise: bring every cloud to the frame of ShapeNet's (mean at the origin, largest radius
         1) before, and what is predicted back after; None does as in the training.
+      caption: of what is in the clouds, for a network that takes captions; "" for none.
     Returns:
       per cloud {"file", "points", "written", "normalised"}.
+    Raises:
+      ConfigError: a caption for a network that takes none.
     """
     task = trained.task
+    text = _vector(trained, caption)
     paths = find_files(source, CLOUDS)
     if normalise is None:
         normalise = bool(trained.facts["normalised"])
@@ -87,7 +98,7 @@ def complete(
             )
         partial, pose = data.prepare_partial(cloud, normalise)
         predicted = pose.restore(
-            np.asarray(forward(trained.params, trained.stats, partial[None]))[0]
+            np.asarray(forward(trained.params, trained.stats, partial[None], text))[0]
         )
         if not np.isfinite(predicted).all():
             unreadable.append(f"{path}: the network's prediction is not finite")
@@ -109,6 +120,21 @@ def complete(
     _report(unreadable, results, paths, source)
     (out / "completions.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _vector(trained: Trained, caption: str) -> jax.Array | None:
+    """The vector (1, T) of a caption; None for none."""
+    encoder = trained.config.text.encoder
+    if caption and not encoder:
+        raise ConfigError("--caption: these weights were learned without captions")
+    if not caption:
+        if encoder:
+            print(
+                "no --caption: queries are made without one, by a layer that this run's captions "
+                "have not trained"
+            )
+        return None
+    return captioned.vectors_of(encoder, caption, 1)
 
 
 def _spare(paths: Sequence[Path], targets: Iterable[str]) -> None:
@@ -194,6 +220,7 @@ if __name__ == "__main__":
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
     _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
+    _CAPTION = flags.DEFINE_string("caption", "", "of what the clouds show, where networks take it")
     _NORMALISE = flags.DEFINE_enum(
         "normalise", "auto", ["auto", "yes", "no"],
         "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
@@ -206,7 +233,7 @@ if __name__ == "__main__":
         trained = load(Path(_WORKDIR.value))
         if trained.config.task == "completion":
             chosen = {"auto": None, "yes": True, "no": False}[_NORMALISE.value]
-            for result in complete(trained, source, out, _FORMAT.value, chosen):
+            for result in complete(trained, source, out, _FORMAT.value, chosen, _CAPTION.value):
                 frame = "ShapeNet's frame" if result["normalised"] else "its own frame"
                 print(
                     f"{result['file']}: {result['points']} points, taken in {frame}, "

@@ -24,7 +24,7 @@ from jaxaccum import config as configs
 from jaxaccum import data, run, tasks
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
 from jaxaccum.checkpoint import CheckpointError, Checkpoints, require_same_recipe
-from jaxaccum.convert import identify, load_initial
+from jaxaccum.convert import identities, load_initial
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
@@ -57,7 +57,7 @@ def train(
         identity={
             "identity": train_set.identity,
             "samples": len(train_set),
-            "init": identify(config.init_from),
+            **identities(config),
         },
     )
     stream = run.make_stream(this, train_set)
@@ -69,6 +69,9 @@ def train(
         )
         for line in transfer.lines():
             print(line)
+    stats, lines = this.task.load_frozen(config, stats)
+    for line in lines:
+        print(line)
     require_constant_denominators(
         this.task.forward, params, stats,
         this.task.example(this.window.geometry.microbatch),

@@ -205,6 +205,15 @@ class CroppedClouds:
         )
         return partial, complete
 
+    def shape(self, index: int) -> str:
+        """The shape's name, the same from all directions."""
+        return self._shapes.name(index // self._views)
+
+    def description(self, index: int) -> str | None:
+        """What the data set itself says of the shape: a caption for embedded shapes, else None."""
+        shapes = self._shapes
+        return shapes.caption(index // self._views) if isinstance(shapes, Shapes) else None
+
     def _corner(self, index: int) -> int:
         shape, view = divmod(index, self._views)
         return view if self._views == len(CORNERS) else (shape + view) % len(CORNERS)

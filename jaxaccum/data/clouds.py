@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxaccum.data.base import Findings
+from jaxaccum.data.captions import Texts
 from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_ops import NUM_INPUT, mirror_factors
 from jaxaccum.data.stream import Batch, Place, SampleStream, ahead
@@ -90,28 +91,40 @@ class CloudStream(SampleStream):
     """Random access to the samples of a run.
 
     A sample is partial (2048, 3) and complete (P, 3) float32; weight () float32, 1; index () and
-    epoch () int32.
+    epoch () int32. With captions also text (T,) float32, the caption's vector, and caption ()
+    int32, its id: equal captions have equal ids.
     """
 
-    def __init__(self, source: CloudSource, *, seed: int, mirror: bool = False) -> None:
+    def __init__(
+        self,
+        source: CloudSource,
+        *,
+        seed: int,
+        mirror: bool = False,
+        texts: Texts | None = None,
+    ) -> None:
         """Describes a run's samples; reads nothing yet.
 
         Args:
           source: the data set.
           seed: of the order, the partial clouds and the mirroring; not negative.
           mirror: mirror partial and complete clouds alike, along x, z, both or neither.
+          texts: the captions of the source, as vectors.
 
         Raises:
-          ValueError: the seed is negative, or the source has no complete clouds.
+          ValueError: the seed is negative, the source has no complete clouds, or the captions are
+            those of another one.
         """
         super().__init__(len(source), seed)
         if not source.points:
             raise ValueError(f"{source.report.where}: no complete clouds to learn from.")
+        _check(source, texts)
         self._source = source
         self._mirror = mirror
+        self._texts = texts
 
     def _empty(self, count: int) -> Batch:
-        return _empty(count, self._source.points)
+        return _empty(count, self._source.points, self._texts)
 
     def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:
         partial, complete = self._source.sample(place.index, rng)
@@ -119,17 +132,22 @@ class CloudStream(SampleStream):
         np.multiply(partial, factors, out=batch["partial"][row])
         np.multiply(complete, factors, out=batch["complete"][row])
         batch["weight"][row] = 1
+        if self._texts is not None:
+            self._texts.write(batch, row, place.index)
         return 0
 
 
-def cloud_batches(source: CloudSource, *, batch: int, prefetch: int = 2) -> Iterator[Batch]:
+def cloud_batches(
+    source: CloudSource, *, batch: int, prefetch: int = 2, texts: Texts | None = None
+) -> Iterator[Batch]:
     """The fixed samples of a data set once, in order.
 
     Args:
       source: the data set.
       batch: samples in each batch; the last is filled up with clouds of zeros, of weight 0 and
-        index -1.
+        index -1, with the text 0 and the caption -1.
       prefetch: batches to prepare ahead.
+      texts: the captions of the source, as vectors.
 
     Yields:
       The arrays of a `CloudStream` sample with a leading axis of `batch`, epoch 0.
@@ -140,19 +158,24 @@ def cloud_batches(source: CloudSource, *, batch: int, prefetch: int = 2) -> Iter
     """
     if batch < 1 or prefetch < 0:
         raise ValueError(f"batch {batch}, prefetch {prefetch}: expected at least 1 and 0.")
-    return _evaluated(source, batch, prefetch)
+    _check(source, texts)
+    return _evaluated(source, batch, prefetch, texts)
 
 
-def _evaluated(source: CloudSource, batch: int, prefetch: int) -> Iterator[Batch]:
+def _evaluated(
+    source: CloudSource, batch: int, prefetch: int, texts: Texts | None
+) -> Iterator[Batch]:
     def fill(arrays: Batch, row: int, index: int) -> int:
         arrays["partial"][row], arrays["complete"][row] = source.sample(index, None)
         arrays["weight"][row] = 1
         arrays["index"][row] = index
+        if texts is not None:
+            texts.write(arrays, row, index)
         return 0
 
     def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
         for first in range(0, len(source), batch):
-            arrays = _empty(batch, source.points)
+            arrays = _empty(batch, source.points, texts)
             arrays["index"][:] = -1
             indices = range(first, min(first + batch, len(source)))
             yield (
@@ -164,12 +187,21 @@ def _evaluated(source: CloudSource, batch: int, prefetch: int) -> Iterator[Batch
         yield arrays
 
 
-def _empty(count: int, points: int) -> Batch:
+def _check(source: CloudSource, texts: Texts | None) -> None:
+    if texts is not None and len(texts) != len(source):
+        raise ValueError(
+            f"captions of {len(texts)} samples for {source.report.where}, which has "
+            f"{len(source)}: they are those of another source. Make them with Texts.of(source)."
+        )
+
+
+def _empty(count: int, points: int, texts: Texts | None) -> Batch:
     """A batch of clouds of zeros, of weight 0."""
-    return {
+    batch = {
         "partial": np.zeros((count, NUM_INPUT, 3), np.float32),
         "complete": np.zeros((count, points, 3), np.float32),
         "weight": np.zeros(count, np.float32),
         "index": np.zeros(count, np.int32),
         "epoch": np.zeros(count, np.int32),
     }
+    return batch if texts is None else batch | texts.empty(count)

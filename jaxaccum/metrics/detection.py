@@ -30,11 +30,13 @@ class Detections:
       boxes: (n, 4) float32, xyxy pixels.
       scores: (n,) float32 in [0, 1].
       classes: (n,) int32.
+      anchors: (n,) which of the candidates each was, where known.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int32]
+    anchors: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -98,7 +100,7 @@ def nms(
     anchor, label = anchor[best_first], label[best_first]
     boxes, scores, classes = boxes[anchor], scores[anchor, label], label.astype(np.int32)
     kept = _greedy(boxes, scores, classes, iou, max_det)
-    return Detections(boxes[kept], scores[kept], classes[kept])
+    return Detections(boxes[kept], scores[kept], classes[kept], anchor[kept])
 
 
 def _greedy(

@@ -136,12 +136,15 @@ class Completion(nn.Module):
       dtype: compute dtype of features; parameters and statistics stay as they are given.
       remat: keep only the inputs of every transformer block, and compute the rest again in the
         backward pass.
+      text_width: numbers of a caption's vector, for a network that can be given captions; 0 for
+        one that cannot.
     """
 
     model: str
     table: Table
     dtype: Any = jnp.float32
     remat: bool = False
+    text_width: int = 0
 
     layout: ClassVar[blocks.Layout]
 
@@ -237,15 +240,21 @@ class PoinTr(Completion):
 
     @nn.compact
     def __call__(
-        self, partial: jax.Array, groups: Groups | None = None, noise: jax.Array | None = None
+        self,
+        partial: jax.Array,
+        groups: Groups | None = None,
+        noise: jax.Array | None = None,
+        text: jax.Array | None = None,
     ) -> Clouds:
         """Completed clouds.
 
         Args:
           partial: (B, num_input, 3); points nearer to the origin than 0.0316 are padding.
           groups: how samples share batch statistics; None for the running ones.
-          noise: None; PoinTr has nothing to denoise.
+          noise, text: None; PoinTr has nothing to denoise and takes no captions.
         """
+        if text is not None:
+            raise ValueError(f"{self.model} takes no captions: give text=None")
         if noise is not None and noise.shape[1]:
             raise ValueError(f"{self.model} has no points to denoise: give noise=None")
         t, dtype, base = self.table, self.dtype, "base_model"
@@ -281,7 +290,11 @@ class AdaPoinTr(Completion):
 
     @nn.compact
     def __call__(
-        self, partial: jax.Array, groups: Groups | None = None, noise: jax.Array | None = None
+        self,
+        partial: jax.Array,
+        groups: Groups | None = None,
+        noise: jax.Array | None = None,
+        text: jax.Array | None = None,
     ) -> Clouds:
         """Completed clouds.
 
@@ -290,6 +303,8 @@ class AdaPoinTr(Completion):
           groups: how samples share batch statistics; None for the running ones.
           noise: (B, denoise_points, 3) what to add to the farthest points of the input, for the
             network as it is trained; None to leave these out.
+          text: (B, text_width) a vector per caption, which all queries of the sample see; None
+            for the network without captions, whose layer for queries is another.
         """
         t, dtype, base = self.table, self.dtype, "base_model"
         xyz = self.coordinates(partial)
@@ -298,6 +313,8 @@ class AdaPoinTr(Completion):
                 f"{self.model} takes noise of shape {(xyz.shape[0], t.denoise, 3)}; "
                 f"got {noise.shape}"
             )
+        if text is not None:
+            self._check_text(text, xyz.shape[0])
         centres, features, sample = self.group(xyz, groups, max(t.queries // 2, t.denoise))
         place = chain(f"{base}.pos_embed", (128, t.width), gelu, centres, dtype=dtype)
         x = chain(f"{base}.input_proj", (512, t.width), gelu, features, dtype=dtype) + place
@@ -321,13 +338,37 @@ class AdaPoinTr(Completion):
         if noise is not None:
             jittered = sample[:, : t.denoise] + self.coordinates(noise)
             tokens = jnp.concatenate([coarse, jittered], axis=1)
-        q = chain(f"{base}.mlp_query", (*wider, t.width), gelu, everywhere, tokens, dtype=dtype)
+        q = self._queries(everywhere, tokens, text)
         q = self.decode(q, tokens, x, centres, f"{base}.decoder.blocks.blocks", t.queries)
         fine = self.spread(q, tokens, groups, "decode_head")
         if noise is None:
             return Clouds(coarse, _flat(fine))
         first, rest = fine[:, : t.queries], fine[:, t.queries :]
         return Clouds(coarse, _flat(first), jittered, _flat(rest))
+
+    def _check_text(self, text: jax.Array, samples: int) -> None:
+        if not self.text_width:
+            raise ValueError(f"{self.model} was created without captions; give it a text_width")
+        if text.shape != (samples, self.text_width):
+            raise ValueError(
+                f"{self.model} takes captions of shape {(samples, self.text_width)}; "
+                f"got {text.shape}"
+            )
+
+    def _queries(self, everywhere: jax.Array, tokens: jax.Array, text: jax.Array | None):
+        """Features of queries (B, M, C) from those of the cloud, their places and a caption."""
+        t = self.table
+
+        def layer(name, *parts):
+            widths = (t.global_width, t.global_width, t.width)
+            return chain(f"base_model.{name}", widths, gelu, *parts, dtype=self.dtype)
+
+        if self.is_initializing() and self.text_width:  # both sets of parameters exist
+            blank = jnp.zeros((len(tokens), 1, self.text_width), self.dtype)
+            layer("mlp_query_text", everywhere, blank, tokens)
+        if text is None or self.is_initializing():
+            return layer("mlp_query", everywhere, tokens)
+        return layer("mlp_query_text", everywhere, text[:, None].astype(self.dtype), tokens)
 
     def _best(self, candidates: jax.Array) -> jax.Array:
         """The candidates (B, queries) that a small network ranks highest, best first.
@@ -350,14 +391,15 @@ def names() -> list[str]:
     return list(MODELS)
 
 
-def create(name: str, dtype: Any = jnp.float32) -> Completion:
+def create(name: str, dtype: Any = jnp.float32, text_width: int = 0) -> Completion:
     """The model of that name; `names()` lists them.
 
     Args:
       name: family-data set, or family-small.
       dtype: compute dtype of features.
+      text_width: numbers of a caption's vector, 0 for no captions; AdaPoinTr alone can have them.
     Raises:
-      ValueError: unknown name, with the nearest ones.
+      ValueError: unknown name, with the nearest ones; or captions for PoinTr.
     """
     if name not in MODELS:
         close = get_close_matches(name, MODELS, n=3, cutoff=0.4)
@@ -365,17 +407,24 @@ def create(name: str, dtype: Any = jnp.float32) -> Completion:
             f"no completion model named {name!r}"
             + (f": did you mean {', '.join(close)}?" if close else f"; one of {', '.join(MODELS)}")
         )
-    return _KINDS[MODELS[name].kind](name, MODELS[name], dtype, name=name)
+    kind = MODELS[name].kind
+    if text_width and kind != "adapointr":
+        able = ", ".join(n for n, table in MODELS.items() if table.kind == "adapointr")
+        raise ValueError(f"{name} takes no captions (text_width {text_width}); one of {able} does")
+    return _KINDS[kind](name, MODELS[name], dtype, text_width=text_width, name=name)
 
 
-def untrained(name: str, path: str) -> bool:
+def untrained(name: str, path: str, text: bool = False) -> bool:
     """Whether no loss of a model has a gradient with respect to a parameter.
 
     Args:
       name: of the model. path: of the parameter, such as "base_model.encoder.norm/scale".
+      text: the model is given captions, and with them uses the other one of two layers.
     """
     if MODELS[name].kind == "adapointr":
-        return re.match(r"base_model\.(query_ranking|encoder\.norm)", path) is not None or (
+        idle = "mlp_query" if text else "mlp_query_text"
+        never = rf"base_model\.(query_ranking|encoder\.norm|{idle}\.)"
+        return re.match(never, path) is not None or (
             re.search(r"/(linear_offset\.\d|proj_v_off)/", path) is not None
         )
     table = MODELS[name]

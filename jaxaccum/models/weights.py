@@ -27,6 +27,12 @@ State = dict[str, np.ndarray]
 Model = yolo.Yolo | completion.Completion
 # Of the values outside the class branch; below it a file is taken for another network's.
 _LEAST_SHARE = 0.4
+# The layers for queries with and without captions.
+_TEXT_LAYER, _PLAIN_LAYER = "base_model.mlp_query_text", "base_model.mlp_query"
+# What checkpoints with captions hold beside the network.
+_BESIDE = re.compile(
+    r"(base_model\.text_(?:encoder|query_generator)|ulip_loss_(?:module\.)?ulip_encoder)\..+"
+)
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -42,6 +48,15 @@ def to_reference(tree: PyTree) -> dict[str, np.ndarray]:
         key_of(path): np.moveaxis(a, (-1, -2), (0, 1)) if path[-1] == "kernel" else np.asarray(a)
         for path, a in flat.items()
     }
+
+
+def reference_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf under the reference's keys, in its layouts."""
+    found = {}
+    for path, leaf in flax.traverse_util.flatten_dict(tree).items():
+        h = leaf.shape
+        found[key_of(path)] = (*h[:-3:-1], *h[:-2]) if path[-1] == "kernel" else h
+    return found
 
 
 def from_reference(state: Mapping[str, np.ndarray], params: PyTree, stats: PyTree):
@@ -160,12 +175,9 @@ def shapes(name: str, classes: int = 0) -> dict[str, tuple[int, ...]]:
         model = yolo.Yolo(name, classes)
         example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
-    found = {}
-    for tree in (variables["params"], variables.get("batch_stats", {})):
-        for path, leaf in flax.traverse_util.flatten_dict(tree).items():
-            h = leaf.shape
-            found[key_of(path)] = (*h[:-3:-1], *h[:-2]) if path[-1] == "kernel" else h
-    return found
+    return reference_shapes(variables["params"]) | reference_shapes(
+        variables.get("batch_stats", {})
+    )
 
 
 def _candidates(state: State) -> list[str]:
@@ -233,6 +245,8 @@ class Transfer:
       carried, new: names of the model's classes, where rows were copied by name.
       share: of the model's values that were loaded, 0..1.
       hint: what fits the weights better, if anything.
+      widened: keys of the layer for queries with captions that start as those of the layer without,
+        the columns of the caption at zero.
     """
 
     origin: str
@@ -244,23 +258,28 @@ class Transfer:
     new: tuple[str, ...]
     share: float
     hint: str = ""
+    widened: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether every tensor was copied whole."""
-        return not self.left and not self.remapped
+        return not self.left and not self.remapped and not self.widened
 
     def lines(self) -> list[str]:
         """The report, for people."""
-        total = len(self.loaded) + len(self.remapped) + len(self.left)
+        total = len(self.loaded) + len(self.remapped) + len(self.left) + len(self.widened)
         lines = [
             f"weights from {self.origin}: {len(self.loaded)} of {total} tensors loaded, "
             f"{self.share:.1%} of the values"
         ]
         if self.remapped:
             lines.append(
-                f"  copied by class name in {_stems(self.remapped)}: {_listed(self.carried)}"
-                + (f"; at their initial values: {_listed(self.new)}" if self.new else "")
+                f"  copied by class name in {_stems(self.remapped)}: {listed(self.carried)}"
+                + (f"; at their initial values: {listed(self.new)}" if self.new else "")
+            )
+        if self.widened:
+            lines.append(
+                f"  as without captions until it learns to read them: {_stems(self.widened)}"
             )
         reasons: dict[str, list[str]] = {}
         for key, reason in self.left.items():
@@ -269,23 +288,37 @@ class Transfer:
             lines.append(f"  left at initial values, {reason}: {_stems(keys)}")
         if self.unused:
             lines.append(f"  not used of the file: {_stems(self.unused)}")
+        if any(key.startswith(f"{_TEXT_LAYER}.") for key in self.loaded) and any(
+            key.startswith("base_model.text_encoder.") for key in self.unused
+        ):
+            lines.append(
+                "  the file brings its own caption encoder, parts of which its authors' code drew "
+                f"anew after loading CLIP: {_TEXT_LAYER} knows its vectors, not those of CLIP"
+            )
         if self.hint:
             lines.append(f"  {self.hint}")
         return lines
 
 
-def _listed(words: Sequence[str], most: int = 12) -> str:
+def listed(words: Sequence[str], most: int = 12) -> str:
+    """The first so many words, and how many more there are."""
     more = len(words) - most
     return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _stems(keys: Iterable[str]) -> str:
-    """The modules that keys belong to."""
-    return _listed(list(dict.fromkeys(re.sub(r"(\.(conv|bn))?\.\w+$", "", k) for k in keys)), 16)
+    """The modules that keys belong to; whole networks beside a completion network by one name."""
+    stems = (re.sub(r"(\.(conv|bn))?\.\w+$", "", key) for key in keys)
+    return listed(list(dict.fromkeys(_BESIDE.sub(r"\1", stem) for stem in stems)), 16)
 
 
 def transfer(
-    weights: Weights, model: Model, params: PyTree, stats: PyTree, names: Sequence[str] = ()
+    weights: Weights,
+    model: Model,
+    params: PyTree,
+    stats: PyTree,
+    names: Sequence[str] = (),
+    widen: bool = True,
 ) -> tuple[PyTree, PyTree, Transfer]:
     """Gives a model the weights that fit; the rest keeps its initial values.
 
@@ -294,11 +327,15 @@ def transfer(
     width of the class branch can depend on the number of classes; where it differs, that branch
     stays at its initial values. A completion network knows no classes.
 
+    A network with captions that is given weights of one without starts as that: its layer for
+    queries with captions is the other with zero columns for the caption.
+
     Args:
       weights: what there is.
       model: the model that is to be filled.
       params, stats: its initial values.
       names: a detector's classes.
+      widen: do so; else that layer stays at its initial values.
     Returns:
       (params, stats, report).
     Raises:
@@ -314,6 +351,7 @@ def transfer(
     left: dict[str, str] = {}
     loaded, remapped, values = [], [], {}
     initial = to_reference(params) | to_reference(stats)
+    wide = _widened(state, initial, model) if widen else {}
 
     def same_inputs(key: str) -> bool:
         """Whether the rows of a last class layer read features of the same width."""
@@ -330,7 +368,9 @@ def transfer(
         if new is not None and not np.isfinite(new).all():
             raise WeightsError(f"{weights.origin}: {key!r} holds values that are not finite")
         fits = new is not None and new.shape == old.shape
-        if new is None:
+        if key in wide:
+            values[key] = wide[key]
+        elif new is None:
             left[key] = "not in the file"
         elif rows.fullmatch(key) and same_inputs(key) and (row_of or not fits):
             if row_of is None:
@@ -375,12 +415,43 @@ def transfer(
         tuple(n for n in names if n not in carried) if remapped else (),
         sum(values[k].size for k in loaded) / max(_size(params) + _size(stats), 1),
         hint,
+        tuple(wide),
     )  # fmt: skip
 
     def fill(tree):
         return from_reference(to_reference(tree) | values, tree, {})[0]
 
     return fill(params), fill(stats), report
+
+
+def _widened(state: State, initial: State, model: Model) -> State:
+    """Tensors of the layer for queries with captions made from those of the layer without, for
+    weights that have the latter alone and of the same widths."""
+    if not isinstance(model, completion.Completion) or not model.text_width:
+        return {}
+    if any(key.startswith(f"{_TEXT_LAYER}.") for key in state):
+        return {}
+    before = model.table.global_width  # columns before those of the caption
+    made = {}
+    for key, old in initial.items():
+        if not key.startswith(f"{_TEXT_LAYER}."):
+            continue
+        new = state.get(key.replace(_TEXT_LAYER, _PLAIN_LAYER))
+        if new is not None and key == f"{_TEXT_LAYER}.0.weight" and new.ndim == 2:
+            blank = np.zeros((len(new), model.text_width), new.dtype)
+            new = np.concatenate([new[:, :before], blank, new[:, before:]], axis=1)
+        if new is None or new.shape != old.shape:
+            return {}
+        made[key] = new
+    return made
+
+
+def text_width(weights: Weights) -> int:
+    """Numbers of the caption's vector that the weights of an AdaPoinTr read; 0 without captions."""
+    text, plain = (weights.state.get(f"{n}.0.weight") for n in (_TEXT_LAYER, _PLAIN_LAYER))
+    if text is None or plain is None or text.ndim != 2 or plain.ndim != 2:
+        return 0
+    return max(text.shape[1] - plain.shape[1], 0)
 
 
 def _class_branch(model: Model) -> tuple[re.Pattern[str], re.Pattern[str]]:

@@ -309,7 +309,9 @@ class Detect(nn.Module):
                 x = blocks.conv2d(self.solids, 1, dtype=wide, name=f"cv4.{i}.2")(x)
                 more.append(x.reshape(x.shape[0], -1, self.solids))
         return Predictions(
-            *(jnp.concatenate(parts, axis=1) if parts else None for parts in (boxes, scores, more))
+            jnp.concatenate(boxes, axis=1),
+            jnp.concatenate(scores, axis=1),
+            jnp.concatenate(more, axis=1) if more else None,
         )
 
     def _conv(self, features, kernel, name, channel_groups=1):

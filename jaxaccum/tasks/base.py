@@ -94,6 +94,16 @@ class Task(Protocol):
         """Initial (params, stats), on the host."""
         ...
 
+    def load_frozen(
+        self, config: ml_collections.ConfigDict, stats: PyTree
+    ) -> tuple[PyTree, list[str]]:
+        """Statistics with the weights that the config brings and no run trains; lines about them.
+
+        Raises:
+          WeightsError: they cannot be used.
+        """
+        ...
+
     def objective(self, nbs: int, compat: bool = False) -> Objective: ...
 
     def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:

@@ -20,6 +20,7 @@ from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
 from jaxaccum.losses.chamfer import chamfer_l1
 from jaxaccum.metrics import completion as metrics
 from jaxaccum.models import completion, points
+from jaxaccum.tasks import captioned
 
 PyTree = Any
 SAMPLES = "samples"
@@ -32,7 +33,8 @@ class CompletionTask:
     """A completion network in training.
 
     A batch is a dict with a leading axis of samples: `partial` (2048, 3) and `complete` (P, 3)
-    float32, `weight` () 1 for a real sample; `index` and `epoch` name the sample.
+    float32, `weight` () 1 for a real sample; `index` and `epoch` name the sample. With captions
+    also `text` (T,) float32, the caption's vector, and `caption` () int32, its id.
 
     Attributes:
       model: the network.
@@ -40,6 +42,7 @@ class CompletionTask:
       gains: of the terms coarse, fine, denoise.
       seed: of the noise.
       names: of the categories.
+      alignment: of completed clouds with captions, a term of the loss; None for no such term.
     """
 
     unit: ClassVar[str] = "clouds"
@@ -50,39 +53,74 @@ class CompletionTask:
     gains: tuple[float, float, float] = (1.0, 1.0, 0.5)
     seed: int = 0
     names: tuple[str, ...] = ()
+    alignment: captioned.Alignment | None = None
 
     @classmethod
     def open(
         cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
-    ) -> data.CloudSource:
-        """The "train", "val" or "unseen" split that the config names.
+    ) -> Any:
+        """The "train", "val" or "unseen" split that the config names, with its captions if any.
 
         Its categories may be others than `names`: a completion network does not know them.
 
         Raises:
-          DataError: it cannot be used.
+          DataError, WeightsError, ConfigError: it, its captions, or what encodes these, cannot be
+            used.
         """
         del names
         options = config.eval
-        return data.open_clouds(
+        source = data.open_clouds(
             config.data.path, split, mode=options.mode, viewpoints=options.viewpoints or None,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
         )  # fmt: skip
+        return captioned.with_captions(source, config)
 
     @classmethod
     def create(
         cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
     ) -> CompletionTask:
-        """The task of a config."""
-        model = completion.create(config.model, dtype=dtype).clone(remat=config.remat)
+        """The task of a config.
+
+        Raises:
+          ConfigError: captions for a network that takes none.
+        """
+        name, width = config.text.encoder, 0
+        if name:
+            width = captioned.text_encoder(name).width
+        try:
+            model = completion.create(config.model, dtype, width).clone(remat=config.remat)
+        except ValueError as error:
+            raise configs.ConfigError(f"text.encoder: {error}") from None
         loss = config.loss
         return cls(
-            model, group, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names)
+            model, group, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names),
+            captioned.Alignment.of(config, width, dtype),
         )  # fmt: skip
 
     def initialise(self, seed: int, dtype: Any = np.float32) -> tuple[PyTree, PyTree]:
-        """Initial (params, stats), on the host."""
-        return completion.initialise(self.model, seed, dtype)
+        """Initial (params, stats), on the host; an encoder's frozen weights are random."""
+        params, stats = completion.initialise(self.model, seed, dtype)
+        if self.alignment is None:
+            return params, stats
+        more = self.alignment.initialise(seed, dtype)
+        return {**params, **more[0]}, {**stats, **more[1]}
+
+    def load_frozen(
+        self, config: ml_collections.ConfigDict, stats: PyTree
+    ) -> tuple[PyTree, list[str]]:
+        """Statistics with the weights that are not trained, and lines about them.
+
+        Raises:
+          WeightsError: they cannot be used.
+        """
+        if self.alignment is None:
+            return stats, []
+        if config.text.point_weights:
+            return self.alignment.load(config.text.point_weights, stats)
+        return stats, [
+            f"{config.text.point_encoder}: random weights, frozen (no text.point_weights): it "
+            "tells clouds apart but has not learned what captions say"
+        ]
 
     def objective(self, nbs: int, compat: bool = False) -> Objective:
         """Means over samples of the Chamfer distances (L1).
@@ -95,7 +133,8 @@ class CompletionTask:
         terms = tuple(
             Term(name, gain, SAMPLES) for name, gain in zip(names, self.gains, strict=False)
         )
-        return Objective(terms, {SAMPLES: 1.0}, 1.0, compat)
+        coupled = () if self.alignment is None else (self.alignment.term(),)
+        return Objective(terms, {SAMPLES: 1.0}, 1.0, compat, coupled)
 
     def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
         """Numerators, denominators and moments of a microbatch."""
@@ -104,8 +143,9 @@ class CompletionTask:
         partial, target = self._coordinates(batch["partial"]), self._coordinates(batch["complete"])
         noise = self.noise(batch["epoch"], batch["index"], partial.dtype)
         clouds, changed = self.model.apply(
-            {"params": params, "batch_stats": stats}, partial, groups, noise, mutable=["moments"]
-        )
+            _variables(params, stats), partial, groups, noise, batch.get("text"),
+            mutable=["moments"],
+        )  # fmt: skip
         distances = {
             "coarse": chamfer_l1(clouds.coarse, target),
             "fine": chamfer_l1(clouds.fine, target),
@@ -118,7 +158,10 @@ class CompletionTask:
             name: jnp.sum(jnp.where(weight > 0, weight * value, 0))
             for name, value in distances.items()
         }
-        return Output(numerators, {SAMPLES: jnp.sum(weight)}, changed.get("moments", {}))
+        features = ()
+        if self.alignment is not None:
+            features = self.alignment.features(stats, clouds.fine, batch)
+        return Output(numerators, {SAMPLES: jnp.sum(weight)}, changed.get("moments", {}), features)
 
     def noise(self, epoch: jax.Array, index: jax.Array, dtype: Any) -> jax.Array | None:
         """Jitter of the centres to denoise, (samples, denoise_points, 3), by sample and epoch."""
@@ -132,10 +175,16 @@ class CompletionTask:
         jitter = jax.vmap(one)(sample_keys(self.seed, epoch, index))
         return jnp.clip(jitter, -NOISE_LIMIT, NOISE_LIMIT).astype(dtype)
 
-    def predict(self, params: PyTree, stats: PyTree, partial: jax.Array) -> jax.Array:
-        """The completed clouds (N, P, 3) of partial ones (N, 2048, 3)."""
-        variables = {"params": params, "batch_stats": stats}
-        return self.model.apply(variables, self._coordinates(partial)).fine
+    def predict(
+        self, params: PyTree, stats: PyTree, partial: jax.Array, text: jax.Array | None = None
+    ) -> jax.Array:
+        """The completed clouds (N, P, 3) of partial ones (N, 2048, 3).
+
+        Args:
+          text: (N, T) vectors of captions; None for the network without them.
+        """
+        xyz = self._coordinates(partial)
+        return self.model.apply(_variables(params, stats), xyz, text=text).fine
 
     def _coordinates(self, cloud):
         """Coordinates keep at least float32, whatever the features are computed in."""
@@ -143,7 +192,7 @@ class CompletionTask:
 
     def untrained(self, path: str) -> bool:
         """Whether the loss does not depend on a parameter."""
-        return completion.untrained(self.model.model, path)
+        return completion.untrained(self.model.model, path, bool(self.model.text_width))
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
@@ -151,13 +200,16 @@ class CompletionTask:
         def shape(*dims, dtype=jnp.float32):
             return jax.ShapeDtypeStruct((samples, *dims), dtype)
 
-        return {
+        arrays = {
             "partial": shape(self.model.num_input, 3),
             "complete": shape(self.model.num_points, 3),
             "weight": shape(),
             "index": shape(dtype=jnp.int32),
             "epoch": shape(dtype=jnp.int32),
         }
+        if self.model.text_width:
+            arrays |= {"text": shape(self.model.text_width), "caption": shape(dtype=jnp.int32)}
+        return arrays
 
     def stream(
         self,
@@ -169,7 +221,8 @@ class CompletionTask:
         """The samples of a run; not mirrored if `plain`."""
         del samples
         mirror = config.augment.mirror and not plain
-        return data.CloudStream(source, seed=config.seed, mirror=mirror)
+        clouds, texts = captioned.parts(source)
+        return data.CloudStream(clouds, seed=config.seed, mirror=mirror, texts=texts)
 
     def facts(self, source: data.CloudSource) -> dict[str, Any]:
         """The frame of the clouds that the network knows."""
@@ -219,7 +272,7 @@ class CompletionTask:
             lines += source.report.lines()
             if not source.points and not config.eval.references:
                 lines.append("  no MMD: it needs cars to compare with, --references=PCN_FOLDER")
-            if not isinstance(source, CroppedClouds):
+            if not isinstance(captioned.parts(source)[0], CroppedClouds):
                 sources[prefix] = source
                 continue
             for mode in ("easy", "median", "hard"):
@@ -236,7 +289,7 @@ class CompletionTask:
         )
 
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
-        """CD-L1 x 1000 of every term, without its gain."""
+        """CD-L1 x 1000 of every Chamfer term, without its gain."""
         gains = zip(("coarse", "fine", "denoise"), self.gains, strict=True)
         return {
             f"cd_l1/{name}": 1000 * record[f"loss/{name}"] / gain
@@ -265,7 +318,15 @@ class Evaluator:
         cars: complete clouds to compare predictions of real scans with, which have no target.
         """
         self.task, self.sources, self.batch, self.cars = task, sources, batch, cars
-        self._predict = jax.jit(task.predict)
+        self._predict = jax.jit(self._predicted)
+
+    def _predicted(self, params, stats, batch):
+        """Completed clouds, and where there are captions vectors of these and of the true ones."""
+        clouds = self.task.predict(params, stats, batch["partial"], batch.get("text"))
+        align = self.task.alignment
+        if align is None:
+            return clouds, None
+        return clouds, [align.embed(stats, c) for c in (clouds, batch["complete"])]
 
     def __call__(
         self, params: PyTree, stats: PyTree, pictures: int = 0
@@ -288,8 +349,12 @@ class Evaluator:
             shown = set(np.linspace(0, len(source) - 1, pictures).astype(int).tolist())
             pending: Callable[[], None] | None = None
             with ThreadPoolExecutor() as pool:
-                for batch in data.cloud_batches(source, batch=self.batch):
-                    output = self._predict(params, stats, batch["partial"])
+                clouds, texts = captioned.parts(source)
+                vectors: list[Any] = []
+                for batch in data.cloud_batches(clouds, batch=self.batch, texts=texts):
+                    output, embedded = self._predict(params, stats, batch)
+                    if embedded is not None:
+                        vectors.append((batch["weight"] > 0, batch["caption"], *embedded))
                     if pending is not None:  # the host measures while the device is on the next
                         pending()
                     pending = functools.partial(
@@ -297,7 +362,14 @@ class Evaluator:
                     )
                 if pending is not None:
                     pending()
-            found |= {f"{prefix}{k}": v for k, v in result.compute().items()}
+            scores = result.compute()
+            if texts is not None and vectors:
+                real, *found_ = (np.concatenate(v) for v in zip(*vectors, strict=True))
+                ids, ours, true = (a[real] for a in found_)
+                scores |= captioned.retrieval(ours, ids, texts.vectors)
+                best = captioned.retrieval(true, ids, texts.vectors)
+                scores["retrieval_of_truth"] = best["retrieval"]
+            found |= {f"{prefix}{k}": v for k, v in scores.items()}
         return _means_over_modes(found) | found, drawn
 
     def _score(self, pool, prefix, source, batch, output, result, drawn, shown):
@@ -321,6 +393,14 @@ class Evaluator:
                         title=prefix.replace("/", " ") + source.names[source.category(index)],
                     )
                 )  # fmt: skip
+
+
+def _variables(params: PyTree, stats: PyTree) -> PyTree:
+    """What the network takes, without what belongs to the alignment."""
+    return {
+        group: {k: v for k, v in tree.items() if k != captioned.MODULE}
+        for group, tree in (("params", params), ("batch_stats", stats))
+    }
 
 
 def _means_over_modes(found: dict[str, float]) -> dict[str, float]:

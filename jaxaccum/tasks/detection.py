@@ -91,6 +91,13 @@ class DetectionTask:
             dtype,
         )  # fmt: skip
 
+    def load_frozen(
+        self, config: ml_collections.ConfigDict, stats: PyTree
+    ) -> tuple[PyTree, list[str]]:
+        """Nothing: every weight of a detector is trained."""
+        del config
+        return stats, []
+
     def objective(self, nbs: int, compat: bool = False) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
         return Objective(
