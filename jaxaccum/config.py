@@ -34,12 +34,16 @@ RANGES = {
     "lr.base": (0, 1e30), "lr.base_batch": (1, 1e9), "lr.final": (0, 1),
     "lr.warmup_epochs": (0, 1e9), "lr.warmup_bias": (0, 1e9), "lr.warmup_momentum": (0, 1),
     "ema.decay": (0, 1), "ema.ramp": (1e-9, 1e9), "augment.close_mosaic": (0, 1e9),
-    "data.image_size": (32, 1e5), "data.max_objects": (1, 1e6), "data.cache_gib": (0, 1e6),
+    "data.image_size": (32, 1e5), "data.height": (32, 1e5), "data.width": (32, 1e5),
+    "data.max_objects": (1, 1e6), "data.cache_gib": (0, 1e6),
     "lr.decay_rate": (0, 1), "lr.decay_epochs": (1e-9, 1e9),
     "bn_momentum.start": (0, 1), "bn_momentum.decay": (0, 1), "bn_momentum.epochs": (1e-9, 1e9),
     "bn_momentum.final": (0, 1),
     "loss.coarse": (0, 1e9), "loss.fine": (0, 1e9), "loss.denoise": (0, 1e9),
-    "loss.align": (0, 1e9), "text.temperature": (1e-6, 1e6),
+    "loss.location": (0, 1e9), "loss.metres": (0, 1e9), "loss.size": (0, 1e9),
+    "loss.heading": (0, 1e9), "box3d.temperature": (1e-6, 1e6), "box3d.largest": (1e-3, 1e6),
+    "box3d.focal": (0, 1e3), "data.val_fraction": (1e-9, 1), "loss.align": (0, 1e9),
+    "text.temperature": (1e-6, 1e6),
     "eval.viewpoints": (1, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
     "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
     "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
@@ -211,7 +215,60 @@ def completion() -> ml_collections.ConfigDict:
     return c
 
 
-DEFAULTS = {"detection": detection, "completion": completion}
+def detection3d() -> ml_collections.ConfigDict:
+    """Every field of a run of YOLOv12-3D with its default: the recipe of detectors, losses that
+    are normalised once, and cameras that are used."""
+    c = detection()
+    c.task = "detection3d"
+    c.model = "yolov12-3d-n"
+    c.loss.update(
+        location=1.0,  # of each axis x, y, z: cross entropy of bins, and
+        metres=0.1,  # of the distance in metres, within the above
+        size=1.0,  # per metre
+        heading=1.0,
+    )
+    # What the outputs mean, see models/solids.py. A checkpoint of the original brings its own.
+    c.box3d = ml_collections.ConfigDict(
+        {
+            "temperature": 1.0,
+            "largest": 20.0,  # metres
+            "heading": "seen",  # relative to the ray from the camera, or "world"
+            "focal": 0.58,  # focal length over width that depths are meant for; 0: as they are
+            "place": "projected",  # x and y by the 2D box and the depth, or "predicted"
+        }
+    )
+    # Zooms and shifts move the camera along: depth keeps its truth if box3d.focal is set.
+    c.augment = ml_collections.ConfigDict(
+        {
+            "translate": 0.1, "scale": 0.3, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
+            "fliplr": 0.5,
+        }
+    )  # fmt: skip
+    options = c.data
+    c.data = ml_collections.ConfigDict(
+        {
+            # "" for the embedded streets, a folder of KITTI (image_2, label_2, calib, ImageSets),
+            # or tfds:kitti[:TRAIN[:VAL]]
+            "path": "",
+            "val_fraction": 1.0,  # share of the val split to evaluate on, a seeded sample
+            "height": 192,
+            "width": 640,
+            "max_objects": 50,
+            **{k: options[k] for k in ("on_error", "cache", "cache_gib", "workers", "prefetch")},
+        }
+    )
+    return c
+
+
+def as_original(c: ml_collections.ConfigDict) -> None:
+    """Gives a 3D config the coding, loss and data rules of YOLOv12-3D as published."""
+    c.compat = True
+    c.box3d.update(temperature=0.5, largest=10.0, heading="world", focal=0.0, place="predicted")
+    c.loss.update(location=200.0, metres=0.02, size=0.05, heading=1.0)
+    c.augment.update(scale=0.5)
+
+
+DEFAULTS = {"detection": detection, "detection3d": detection3d, "completion": completion}
 
 
 def validate(c: ml_collections.ConfigDict) -> None:
@@ -231,6 +288,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "data.on_error": ("raise", "skip"),
         "data.cache": ("ram", "none"),
         "eval.mode": ("easy", "median", "hard"),
+        "box3d.heading": ("seen", "world"),
+        "box3d.place": ("predicted", "projected"),
     }
     for field, allowed in words.items():
         if has(c, field) and get(c, field) not in allowed:
@@ -239,12 +298,13 @@ def validate(c: ml_collections.ConfigDict) -> None:
         if has(c, field) and not low <= get(c, field) <= high:
             limits = f"at least {low:g}" if high >= 1e4 else f"in {low:g} to {high:g}"
             raise ConfigError(f"{field} is {limits}; got {get(c, field)!r}")
-    if has(c, "data.image_size") and c.data.image_size % 32:
-        below = c.data.image_size // 32 * 32
-        raise ConfigError(
-            f"data.image_size is a multiple of 32, the coarsest stride; got {c.data.image_size}: "
-            f"use {below} or {below + 32}"
-        )
+    for field in ("data.image_size", "data.height", "data.width"):
+        if has(c, field) and get(c, field) % 32:
+            below = get(c, field) // 32 * 32
+            raise ConfigError(
+                f"{field} is a multiple of 32, the coarsest stride; got {get(c, field)}: use "
+                f"{below or 32} or {below + 32}"
+            )
     if c.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ConfigError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     if c.eval.precise_bn and c.bn_group == "frozen":
@@ -257,13 +317,16 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")
     if has(c, "text.encoder"):
         _validate_text(c.text)
-    if c.task != "detection" and c.optimizer.name in ("auto", "musgd"):
+    if c.task == "completion" and c.optimizer.name in ("auto", "musgd"):
         raise ConfigError(
             f"optimizer.name={c.optimizer.name} is a rule for detectors; use adamw or sgd"
         )
     if is_compat(c) and c.engine != "scan":
         raise ConfigError("compat runs on engine=scan only")
-    known = {"detection": yolo, "completion": completion_models}[c.task].names()
+    known = {
+        "detection": yolo.names(), "detection3d": yolo.names(solid=True),
+        "completion": completion_models.names(),
+    }[c.task]  # fmt: skip
     if c.model not in known:
         close = get_close_matches(str(c.model), known, n=3, cutoff=0.3)
         raise ConfigError(

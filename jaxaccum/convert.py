@@ -155,7 +155,7 @@ def _described(
         # Networks of ShapeNet-55 and -34 see clouds with mean 0 and radius 1, the others as is.
         return config, (), {"normalised": name.endswith("-shapenet")}
     try:
-        yolo.parse(name)
+        family, _ = yolo.parse(name)
     except ValueError as error:
         raise WeightsError(
             f"--model: {error}; or of completion: {', '.join(completion.names())}"
@@ -164,9 +164,12 @@ def _described(
     if names and len(names) != classes:
         raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
     in_file = found.names if found.names and len(found.names) == classes else None
-    config = configs.detection()
+    solid = family.rows[-1][2] == "Detect3D"
+    config = configs.detection3d() if solid else configs.detection()
     config.model = name
-    size = found.image_size
+    if solid:
+        configs.as_original(config)
+    size = None if solid else found.image_size
     if size and size > 0 and size % 32 == 0:
         config.data.image_size = size
     return config, tuple(names) or in_file or tuple(map(str, range(classes))), {}

@@ -1,8 +1,9 @@
 """python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER --out=DIR
 
 Uses a run's best weights. A detector takes images, draws its detections [--conf=0.25] and writes
-them to detections.json. A completion network takes clouds (.pcd, .ply, .npy), writes what it makes
-of them [--format=ply] [--caption="a chair"] and draws it.
+them to detections.json. A 3D detector also draws boxes in space and from above, and writes KITTI's
+label files [--calib=FOLDER]. A completion network takes clouds (.pcd, .ply, .npy), writes what it
+makes of them [--format=ply] [--caption="a chair"] and draws it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from jaxaccum import data, draw, draw_clouds, run
+from jaxaccum import data, draw, draw_boxes3d, draw_clouds, run
 from jaxaccum.config import ConfigError
 from jaxaccum.inference import Trained, load
 from jaxaccum.metrics import detection as metrics
+from jaxaccum.metrics import kitti
 from jaxaccum.tasks import captioned
+from jaxaccum.tasks.detection3d import to_labels
 
 CLOUDS = (".npy", ".pcd", ".ply")
 
@@ -211,6 +214,99 @@ def detect(
     return results
 
 
+def detect3d(
+    trained: Trained,
+    source: Path,
+    out: Path,
+    conf: float = 0.25,
+    iou: float = 0.7,
+    calib: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Detects boxes in the image and in space, draws both and writes KITTI's label files.
+
+    Args:
+      trained: a 3D detector.
+      source: image or folder.
+      out: folder for a picture per image (its boxes in space, and from above), data/NAME.txt in
+        KITTI's submission format, and detections.json.
+      conf: smallest score. iou: overlap above which the lesser box is dropped.
+      calib: folder of KITTI calibration files NAME.txt; None looks for a folder `calib` beside
+        that of the images. An image without one is taken for one of KITTI's usual camera.
+    Returns:
+      per image {"file", "width", "height", "camera", "detections": [{"class", "name", "score",
+      "box", "location", "dimensions", "rotation_y", "alpha"}]}, pixels, metres and radians.
+    """
+    paths = find_files(source, data.SUFFIXES)
+    _spare(paths, (f"{_target(out, path, paths)}.png" for path in paths))
+    task = trained.task
+    forward = jax.jit(task.predict)
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    results, unreadable = [], []
+    for path in paths:
+        try:
+            image = data.read_image(path)
+            camera, known = _camera(path, image.shape, calib)
+        except data.DataError as error:
+            unreadable.append(str(error))
+            continue
+        canvas, ratio, pad = data.letterbox3d(image, task.size)
+        own = data.letterboxed_camera(camera, ratio, pad)
+        output = forward(trained.params, trained.stats, canvas[None], own[None])
+        boxes, scores, solids = jax.tree.map(lambda a: np.asarray(a[0]), output)
+        found = metrics.nms(boxes, scores, conf=conf, iou=iou, multi_label=False)
+        original = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
+        labels = to_labels(found, original, solids, trained.names)
+        target = _target(out, path, paths)
+        picture = draw_boxes3d.side_by_side(image, labels, camera)
+        draw.save_image(target.with_name(f"{target.name}.png"), picture)
+        (out / "data" / f"{target.name}.txt").write_text(kitti.format(labels))
+        results.append(
+            {
+                "file": path.name,
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "camera": known,
+                "detections": [
+                    {
+                        "class": int(found.classes[i]),
+                        "name": labels.kinds[i],
+                        "score": round(float(found.scores[i]), 5),
+                        "box": [round(float(v), 2) for v in original[i]],
+                        "location": [round(float(v), 3) for v in labels.locations[i]],
+                        "dimensions": [round(float(v), 3) for v in labels.dimensions[i]],
+                        "rotation_y": round(float(labels.yaw[i]), 4),
+                        "alpha": round(float(labels.alpha[i]), 4),
+                    }
+                    for i in range(len(labels))
+                ],
+            }
+        )
+    _report(unreadable, results, paths, source)
+    (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _nearest(result: dict[str, Any]) -> str:
+    """The detections of an image in words, the nearest first."""
+    found = sorted(result["detections"], key=lambda d: d["location"][2])
+    words = [f"{d['name']} at {d['location'][2]:.1f} m" for d in found]
+    return ", ".join(words[:6]) + (f" and {len(words) - 6} more" if len(words) > 6 else "") or (
+        "nothing"
+    )
+
+
+def _camera(path: Path, shape: Sequence[int], calib: Path | None) -> tuple[np.ndarray, str]:
+    """The projection (3, 4) of an image, and where it is from."""
+    folder = path.parent.parent / "calib" if calib is None else calib
+    file = folder / f"{path.stem}.txt"
+    if file.is_file():
+        return data.read_calibration(file), file.name
+    if calib is not None:
+        raise data.DataError(f"{file}: no calibration of {path.name}", file=str(file))
+    scale = shape[1] / 1242
+    return data.DEFAULT_CAMERA * np.asarray([[scale], [scale], [1]], np.float32), "KITTI's usual"
+
+
 if __name__ == "__main__":
     from jaxaccum.train import main_with_clear_errors
 
@@ -220,6 +316,7 @@ if __name__ == "__main__":
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
     _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
+    _CALIB = flags.DEFINE_string("calib", "", "folder of KITTI calibration files, for 3D")
     _CAPTION = flags.DEFINE_string("caption", "", "of what the clouds show, where networks take it")
     _NORMALISE = flags.DEFINE_enum(
         "normalise", "auto", ["auto", "yes", "no"],
@@ -239,6 +336,13 @@ if __name__ == "__main__":
                     f"{result['file']}: {result['points']} points, taken in {frame}, "
                     f"completed in {result['written']}"
                 )
+            return 0
+        if trained.config.task == "detection3d":
+            calib = Path(_CALIB.value) if _CALIB.value else None
+            results = detect3d(trained, source, out, _CONF.value, _IOU.value, calib)
+            for result in results:
+                print(f"{result['file']} (camera: {result['camera']}): {_nearest(result)}")
+            print(f"{len(results)} pictures, KITTI's label files in {out / 'data'}")
             return 0
         results = detect(trained, source, out, _CONF.value, _IOU.value)
         for result in results:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError, Scenes
-from jaxaccum.data.scenes import NAMES, _paint
+from jaxaccum.data.scenes import NAMES, paint
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
@@ -85,7 +85,7 @@ def test_boxes_are_the_extents_of_what_shows(index):
             )
             for i, item in enumerate(plan.items)
         ]
-        image = _paint(
+        image = paint(
             dataclasses.replace(
                 plan,
                 rows=np.zeros_like(plan.rows),

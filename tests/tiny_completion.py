@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxaccum import config as configs
-from jaxaccum.models import completion
+from jaxaccum.models import completion, pointbert
 
 _STYLES = {
     "encoder": ("attn-graph", "attn"),
@@ -17,6 +17,9 @@ completion.MODELS["adapointr-tiny"] = completion.Table(
 completion.MODELS["pointr-tiny"] = completion.Table(
     "pointr", 16, 16, (32, 16), **_STYLES, **_SIZES, head="fold"
 )
+pointbert.MODELS["pointbert-tiny"] = pointbert.Table(2, 24, 2, groups=16, neighbours=8, features=16)
+# A run with captions, and with the term that aligns them.
+CAPTIONED = {"text.encoder": "hashed-64", "text.point_encoder": "pointbert-tiny"}
 
 
 def tiny_config(**changes):

@@ -7,15 +7,26 @@ from jaxaccum.data.cloud_ops import Pose, prepare_partial
 from jaxaccum.data.cloud_sources import has_unseen, open_clouds
 from jaxaccum.data.clouds import CloudReport, CloudSource, CloudStream, cloud_batches
 from jaxaccum.data.images import SUFFIXES, read_image
+from jaxaccum.data.kitti import DEFAULT_CAMERA, Source3D, read_calibration, write_split
 from jaxaccum.data.loader import TrainStream, eval_batches
 from jaxaccum.data.scenes import Scenes
 from jaxaccum.data.shapes import Shapes
 from jaxaccum.data.sources import open_source
+from jaxaccum.data.sources3d import open_source3d
 from jaxaccum.data.stream import SampleStream
+from jaxaccum.data.stream3d import (
+    Augment3D,
+    TrainStream3D,
+    eval_batches3d,
+    letterbox3d,
+    letterboxed_camera,
+)
 
 __all__ = [
+    "DEFAULT_CAMERA",
     "SUFFIXES",
     "Augment",
+    "Augment3D",
     "CloudReport",
     "CloudSource",
     "CloudStream",
@@ -27,15 +38,23 @@ __all__ = [
     "Scenes",
     "Shapes",
     "Source",
+    "Source3D",
     "TrainStream",
+    "TrainStream3D",
     "cloud_batches",
     "eval_batches",
+    "eval_batches3d",
     "has_unseen",
     "letterbox",
+    "letterbox3d",
+    "letterboxed_camera",
     "open_clouds",
     "open_source",
+    "open_source3d",
     "prepare_partial",
+    "read_calibration",
     "read_cloud",
     "read_image",
     "write_cloud",
+    "write_split",
 ]

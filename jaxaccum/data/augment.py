@@ -180,17 +180,25 @@ def affine(sample: Sample, size: int, augment: Augment, rng: np.random.Generator
     before = sample.boxes
     after, visible = _warp_boxes(before, matrix)
     after = np.clip(after, 0, size)
+    kept = visible & worth_keeping(before, after, zoom)
+    return Sample(np.asarray(image, np.uint8), after[kept].astype(np.float32), sample.classes[kept])
+
+
+def worth_keeping(before: Boxes, after: NDArray[np.float64], zoom: float) -> NDArray[np.bool_]:
+    """Which boxes are still of use after a warp by `zoom`, clipped to the image.
+
+    Both sides exceed 2 pixels, more than a tenth of the area is in view, and the aspect ratio is
+    below 100.
+    """
     w, h = after[:, 2] - after[:, 0], after[:, 3] - after[:, 1]
     area = (before[:, 2] - before[:, 0]) * (before[:, 3] - before[:, 1]) * zoom**2
     sides = np.maximum(np.minimum(w, h), 1e-9)
-    kept = (
-        visible
-        & (w > _MIN_SIDE)
+    return np.asarray(
+        (w > _MIN_SIDE)
         & (h > _MIN_SIDE)
         & (w * h > _MIN_AREA * area)
         & (np.maximum(w, h) / sides < _MAX_ASPECT)
     )
-    return Sample(np.asarray(image, np.uint8), after[kept].astype(np.float32), sample.classes[kept])
 
 
 def _shift(x: float, y: float) -> NDArray[np.float64]:

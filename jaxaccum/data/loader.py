@@ -126,6 +126,17 @@ def eval_batches(
             f"image_size {image_size}, batch {batch}, prefetch {prefetch}: expected at least "
             f"2, 1 and 0."
         )
+    rows = room(source, max_objects)
+    cv2.setNumThreads(0)
+    return _evaluated(source, image_size, batch, rows, prefetch)
+
+
+def room(source: Source, max_objects: int | None) -> int:
+    """Rows for objects that every image of a source fits in: `max_objects`, if that is enough.
+
+    Raises:
+      DataError: an image has more than max_objects objects.
+    """
     counts = [len(source.objects(i)) for i in range(len(source))]
     fullest = int(np.argmax(counts))
     rows = max(counts[fullest], 1) if max_objects is None else max_objects
@@ -136,8 +147,7 @@ def eval_batches(
             f"{counts[fullest]}.",
             file=source.name(fullest),
         )
-    cv2.setNumThreads(0)
-    return _evaluated(source, image_size, batch, rows, prefetch)
+    return rows
 
 
 def _evaluated(source: Source, size: int, batch: int, rows: int, prefetch: int) -> Iterator[Batch]:

@@ -132,7 +132,7 @@ class Scenes:
     def image(self, index: int) -> Image:
         """(H, W, 3) uint8 RGB."""
         plan, self._objects[index] = self._plan(index)
-        return _paint(plan)
+        return paint(plan)
 
     def objects(self, index: int) -> Objects:
         """Boxes are the extents of what is visible of each object."""
@@ -453,19 +453,19 @@ def _fixed(points: Points) -> NDArray[np.int32]:
 def _without_hidden(plan: Plan) -> tuple[Plan, Objects]:
     """Takes out objects of which too little shows, and finds the boxes of the others."""
     while True:
-        visible = list(_visible(plan))
-        hidden = [k for k, share, _ in visible if share < _LEAST_VISIBLE]
+        shown = list(visible(plan))
+        hidden = [k for k, share, _ in shown if share < _LEAST_VISIBLE]
         if not hidden:
             break
         plan.items = [item for k, item in enumerate(plan.items) if k not in hidden]
-    if not visible:
+    if not shown:
         return plan, no_objects()
-    boxes = np.array([box for _, _, box in visible], np.float32)
-    labels = np.array([plan.items[k].label for k, _, _ in visible], np.int32)
+    boxes = np.array([box for _, _, box in shown], np.float32)
+    labels = np.array([plan.items[k].label for k, _, _ in shown], np.int32)
     return plan, Objects(boxes, labels)
 
 
-def _visible(plan: Plan) -> Iterator[tuple[int, float, tuple[int, int, int, int]]]:
+def visible(plan: Plan) -> Iterator[tuple[int, float, tuple[int, int, int, int]]]:
     """Yields (item, part of its pixels that show, box of those) for each labelled item."""
     height, width = plan.size
     shown = np.zeros(plan.size, np.uint8)
@@ -500,7 +500,8 @@ def _grain() -> NDArray[np.uint8]:
     return np.asarray(np.clip(128 + fine + soft * (30 / soft.std()), 0, 255), np.uint8)
 
 
-def _paint(plan: Plan) -> Image:
+def paint(plan: Plan) -> Image:
+    """The finished picture of a plan."""
     height, width = plan.size
     rows = np.clip(plan.rows, 0, 255).astype(np.uint8)
     image: Image = np.empty((height, width, 3), np.uint8)

@@ -27,6 +27,11 @@ def open_tfds(path: str, split: str) -> TfdsSource:
     Raises:
       DataError: TFDS is missing, the data set is unknown or not prepared, or it holds no boxes.
     """
+    return TfdsSource(*find_tfds(path, split))
+
+
+def find_tfds(path: str, split: str) -> tuple[str, str, Any, Sequence[dict[str, Any]]]:
+    """The name, TFDS split, features and records of a path as `open_tfds` takes it."""
     # Colons inside the brackets of a slice do not separate.
     name, *splits = re.split(r":(?![^\[]*\])", path.removeprefix("tfds:"))
     if not name or len(splits) > 2:
@@ -47,7 +52,7 @@ def open_tfds(path: str, split: str) -> TfdsSource:
     chosen = dict(zip(("train", "val"), splits, strict=False)).get(split) or _default_split(
         split, list(builder.info.splits), path
     )
-    return TfdsSource(name, chosen, builder.info.features, _records(tfds, name, chosen, path))
+    return name, chosen, builder.info.features, _records(tfds, name, chosen, path)
 
 
 def _default_split(split: str, known: Sequence[str], path: str) -> str:
@@ -95,8 +100,8 @@ class TfdsSource:
         self, name: str, split: str, features: Any, records: Sequence[dict[str, Any]]
     ) -> None:
         where = f"tfds:{name} ({split})"
-        label, self.names = _classes(features, where)
-        flip = name.split("/")[0] in _UPSIDE_DOWN
+        self._label, self.names = _classes(features, where)
+        self._flip = name.split("/")[0] in _UPSIDE_DOWN
         self.report = Report(where)
         self._records = records
         self._kept: list[tuple[int, str, Objects]] = []
@@ -109,9 +114,7 @@ class TfdsSource:
             except Unreadable as problem:
                 self.report.skip(str(problem), title)
                 continue
-            rows = self._rows(record["objects"], label, title, flip=flip)
-            objects = normalised_objects(rows, size, self.report, title, [None] * len(rows))
-            self._kept.append((i, title, objects))
+            self._kept.append((i, title, self._read(record, size, title)))
             sizes.append(size)
         if not self._kept:
             raise DataError("\n".join([f"{where}: no usable image.", *self.report.lines()[1:]]))
@@ -121,11 +124,14 @@ class TfdsSource:
             ((t, size, o) for (_, t, o), size in zip(self._kept, sizes, strict=True)),
         )
 
-    def _rows(
-        self, objects: dict[str, Any], label: str, title: str, *, flip: bool
-    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _read(self, record: dict[str, Any], size: tuple[int, int], title: str) -> Objects:
+        """The objects of a record; counts what it leaves out."""
+        rows = self._rows(record["objects"], title)
+        return normalised_objects(rows, size, self.report, title, [None] * len(rows))
+
+    def _rows(self, objects: dict[str, Any], title: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         boxes = np.asarray(objects["bbox"], np.float64).reshape(-1, 4)
-        classes = np.asarray(objects[label], np.float64).reshape(-1)
+        classes = np.asarray(objects[self._label], np.float64).reshape(-1)
         paired = min(len(boxes), len(classes))
         for _ in range(max(len(boxes), len(classes)) - paired):
             self.report.skip("box without a class or class without a box", title)
@@ -134,7 +140,7 @@ class TfdsSource:
         for _ in range(int(crowd.sum())):
             self.report.skip("crowd box", title)
         y1, x1, y2, x2 = boxes[~crowd].T
-        if flip:
+        if self._flip:
             y1, y2 = 1 - y2, 1 - y1
         return np.stack([classes[~crowd], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
 

@@ -29,11 +29,14 @@ def create(name: str, *, num_classes: int = 0, dtype: Any = jnp.float32) -> Any:
 
 
 def names(task: str = "") -> list[str]:
-    """Every model name, or those for a task: "detection" or "completion"."""
-    known = {"detection": yolo.names, "completion": completion.names}
+    """Every model name, or those for a task: "detection", "detection3d" or "completion"."""
+    known = {
+        "detection": yolo.names(), "detection3d": yolo.names(solid=True),
+        "completion": completion.names(),
+    }  # fmt: skip
     if task and task not in known:
         raise ValueError(f"there are models for {' and '.join(known)}; got {task!r}")
-    return [name for kind, listed in known.items() if task in ("", kind) for name in listed()]
+    return [name for kind, listed in known.items() if task in ("", kind) for name in listed]
 
 
 __all__ = ["create", "initialise", "names"]

@@ -184,7 +184,8 @@ def _candidates(state: State) -> list[str]:
     """Models that a few of the shapes fit; tracing every model would take minutes."""
     found = []
     last, stem = _last_row(state), state.get("model.0.conv.weight")
-    for name in yolo.names() if stem is not None and stem.shape else []:
+    every = [*yolo.names(), *yolo.names(solid=True)]
+    for name in every if stem is not None and stem.shape else []:
         family, scale = yolo.parse(name)
         _, _, _, (features, *_) = family.rows[0]
         width = math.ceil(min(features, family.max_channels[scale]) * family.width[scale] / 8) * 8
@@ -218,6 +219,9 @@ def guess_model(weights: Weights) -> str:
     """
     found = fitting_models(weights)
     whole = [name for name, share in found if share == 1]
+    if len(whole) > 1:  # a 3D detector holds a 2D one: the one that leaves less of the file
+        sizes = {n: len(shapes(n, weights.classes)) for n in whole if n not in completion.names()}
+        whole = [n for n in whole if sizes.get(n, 0) == max(sizes.values(), default=0)]
     if len(whole) == 1:
         return whole[0]
     if whole:

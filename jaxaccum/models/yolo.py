@@ -200,19 +200,25 @@ FAMILIES["yolov12-3d"] = dataclasses.replace(
 )
 
 
-def names() -> list[str]:
-    """Every model name, "family-scale"."""
-    return [f"{name}-{scale}" for name, family in FAMILIES.items() for scale in family.scales]
+def names(solid: bool = False) -> list[str]:
+    """Every model name, "family-scale": those that find boxes in the image, or also in space."""
+    return [
+        f"{name}-{scale}"
+        for name, family in FAMILIES.items()
+        for scale in family.scales
+        if (family.rows[-1][2] == "Detect3D") == solid
+    ]
 
 
 def parse(name: str) -> tuple[Family, str]:
     """The family and the scale letter of a model name such as "yolov8-p2-m"."""
     family, _, scale = name.rpartition("-")
     if family not in FAMILIES or scale not in FAMILIES[family].scales:
-        close = get_close_matches(name, names(), n=3, cutoff=0.4)
+        known = names() + names(solid=True)
+        close = get_close_matches(name, known, n=3, cutoff=0.4)
         raise ValueError(
             f"no model named {name!r}; a name is family-scale"
-            + (f": did you mean {', '.join(close)}?" if close else f", one of {', '.join(names())}")
+            + (f": did you mean {', '.join(close)}?" if close else f", one of {', '.join(known)}")
         )
     return FAMILIES[family], scale
 

@@ -9,8 +9,13 @@ import ml_collections
 from jaxaccum.tasks.base import Evaluator, Source, Stream, Task
 from jaxaccum.tasks.completion import CompletionTask
 from jaxaccum.tasks.detection import DetectionTask
+from jaxaccum.tasks.detection3d import Detection3DTask
 
-TASKS: dict[str, Any] = {"detection": DetectionTask, "completion": CompletionTask}
+TASKS: dict[str, Any] = {
+    "detection": DetectionTask,
+    "detection3d": Detection3DTask,
+    "completion": CompletionTask,
+}
 
 
 def of(config: ml_collections.ConfigDict) -> Any:
@@ -21,6 +26,7 @@ def of(config: ml_collections.ConfigDict) -> Any:
 __all__ = [
     "TASKS",
     "CompletionTask",
+    "Detection3DTask",
     "DetectionTask",
     "Evaluator",
     "Source",

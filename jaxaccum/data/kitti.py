@@ -1,0 +1,558 @@
+"""KITTI's object detection: images with 3D boxes and cameras, from its folders or from TFDS.
+
+Camera frame: x right, y down, z forward, metres. A box has its location at its bottom centre,
+dimensions (height, width, length) and a yaw (KITTI's rotation_y): 0 faces +x, -pi/2 away from the
+camera. Pixel coordinates are those of the files; label boxes and P2 share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxaccum.data.base import DataError, Objects, Report, Source, identify
+from jaxaccum.data.images import FileSource, Header, Record, Unreadable, read_header
+from jaxaccum.data.tfds import TfdsSource, find_tfds
+from jaxaccum.metrics import kitti as labels3d  # a module: it imports this package, too
+
+Floats = NDArray[np.float32]
+
+NAMES = ("Car", "Truck", "Pedestrian", "Cyclist", "Misc", "Van", "Tram", "Person_sitting")
+_MERGED = {"Van": "Car", "Tram": "Truck", "Person_sitting": "Pedestrian"}
+_COLUMNS = ("truncated", "occluded", "alpha", "dimensions", "location", "rotation_y")  # of TFDS
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+# P2 of the recording day that most of KITTI is from; its images are 1242 x 375.
+DEFAULT_CAMERA = np.array(
+    [[721.5377, 0, 609.5593, 44.85728], [0, 721.5377, 172.854, 0.2163791], [0, 0, 1, 0.002745884]],
+    np.float32,
+)
+DEFAULT_CAMERA.flags.writeable = False
+_DEFAULT_SIZE = (375, 1242)
+
+
+@dataclass(frozen=True, eq=False)
+class Objects3D(Objects):
+    """The labelled objects of one image, with their boxes in space.
+
+    Attributes:
+      boxes: (n, 4) float32, xyxy in pixels of the original image, inside it.
+      classes: (n,) int32, class ids.
+      locations: (n, 3) float32, bottom centres x, y, z in the camera's frame, metres.
+      dimensions: (n, 3) float32, height, width, length in metres, positive.
+      yaw: (n,) float32, rotation about y in radians.
+    """
+
+    locations: Floats
+    dimensions: Floats
+    yaw: Floats
+
+
+class Source3D(Source, Protocol):
+    """A data set of one split with 3D boxes, read by index."""
+
+    def objects(self, index: int) -> Objects3D:
+        """The labelled objects of image `index`; DontCare regions are left out."""
+        ...
+
+    def labels(self, index: int) -> labels3d.Labels:
+        """All labels of image `index` as KITTI has them, DontCare and difficulty included."""
+        ...
+
+    def camera(self, index: int) -> Floats:
+        """(3, 4) float32, the projection of image `index`: (u, v, 1) ~ camera @ (x, y, z, 1)."""
+        ...
+
+
+@dataclass
+class KittiReport(Report):
+    """What a source of images with 3D boxes holds and what it left out.
+
+    Attributes:
+      regions: DontCare regions, which are no objects.
+      note: something to know of its cameras, or "".
+    """
+
+    regions: int = 0
+    note: str = ""
+
+    def summary(self) -> str:
+        """What was kept, in one line."""
+        return f"{super().summary()}, {self.regions} DontCare regions"
+
+    def lines(self, examples: int = 3) -> list[str]:
+        """A summary for people."""
+        return [*super().lines(examples), *([f"  {self.note}"] if self.note else [])]
+
+
+def open_kitti(
+    path: str,
+    split: str,
+    *,
+    merge: bool = False,
+    fraction: float = 1.0,
+    seed: int = 0,
+    on_error: str = "raise",
+) -> KittiSource | TfdsKittiSource:
+    """Opens one split of KITTI.
+
+    Args:
+      path: the root folder, or `tfds:kitti[:TRAIN_SPLIT[:VAL_SPLIT]]`.
+      split: "train" or "val", or another list of ImageSets.
+      merge: as `class_id` takes it.
+      fraction: as `KittiSource` takes it; a split of TFDS is cut by a slice instead.
+      seed: of the choice of frames.
+      on_error: as `KittiSource` takes it.
+
+    Raises:
+      DataError: the data cannot be used as given; says where and what to do.
+    """
+    if not path.startswith("tfds:"):
+        return KittiSource(
+            path, split, merge=merge, fraction=fraction, seed=seed, on_error=on_error
+        )
+    if fraction != 1:
+        raise DataError(
+            f"{path}: fraction is {fraction}, which is for KITTI's folders. Name a slice instead, "
+            f"such as tfds:kitti:train[:10%]:validation[:10%]."
+        )
+    return TfdsKittiSource(path, split, merge=merge)
+
+
+def class_id(kind: str, *, merge: bool) -> int | None:
+    """The class of a KITTI type, an index of `NAMES`, or None if it has none.
+
+    Args:
+      kind: the type as in a label file.
+      merge: takes Van for Car, Tram for Truck, Person_sitting for Pedestrian, and unknown types
+        for Misc, as YOLOv12-3D does; else each type is its own class.
+    """
+    if kind == labels3d.DONT_CARE:
+        return None
+    if merge:
+        kind = _MERGED.get(kind, kind if kind in NAMES else "Misc")
+    return NAMES.index(kind) if kind in NAMES else None
+
+
+def objects_of(
+    labels: labels3d.Labels,
+    size: tuple[int, int],
+    report: Report,
+    file: str,
+    lines: Sequence[int | None],
+    *,
+    merge: bool = False,
+) -> Objects3D:
+    """The objects among labels, with their boxes clipped to the image; counts what it leaves out.
+
+    Left out: DontCare regions (not counted), unknown types, duplicates, boxes without area or
+    outside the image, boxes in space without volume.
+
+    Args:
+      labels: of one image.
+      size: (height, width) of the image in pixels.
+      report: takes the counts.
+      file: label file or image, for the report.
+      lines: for each label its line in `file`, or None.
+      merge: as `class_id` takes it.
+    """
+    height, width = size
+    boxes = np.clip(labels.boxes, 0, np.array([width, height, width, height], np.float32))
+    seen: set[tuple[Any, ...]] = set()
+    rows, classes = [], []
+    for i, (kind, line) in enumerate(zip(labels.kinds, lines, strict=True)):
+        if kind == labels3d.DONT_CARE:
+            continue
+        label = class_id(kind, merge=merge)
+        row = (
+            kind, *labels.boxes[i].tolist(), *labels.locations[i].tolist(),
+            *labels.dimensions[i].tolist(), float(labels.yaw[i]),
+        )  # fmt: skip
+        if label is None:
+            report.skip(f"unknown type {kind!r}", file, line)
+        elif row in seen:
+            report.skip("duplicate label", file, line)
+        elif (labels.boxes[i, 2:] <= labels.boxes[i, :2]).any():
+            report.skip("box without area", file, line)
+        elif (boxes[i, 2:] <= boxes[i, :2]).any():
+            report.skip("box outside the image", file, line)
+        elif (labels.dimensions[i] <= 0).any():
+            report.skip("object without a 3D box", file, line)
+        else:
+            rows.append(i)
+            classes.append(label)
+        seen.add(row)
+    return Objects3D(
+        boxes[rows],
+        np.array(classes, np.int32),
+        labels.locations[rows],
+        labels.dimensions[rows],
+        labels.yaw[rows],
+    )
+
+
+def read_calibration(file: str | Path) -> Floats:
+    """The left colour camera of a KITTI calibration file, its row P2: (3, 4) float32.
+
+    Raises:
+      DataError: naming file, line and fix.
+    """
+    name = str(file)
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(name, error) from error
+    for number, line in enumerate(text.splitlines(), 1):
+        key, _, row = line.partition(":")
+        if key.strip() != "P2":
+            continue
+        try:
+            values = [float(v) for v in row.split()]
+        except ValueError:
+            values = []
+        if len(values) != 12 or not all(map(math.isfinite, values)):
+            raise DataError(
+                f"{name}:{number}: expected P2: and 12 numbers (3 rows of 4), found "
+                f"{line.strip()[:60]!r}. Correct the row, or take the file from KITTI's calib.",
+                file=name,
+                line=number,
+            )
+        camera = np.array(values, np.float64).reshape(3, 4)
+        # A camera that mirrors or flattens the world has a determinant that is not positive.
+        if np.linalg.det(camera[:, :3]) <= 0:
+            raise DataError(
+                f"{name}:{number}: P2 is no camera: its left 3 x 3 block has the determinant "
+                f"{np.linalg.det(camera[:, :3]):g}, expected more than 0. Take the file from "
+                f"KITTI's calib.",
+                file=name,
+                line=number,
+            )
+        return camera.astype(np.float32)
+    raise DataError(
+        f"{name}: no row P2, the projection of the left colour camera. Add `P2:` and its 12 "
+        f"numbers, or take the file from KITTI's calib.",
+        file=name,
+    )
+
+
+def write_split(root: str | Path, fraction: float = 0.8, seed: int = 0) -> tuple[Path, Path]:
+    """Writes ImageSets/train.txt and ImageSets/val.txt: a random split of all labelled frames.
+
+    Frames that follow each other in a video are alike, and a random split has them on both sides:
+    for numbers to compare with others', use the lists that they use.
+
+    Args:
+      root: KITTI's folder.
+      fraction: part of the frames that goes to train; at least one goes to each.
+      seed: of the choice.
+
+    Returns:
+      The two files.
+
+    Raises:
+      DataError: one of the lists is there already, or there is nothing to split.
+    """
+    root = Path(root)
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction is {fraction}, expected more than 0 and less than 1.")
+    lists = (root / "ImageSets" / "train.txt", root / "ImageSets" / "val.txt")
+    for file in lists:
+        if file.exists():
+            raise DataError(
+                f"{file}: there is such a list already, and it is not overwritten. Move it away "
+                f"to make another.",
+                file=str(file),
+            )
+    folder = _frames_folder(root)
+    frames = sorted(
+        label.stem
+        for label in (folder / "label_2").glob("*.txt")
+        if _image_file(folder, label.stem) and (folder / "calib" / label.name).is_file()
+    )
+    if len(frames) < 2:
+        raise DataError(
+            f"{folder}: {len(frames)} frames with an image, a label file and a calibration; "
+            f"expected at least 2 to split.",
+            file=str(folder),
+        )
+    count = min(max(round(len(frames) * fraction), 1), len(frames) - 1)
+    chosen = _sample(len(frames), count, seed)
+    lists[0].parent.mkdir(exist_ok=True)
+    for file, part in zip(lists, (chosen, ~chosen), strict=True):
+        kept = [frame for frame, one in zip(frames, part, strict=True) if one]
+        file.write_text("".join(f"{frame}\n" for frame in kept), encoding="utf-8")
+    return lists
+
+
+class KittiSource(FileSource):
+    """One split of KITTI's folders. Implements `Source3D`.
+
+    The root holds `training/image_2/*.png` (or jpg), `training/label_2/*.txt` and
+    `training/calib/*.txt`, or the three folders themselves, and `ImageSets/SPLIT.txt`, a list of
+    frames such as 000123.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        merge: bool = False,
+        fraction: float = 1.0,
+        seed: int = 0,
+        on_error: str = "raise",
+    ) -> None:
+        """Reads labels and cameras; counts the frames that lack a file.
+
+        Args:
+          root: KITTI's folder.
+          split: name of a list of ImageSets: train, val, ...
+          merge: as `class_id` takes it.
+          fraction: part of the listed frames to use: a random sample, in the list's order.
+          seed: of that sample.
+          on_error: "raise" refuses a label or calibration file with an error in it; "skip" counts
+            and drops its frame.
+
+        Raises:
+          DataError: naming file, line and fix.
+        """
+        if not 0 < fraction <= 1:
+            raise DataError(f"{root}: fraction is {fraction}, expected more than 0, at most 1.")
+        if on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
+        root = Path(root)
+        report = KittiReport(f"{root} ({split})")
+        folder = _frames_folder(root)
+        frames = _listed(root, split, report)
+        if fraction < 1:
+            part = _sample(len(frames), max(round(len(frames) * fraction), 1), seed)
+            frames = [frame for frame, one in zip(frames, part, strict=True) if one]
+        records: list[Record] = []
+        self._labels: list[labels3d.Labels] = []
+        self._cameras: list[Floats] = []
+        for frame in frames:
+            try:
+                found = _read_frame(folder, frame, report, merge=merge)
+            except DataError as error:
+                if on_error != "skip":
+                    raise
+                report.skip(
+                    "frame with an error in its labels or calibration", error.file, error.line
+                )
+                continue
+            if found is not None:
+                record, labels, camera = found
+                records.append(record)
+                self._labels.append(labels)
+                self._cameras.append(camera)
+        super().__init__(NAMES, records, report)
+        report.regions = sum(labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
+        self._objects = [r.objects for r in records if isinstance(r.objects, Objects3D)]
+        self.identity = _identify(
+            ((r.name, r.header.size, r.objects) for r in records), self._labels, self._cameras
+        )
+
+    def objects(self, index: int) -> Objects3D:
+        """The labelled objects of image `index`; DontCare regions are left out."""
+        return self._objects[index]
+
+    def labels(self, index: int) -> labels3d.Labels:
+        """All labels of image `index` as its file has them."""
+        return self._labels[index]
+
+    def camera(self, index: int) -> Floats:
+        """(3, 4) float32, P2 of image `index`."""
+        return self._cameras[index]
+
+
+class TfdsKittiSource(TfdsSource):
+    """One split of KITTI from TFDS. Implements `Source3D`.
+
+    TFDS has neither calibration nor DontCare regions: every image gets `DEFAULT_CAMERA`.
+    """
+
+    def __init__(self, path: str, split: str, *, merge: bool = False) -> None:
+        """Reads the labels.
+
+        Args:
+          path: `tfds:kitti[:TRAIN_SPLIT[:VAL_SPLIT]]`.
+          split: "train" or "val".
+          merge: as `class_id` takes it.
+
+        Raises:
+          DataError: it is not prepared, or not KITTI.
+        """
+        name, chosen, features, records = find_tfds(path, split)
+        inner = getattr(features["objects"], "feature", {}) if "objects" in features else {}
+        needed = {"type", "bbox", *_COLUMNS}
+        if not needed <= set(inner):
+            raise DataError(
+                f"{path}: the objects of {name} lack {', '.join(sorted(needed - set(inner)))}, "
+                f"which 3D boxes need. Use tfds:kitti."
+            )
+        self._kinds = tuple(inner["type"].names)
+        self._merge = merge
+        self._labels: list[labels3d.Labels] = []
+        self._objects: list[Objects3D] = []
+        self._sizes: list[tuple[int, int]] = []
+        super().__init__(name, chosen, features, records)
+        other = sum(size != _DEFAULT_SIZE for size in self._sizes)
+        note = "TFDS has no calibration: KITTI's usual camera is taken for every image"
+        if other:
+            note += f", which is not quite that of the {other} images that are not 1242 x 375"
+        self.report = KittiReport(**vars(self.report), note=note + ".")
+        self.names = NAMES
+        self.identity = _identify(
+            zip(map(self.name, range(len(self))), self._sizes, self._objects, strict=True),
+            self._labels,
+            [DEFAULT_CAMERA] * len(self),
+        )
+
+    def _read(self, record: dict[str, Any], size: tuple[int, int], title: str) -> Objects3D:
+        found, rows = record["objects"], self._rows(record["objects"], title)
+        columns = {key: np.asarray(found[key], np.float32) for key in _COLUMNS}
+        count = min(len(rows), *map(len, columns.values()))
+        for _ in range(len(rows) - count):
+            self.report.skip("object without all its values", title)
+        rows = rows[:count]
+        columns = {key: column[:count] for key, column in columns.items()}
+        height, width = size
+        _, x, y, w, h = (rows * [1, width, height, width, height]).T
+        labels = labels3d.Labels(
+            kinds=tuple(self._kinds[int(k)] for k in rows[:, 0]),
+            truncation=columns["truncated"],
+            occlusion=columns["occluded"].astype(np.int32),
+            alpha=columns["alpha"],
+            boxes=np.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1).astype(np.float32),
+            dimensions=columns["dimensions"].reshape(-1, 3),
+            locations=columns["location"].reshape(-1, 3),
+            yaw=columns["rotation_y"],
+            scores=None,
+        )
+        objects = objects_of(labels, size, self.report, title, [None] * count, merge=self._merge)
+        self._labels.append(labels)
+        self._objects.append(objects)
+        self._sizes.append(size)
+        return objects
+
+    def objects(self, index: int) -> Objects3D:
+        """The labelled objects of image `index`."""
+        return self._objects[index]
+
+    def labels(self, index: int) -> labels3d.Labels:
+        """All labels of image `index`."""
+        return self._labels[index]
+
+    def camera(self, index: int) -> Floats:
+        """(3, 4) float32, `DEFAULT_CAMERA`."""
+        del index
+        return DEFAULT_CAMERA
+
+
+def _frames_folder(root: Path) -> Path:
+    for folder in (root / "training", root):
+        if (folder / "image_2").is_dir():
+            return folder
+    raise DataError(
+        f"{root}: neither training/image_2 nor image_2 is there. Give the folder that holds "
+        f"KITTI's training/{{image_2,label_2,calib}} and ImageSets.",
+        file=str(root),
+    )
+
+
+def _image_file(folder: Path, frame: str) -> Path | None:
+    files = (folder / "image_2" / f"{frame}{suffix}" for suffix in _SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _sample(count: int, chosen: int, seed: int) -> NDArray[np.bool_]:
+    """Which of `count` belong to a random sample of `chosen`."""
+    if seed < 0:
+        raise DataError(f"seed is {seed}, expected at least 0.")
+    part = np.zeros(count, bool)
+    part[np.random.Generator(np.random.PCG64(seed)).permutation(count)[:chosen]] = True
+    return part
+
+
+def _listed(root: Path, split: str, report: Report) -> list[str]:
+    """The frames of a list of ImageSets, each once."""
+    listing = root / "ImageSets" / f"{split}.txt"
+    if not listing.is_file():
+        there = sorted(file.stem for file in (root / "ImageSets").glob("*.txt"))
+        raise DataError(
+            f"{listing}: no such list of frames"
+            + (f"; there are {', '.join(there)}" if there else "")
+            + f". Write one frame a line (000123), or make a random train and val list: python -c "
+            f"\"from jaxaccum.data import kitti; kitti.write_split('{root}')\"",
+            file=str(listing),
+        )
+    frames: dict[str, None] = {}
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), 1):
+        frame = line.strip()
+        if frame in frames:
+            report.skip("frame listed again", str(listing), number)
+        elif frame:
+            frames[frame] = None
+    if not frames:
+        raise DataError(f"{listing}: the list is empty. Write one frame a line, such as 000123.")
+    return list(frames)
+
+
+def _read_frame(
+    folder: Path, frame: str, report: Report, *, merge: bool
+) -> tuple[Record, labels3d.Labels, Floats] | None:
+    """The image, labels and camera of a frame, or None, counted, if one of them is missing."""
+    image = _image_file(folder, frame)
+    if image is None:
+        report.skip("image missing", str(folder / "image_2" / f"{frame}.png"))
+        return None
+    label, calibration = folder / "label_2" / f"{frame}.txt", folder / "calib" / f"{frame}.txt"
+    for file, reason in ((label, "label file missing"), (calibration, "calibration missing")):
+        if not file.is_file():
+            report.skip(reason, str(file))
+            return None
+    try:
+        header: Header = read_header(image)
+    except Unreadable as problem:
+        report.skip(str(problem), str(image))
+        return None
+    try:
+        text = label.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(str(label), error) from error
+    labels = labels3d.parse(text, str(label))
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    objects = objects_of(labels, header.size, report, str(label), lines, merge=merge)
+    record = Record(image.name, str(image), header, objects)
+    return record, labels, read_calibration(calibration)
+
+
+def _not_text(file: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{file}: not a text file ({error.reason} at byte {error.start}). Write it as plain text.",
+        file=file,
+    )
+
+
+def _identify(
+    images: Iterable[tuple[str, tuple[int, int], Objects]],
+    labels: Sequence[labels3d.Labels],
+    cameras: Sequence[Floats],
+) -> str:
+    """The identity of a data set with 3D boxes: also of all labels and cameras."""
+    digest = hashlib.sha256(identify(NAMES, images).encode())
+    for one, camera in zip(labels, cameras, strict=True):
+        digest.update(f"\0{len(one)}\0{' '.join(one.kinds)}\0".encode())
+        for values in (
+            one.truncation, one.occlusion, one.alpha, one.boxes, one.dimensions, one.locations,
+            one.yaw, camera,
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
+    return digest.hexdigest()[:12]
