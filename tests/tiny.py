@@ -5,6 +5,7 @@ python tests/tiny.py WORKDIR [STEPS] trains it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ yolo.FAMILIES["tiny"] = yolo.Family(
         ((3, 4), 1, "Detect", ()),
     ),
 )
+yolo.FAMILIES["tiny-3d"] = dataclasses.replace(
+    yolo.FAMILIES["tiny"], rows=(*yolo.FAMILIES["tiny"].rows[:-1], ((3, 4), 1, "Detect3D", ()))
+)
 
 
 def tiny_config(**changes):
@@ -36,6 +40,22 @@ def tiny_config(**changes):
             "data.image_size": 64, "data.max_objects": 32, "log.every": 1, "log.images": 1,
             "log.tensorboard": False, "eval.every": 6, "eval.batch": 64, "checkpoint.every": 3,
             "lr.warmup_epochs": 0.0, "optimizer.name": "adamw", "optimizer.momentum": 0.9,
+        }
+        | changes
+    )  # fmt: skip
+    return config.lock()
+
+
+def tiny_config3d(**changes):
+    """A run on the embedded streets at 64 x 96 px."""
+    config = configs.detection3d()
+    config.model = "tiny-3d-t"
+    config.update_from_flattened_dict(
+        {
+            "nbs": 4, "bn_group": 2, "microbatch": 2, "devices": 1, "steps": 6,
+            "data.height": 64, "data.width": 96, "data.max_objects": 20, "log.every": 1,
+            "log.images": 1, "log.tensorboard": False, "eval.every": 3, "eval.batch": 8,
+            "checkpoint.every": 3, "lr.warmup_epochs": 0.0,
         }
         | changes
     )  # fmt: skip

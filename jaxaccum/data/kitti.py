@@ -58,6 +58,11 @@ class Objects3D(Objects):
 class Source3D(Source, Protocol):
     """A data set of one split with 3D boxes, read by index."""
 
+    @property
+    def pixels(self) -> float:
+        """Pixels of KITTI's images, whose metric has heights in them, to one of these."""
+        ...
+
     def objects(self, index: int) -> Objects3D:
         """The labelled objects of image `index`; DontCare regions are left out."""
         ...
@@ -299,6 +304,8 @@ class KittiSource(FileSource):
     frames such as 000123.
     """
 
+    pixels = 1.0
+
     def __init__(
         self,
         root: str | Path,
@@ -377,6 +384,8 @@ class TfdsKittiSource(TfdsSource):
 
     TFDS has neither calibration nor DontCare regions: every image gets `DEFAULT_CAMERA`.
     """
+
+    pixels = 1.0
 
     def __init__(self, path: str, split: str, *, merge: bool = False) -> None:
         """Reads the labels.

@@ -31,6 +31,7 @@ Points = NDArray[np.float64]  # (k, 3) or (k, 2)
 
 COUNTS = {"train": 1024, "val": 128}
 SIZE = (192, 640)
+KITTI_WIDTH = 1242
 _VERSION = 1  # of the drawing; part of the identity
 _MOST = 18  # objects in a scene
 _FAR = 120.0  # metres; streets end there
@@ -110,6 +111,11 @@ class StreetsSource:
         self._known: dict[int, tuple[labels3d.Labels, Objects3D, Floats]] = {}
         described = f"streets {_VERSION} {split} {count} {size[0]}x{size[1]} {seed}"
         self.identity = hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    @property
+    def pixels(self) -> float:
+        """Pixels of KITTI's images, whose metric has heights in them, to one of these."""
+        return KITTI_WIDTH / self._size[1]
 
     @functools.cached_property
     def report(self) -> KittiReport:

@@ -301,6 +301,15 @@ def chosen(labels: kitti.Labels, rows: np.ndarray) -> kitti.Labels:
     return kitti.Labels(kinds, **values)
 
 
+def _none() -> kitti.Labels:
+    """No detections."""
+    return kitti.Labels(
+        (), np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32),
+        *(np.zeros((0, k), np.float32) for k in (4, 3, 3)), np.zeros(0, np.float32),
+        np.zeros(0, np.float32),
+    )  # fmt: skip
+
+
 class Evaluator:
     """KITTI's metrics of a 3D detector on a source, as a function of its weights.
 
@@ -312,6 +321,17 @@ class Evaluator:
     ):
         self.task, self.source, self.options = task, source, options
         self._predict = jax.jit(task.predict)
+        self._truths = [self._in_pixels_of_kitti(source.labels(i)) for i in range(len(source))]
+        metric, _ = task.monitor
+        if np.isnan(kitti.evaluate(self._truths, [_none()] * len(source))[metric]):
+            raise data.DataError(
+                f"{source.report.where}: no {', '.join(kitti.CLASSES)} that counts at the level "
+                "moderate (higher than 25 pixels, hardly hidden), so KITTI's metric has nothing to "
+                "say: evaluate on other frames"
+            )
+
+    def _in_pixels_of_kitti(self, labels: kitti.Labels) -> kitti.Labels:
+        return dataclasses.replace(labels, boxes=labels.boxes * np.float32(self.source.pixels))
 
     def __call__(
         self, params: PyTree, stats: PyTree, pictures: int = 0
@@ -330,13 +350,14 @@ class Evaluator:
                 pending = functools.partial(self._detect, pool, batch, output, labels)
             if pending is not None:
                 pending()
-        truths = [self.source.labels(i) for i in range(len(self.source))]
-        result = kitti.evaluate(truths, labels)
-        loose = kitti.evaluate(truths, labels, thresholds=kitti.LOOSE)
+        truths = self._truths
+        enlarged = [self._in_pixels_of_kitti(one) for one in labels]
+        result = kitti.evaluate(truths, enlarged)
+        loose = kitti.evaluate(truths, enlarged, thresholds=kitti.LOOSE)
         result |= {
             f"loose/{k}": v for k, v in loose.items() if k.startswith(("ap40_bev", "ap40_3d"))
         }
-        result |= kitti.errors(truths, labels)
+        result |= kitti.errors(truths, enlarged)
         drawn = [self._drawn(i, labels[i]) for i in range(min(pictures, len(labels)))]
         return result, drawn
 
