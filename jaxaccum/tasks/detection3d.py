@@ -303,10 +303,10 @@ def chosen(labels: kitti.Labels, rows: np.ndarray) -> kitti.Labels:
 
 def _none() -> kitti.Labels:
     """No detections."""
+    flat, triples = np.zeros(0, np.float32), np.zeros((0, 3), np.float32)
+    corners = np.zeros((0, 4), np.float32)
     return kitti.Labels(
-        (), np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32),
-        *(np.zeros((0, k), np.float32) for k in (4, 3, 3)), np.zeros(0, np.float32),
-        np.zeros(0, np.float32),
+        (), flat, np.zeros(0, np.int32), flat, corners, triples, triples, flat, flat
     )  # fmt: skip
 
 
