@@ -172,6 +172,7 @@ def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=Non
     items = jnp.stack([t.gain * numerators[t.name] for t in detection.terms()])
     items = items / jnp.maximum(total, 1)
     if solid_targets is not None:
+
         def axes(metres):
             more, denominators = solid_losses.solid_loss(
                 predictions.solids, assignment, solid_targets, solids.ORIGINAL, 0, metres, True
