@@ -65,6 +65,8 @@ def evaluate(
         stream = run.make_stream(this, train_set, plain=True)
         stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
     metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
+    for line in trained.task.tables(metrics):
+        print(line)
     if drawn and samples:
         drawn.parent.mkdir(parents=True, exist_ok=True)
         save_image(drawn, contact_sheet(samples, 2))

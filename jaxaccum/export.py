@@ -39,9 +39,11 @@ def export(
     """Writes FILE, the program, and FILE.json, what it takes and gives.
 
     The program of a detector maps images (N, S, S, 3) uint8 RGB to boxes (N, A, 4), x1 y1 x2 y2 in
-    pixels, and class probabilities (N, A, classes), before non-maximum suppression; that of a
-    completion network partial clouds (N, 2048, 3) float32 to complete ones (N, P, 3). The weights
-    are in it.
+    pixels, and class probabilities (N, A, classes), before non-maximum suppression; of a 3D
+    detector images and cameras (N, 3, 4) to these and locations (N, A, 3), sizes (N, A, 3) and
+    headings (N, A). That of a completion network maps partial clouds (N, 2048, 3) float32, and
+    vectors of captions (N, T) if it takes them, to complete clouds (N, P, 3). The weights are in
+    it.
 
     Args:
       workdir: of the run.
@@ -80,23 +82,41 @@ def export(
 
 
 def load_exported(file: Path) -> Callable[[jax.Array], Any]:
-    """The StableHLO program in a file, as a function of images or clouds."""
+    """The StableHLO program in a file, as a function of its inputs."""
     return jax.jit(jax_export.deserialize(bytearray(file.read_bytes())).call)
 
 
-def _interface(trained: Trained) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
-    """Shape of an input sample, and the program's input and output in words."""
+def _interface(trained: Trained) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
+    """Shapes of the inputs of a sample, and the program's input and output in words."""
+    if trained.config.task == "detection3d":
+        height, width = trained.task.size
+        shapes = [
+            jax.ShapeDtypeStruct((height, width, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        ]
+        return shapes, {
+            "image_size": [height, width],
+            "input": "images (N, height, width, 3) uint8 RGB, letterboxed, and cameras (N, 3, 4) "
+            "that project metres to their pixels",
+            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes), "
+            "bottom centres (N, A, 3) x y z and sizes (N, A, 3) height width length in metres, "
+            "headings (N, A) in radians",
+        }
     if trained.config.task == "detection":
         size = trained.task.image_size
-        return jax.ShapeDtypeStruct((size, size, 3), jnp.uint8), {
+        return [jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)], {
             "image_size": size,
             "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
             "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
         }
     points = trained.task.model.num_input
     frame = "mean at the origin, largest radius 1" if trained.facts["normalised"] else "as they are"
-    return jax.ShapeDtypeStruct((points, 3), jnp.float32), {
-        "input": f"partial clouds (N, {points}, 3) float32, {frame}",
+    shapes, captions = [jax.ShapeDtypeStruct((points, 3), jnp.float32)], ""
+    if width := trained.task.model.text_width:
+        shapes.append(jax.ShapeDtypeStruct((width,), jnp.float32))
+        captions = f"; vectors (N, {width}) of captions by {trained.config.text.encoder}"
+    return shapes, {
+        "input": f"partial clouds (N, {points}, 3) float32, {frame}{captions}",
         "output": f"complete clouds (N, {trained.task.model.num_points}, 3), in the same frame",
     }
 
@@ -104,12 +124,17 @@ def _interface(trained: Trained) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
 def _stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
     """The program as bytes, and facts of it."""
     params, stats = jax.device_get((trained.params, trained.stats))
-    sample, _ = _interface(trained)
+    samples, _ = _interface(trained)
     count = batch or jax_export.symbolic_shape("n")[0]
+
+    def program(*inputs):
+        return jax.tree.leaves(trained.task.predict(params, stats, *inputs))
+
+    single = trained.config.task == "completion"
     exported = jax_export.export(
-        jax.jit(lambda inputs: trained.task.predict(params, stats, inputs)),
+        jax.jit(lambda *inputs: program(*inputs)[0] if single else tuple(program(*inputs))),
         platforms=tuple(platforms),
-    )(jax.ShapeDtypeStruct((count, *sample.shape), sample.dtype))
+    )(*(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples))
     return exported.serialize(), {"platforms": list(exported.platforms)}
 
 
@@ -118,7 +143,7 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
     del platforms
     if trained.config.task != "detection":
         raise ConfigError(
-            f"{trained.config.model} is not a detector: only detectors are written as ONNX"
+            f"{trained.config.model} is no detector of 2D boxes: only those are written as ONNX"
         )
     try:
         jax2onnx = importlib.import_module("jax2onnx")
@@ -131,7 +156,7 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
     task = trained.task
     task = dataclasses.replace(task, model=task.model.clone(dtype=jnp.float32, remat=False))
     params, stats = jax.device_get((trained.params, trained.stats))
-    sample, _ = _interface(trained)
+    (sample,), _ = _interface(trained)
     with blocks.portable():
         program = jax2onnx.to_onnx(
             lambda images: task.predict(params, stats, images),

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_config3d
 
 from jaxaccum import config as configs
-from jaxaccum import convert, data, equivalence, evaluate, inference, predict, run, train
+from jaxaccum import convert, data, equivalence, evaluate, export, inference, predict, run, train
 from jaxaccum.accumulate import Geometry, require_constant_denominators
 from jaxaccum.data import streets
 from jaxaccum.data.streets import StreetsSource
@@ -329,3 +329,14 @@ def test_the_published_recipe_is_one_argument():
     assert made("original").loss.location == 200
     with pytest.raises(configs.ConfigError, match="original"):
         made("orignal")
+
+
+def test_the_exported_program_takes_cameras(trained, tmp_path):
+    facts = export.export(trained, tmp_path / "program", platforms=["cpu"], batch=1)
+    assert facts["image_size"] == [64, 96]
+    model = inference.load(trained)
+    image, camera = small("val", 1).image(0)[None], small("val", 1).camera(0)[None]
+    found = export.load_exported(tmp_path / "program")(image, camera)
+    expected = model.task.predict(model.params, model.stats, image, camera)
+    for a, b in zip(found, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

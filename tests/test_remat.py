@@ -57,7 +57,7 @@ def forward_of(model, group):
         out, changed = model.apply(
             {"params": params, "batch_stats": stats}, batch["image"], groups, mutable=["moments"]
         )
-        total = sum(jnp.sum(jnp.sin(a) * weight[:, None, None]) for a in out)
+        total = sum(jnp.sum(jnp.sin(a) * weight[:, None, None]) for a in jax.tree.leaves(out))
         return Output({"loss": total}, {"samples": jnp.sum(weight)}, changed.get("moments", {}))
 
     return forward

@@ -157,6 +157,10 @@ class Task(Protocol):
         """The metrics of an evaluation in a few words."""
         ...
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """The metrics of a full evaluation as lines of a table, where that is usual."""
+        ...
+
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """What people want to read beside a logged update, in their units."""
         ...

@@ -288,6 +288,11 @@ class CompletionTask:
             f"F-Score {best['f_score']:.4f}"
         )
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """None."""
+        del found
+        return []
+
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """CD-L1 x 1000 of every Chamfer term, without its gain."""
         gains = zip(("coarse", "fine", "denoise"), self.gains, strict=True)

@@ -201,6 +201,11 @@ class DetectionTask:
         """The metrics of an evaluation in a few words."""
         return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """None."""
+        del found
+        return []
+
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """Nothing: losses of detectors have no unit."""
         del record

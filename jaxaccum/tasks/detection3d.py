@@ -261,6 +261,19 @@ class Detection3DTask:
             f"depth error {best['depth/all']:.2f} m"
         )
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """The table of KITTI's benchmark, and errors of what was found in the image."""
+        lines = kitti.summary(found).splitlines()
+        lines.append(f"{'mean absolute error':28}{'found':>10}" + "".join(
+            f"{title:>10}" for title in ("depth m", "lateral m", "length m", "yaw rad")
+        ))  # fmt: skip
+        for kind in (*kitti.CLASSES, "all"):
+            count = f"{found[f'matched/{kind}']:.0f}/{found[f'truths/{kind}']:.0f}"
+            values = (found[f"{k}/{kind}"] for k in ("depth", "lateral", "length", "yaw"))
+            cells = "".join(f"{'-' if np.isnan(v) else f'{v:.2f}':>10}" for v in values)
+            lines.append(f"{kind:28}{count:>10}{cells}")
+        return lines
+
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """Nothing: the terms have no unit alone."""
         del record
