@@ -18,7 +18,7 @@ NOT_LEARNED = (
     "init_from", "microbatch", "devices", "engine", "remat", "epochs", "log", "eval", "checkpoint",
     "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error", "data.cache",
     "data.cache_gib", "data.workers", "data.prefetch", "text.encoder",
-    "text.captions", "text.point_weights",
+    "text.captions", "text.point_weights", "data.val_split", "data.val_fraction",
 )  # fmt: skip
 
 
@@ -250,7 +250,8 @@ def detection3d() -> ml_collections.ConfigDict:
             # "" for the embedded streets, a folder of KITTI (image_2, label_2, calib, ImageSets),
             # or tfds:kitti[:TRAIN[:VAL]]
             "path": "",
-            "val_fraction": 1.0,  # share of the val split to evaluate on, a seeded sample
+            "val_split": "val",  # the list of ImageSets to evaluate on; "train" to see it overfit
+            "val_fraction": 1.0,  # share of it to evaluate on, a seeded sample
             "height": 192,
             "width": 640,
             "max_objects": 50,

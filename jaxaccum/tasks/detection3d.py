@@ -70,6 +70,7 @@ class Detection3DTask:
         """
         options = config.data
         fraction = options.val_fraction if split == "val" else 1.0
+        split = options.val_split if split == "val" else split
         source = data.open_source3d(
             options.path, split, merge=config.compat, fraction=fraction, seed=config.seed,
             on_error=options.on_error,
