@@ -233,6 +233,7 @@ def detection3d() -> ml_collections.ConfigDict:
             "temperature": 1.0,
             "largest": 20.0,  # metres
             "heading": "seen",  # relative to the ray from the camera, or "world"
+            "turn": "free",  # the heading as an angle, or "bounded" to one turn
             "focal": 0.58,  # focal length over width that depths are meant for; 0: as they are
             "place": "projected",  # x and y by the 2D box and the depth, or "predicted"
         }
@@ -264,7 +265,8 @@ def detection3d() -> ml_collections.ConfigDict:
 def as_original(c: ml_collections.ConfigDict) -> None:
     """Gives a 3D config the coding, loss and data rules of YOLOv12-3D as published."""
     c.compat = True
-    c.box3d.update(temperature=0.5, largest=10.0, heading="world", focal=0.0, place="predicted")
+    c.box3d.update(temperature=0.5, largest=10.0, heading="world", turn="bounded", focal=0.0,
+                   place="predicted")  # fmt: skip
     c.loss.update(location=200.0, metres=0.02, size=0.05, heading=1.0)
     c.augment.update(scale=0.5)
 
@@ -291,6 +293,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "eval.mode": ("easy", "median", "hard"),
         "box3d.heading": ("seen", "world"),
         "box3d.place": ("predicted", "projected"),
+        "box3d.turn": ("free", "bounded"),
     }
     for field, allowed in words.items():
         if has(c, field) and get(c, field) not in allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -18,7 +19,7 @@ from jaxaccum.data.streets import StreetsSource
 from jaxaccum.losses import solids as losses
 from jaxaccum.losses.detection import Assignment
 from jaxaccum.metrics import kitti
-from jaxaccum.models import solids
+from jaxaccum.models import solids, weights
 from jaxaccum.models.solids import ORIGINAL, Coding
 
 WIDTH = 640
@@ -114,6 +115,24 @@ def test_a_box_is_placed_by_its_middle():
     box = jnp.asarray([u / w - 9, v / w - 4, u / w + 9, v / w + 4])[None, None]
     placed = solids.in_camera(found, box, jnp.asarray(CAMERA)[None], WIDTH, coding)
     np.testing.assert_allclose(placed.locations[0, 0], where, rtol=1e-4)
+
+
+def test_a_heading_has_no_ends(x64):
+    """From any output the smallest loss is reached the shorter way; a bounded one can be stuck."""
+    logits = jnp.zeros((1, 1, 1204)).at[..., -1].set(12.0)  # some turns on; bounded: at pi
+    left = {}
+    for turn in ("free", "bounded"):
+        coding = Coding(place="predicted", turn=turn)
+
+        def loss(x, coding=coding):
+            return numerators(x, coding=coding, yaw=-1.2)[0]["heading"]
+
+        step = jax.jit(lambda x, loss=loss: x - 0.5 * jax.grad(loss)(x))
+        x = logits
+        for _ in range(200):
+            x = step(x)
+        left[turn] = float(loss(x))
+    assert left["free"] < 1e-6 and left["bounded"] > 0.1
 
 
 def test_a_heading_is_what_is_seen():
@@ -212,7 +231,7 @@ def test_the_published_rule_weighs_location_by_the_microbatches(x64):
     Eight images as one microbatch, and as eight: the axis terms' share of the total.
     """
     original = {"compat": True, "nbs": 8, "loss.location": 200.0, "loss.metres": 0.02}
-    original |= {f"box3d.{k}": getattr(ORIGINAL, k) for k in ("temperature", "largest", "heading")}
+    original |= {f"box3d.{k}": getattr(ORIGINAL, k) for k in ("temperature", "largest", "turn")}
     shares = {}
     for changes in (original, {"nbs": 8}):
         for microbatch in (8, 1):
@@ -297,7 +316,7 @@ def test_weights_go_out_and_come_in_with_the_originals_coding(trained, tmp_path)
     report, meta = convert.convert(file, out, "tiny-3d-t")
     assert report.complete
     assert meta["config"]["box3d"] == {
-        k: getattr(ORIGINAL, k) for k in ("temperature", "largest", "heading", "focal", "place")
+        field.name: getattr(ORIGINAL, field.name) for field in dataclasses.fields(ORIGINAL)
     }
     ours, theirs = inference.load(trained), inference.load(out)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
@@ -340,3 +359,26 @@ def test_the_exported_program_takes_cameras(trained, tmp_path):
     expected = model.task.predict(model.params, model.stats, image, camera)
     for a, b in zip(found, jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "count"),
+    [
+        ("n", 13_522_596),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("s", 22_165_316), ("m", 34_450_500), ("l", 41_286_212), ("x", 77_115_364))
+        ),
+    ],
+)
+def test_parameters_of_the_original(scale, count):
+    """Of all scales with 8 classes; the original counts 16 fixed bins as well."""
+    shapes = weights.shapes(f"yolov12-3d-{scale}", 8)
+    learned = sum(int(np.prod(s)) for k, s in shapes.items() if "running_" not in k)
+    assert learned + 16 == count
+
+
+def test_a_3d_checkpoint_is_told_from_a_2d_one():
+    for name in ("yolov12-3d-n", "yolov12-turbo-n"):
+        state = {k: np.broadcast_to(np.float32(0), s) for k, s in weights.shapes(name, 8).items()}
+        assert weights.guess_model(weights.Weights(state)) == name

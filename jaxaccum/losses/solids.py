@@ -106,7 +106,7 @@ def solid_loss(
     axes = jnp.sum(jnp.where(within, counted * (entropy + metres * distance), 0), axis=(0, 1))
 
     size_error = jnp.sum(jnp.abs(coding.largest * jax.nn.sigmoid(size_logits) - size), axis=-1)
-    turned = (jax.nn.sigmoid(heading_logits) - 0.5) * 2 * jnp.pi
+    turned = solids.turned(heading_logits, coding)
     heading_error = smooth_l1(jnp.sin(turned) - jnp.sin(heading))
     heading_error += smooth_l1(jnp.cos(turned) - jnp.cos(heading))
     known = weight if compat else weight * labelled

@@ -44,6 +44,8 @@ class Coding:
       largest: size in metres of a logit of plus infinity.
       heading: "seen", the angle to the ray from the camera (KITTI's alpha), which is what pixels
         show, or "world", the rotation about y.
+      turn: "free", the output is the heading in radians, however many turns; or "bounded", between
+        -pi and pi, whose ends do not meet and where an output that has run into one hardly learns.
       focal: focal length over the width of the input for which depths are meant. Seen through a
         longer lens, an object looks nearer by the ratio; so depth is predicted as if every lens
         were this one. 0: metres whatever the lens.
@@ -54,11 +56,12 @@ class Coding:
     temperature: float = 1.0
     largest: float = 20.0
     heading: Literal["seen", "world"] = "seen"
+    turn: Literal["free", "bounded"] = "free"
     focal: float = 0.58
     place: Literal["predicted", "projected"] = "projected"
 
 
-ORIGINAL = Coding(0.5, 10.0, "world", 0.0, "predicted")
+ORIGINAL = Coding(0.5, 10.0, "world", "bounded", 0.0, "predicted")
 
 
 def split(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -81,8 +84,15 @@ def decode(logits: jax.Array, coding: Coding = ORIGINAL) -> Solids:
     return Solids(
         expectation(bins, coding.temperature),
         coding.largest * jax.nn.sigmoid(sizes),
-        (jax.nn.sigmoid(heading) - 0.5) * 2 * jnp.pi,
+        turned(heading, coding),
     )
+
+
+def turned(output: jax.Array, coding: Coding) -> jax.Array:
+    """The heading in radians that an output stands for."""
+    if coding.turn == "free":
+        return wrapped(output)
+    return (jax.nn.sigmoid(output) - 0.5) * 2 * jnp.pi
 
 
 def lens(camera: jax.Array, width: int, coding: Coding) -> jax.Array:
