@@ -31,6 +31,15 @@ def test_losses(shared, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov12-turbo-n", "yolov12-3d-n"])
+def test_models_of_3d(shared, name):
+    """Boxes in space, and their published loss, too."""
+    result = parity.check_model(shared / "parity" / "detection3d" / f"{name}.npz", jnp.float32)
+    assert result.passed, str(result)
+    assert ("eval_decoded_heading" in result.errors) == (name == "yolov12-3d-n")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "yolov8-m", "yolov8-p2-m"])
 def test_models(shared, name):
     result = parity.check_model(shared / "parity" / "detection" / f"{name}.npz", jnp.float32)
