@@ -79,12 +79,18 @@ def identities(config: ml_collections.ConfigDict) -> dict[str, str]:
     """What identifies the files of weights that a run needs, wherever they lie."""
     found = {"init": identify(config.init_from)}
     if configs.has(config, "text.point_weights"):
-        found["point_weights"] = identify(config.text.point_weights)
+        found["point_weights"] = identify(config.text.point_weights, "text.point_weights")
     return found
 
 
-def identify(path: str | Path) -> str:
-    """What identifies the weights that a run starts from, wherever they lie; "" for none."""
+def identify(path: str | Path, field: str = "init_from") -> str:
+    """What identifies the weights that a run needs, wherever they lie; "" for none.
+
+    Args:
+      path: of a file or a workdir. field: of the config that names it.
+    Raises:
+      WeightsError: there is neither.
+    """
     if not str(path):
         return ""
     path = Path(path)
@@ -92,7 +98,7 @@ def identify(path: str | Path) -> str:
         with Checkpoints(path) as checkpoints:
             return f"{checkpoints.meta(best=True)['fingerprint']} of update {checkpoints.best}"
     if not path.is_file():
-        raise WeightsError(f"{path} is neither a file of weights nor a workdir")
+        raise WeightsError(f"{field}: {path} is neither a file nor a workdir")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
