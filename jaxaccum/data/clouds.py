@@ -5,8 +5,7 @@ A sample is a partial cloud and the complete cloud of the same shape, in one fra
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from jaxaccum.data.base import Findings
 from jaxaccum.data.captions import Texts
 from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_ops import NUM_INPUT, mirror_factors
-from jaxaccum.data.stream import Batch, Place, SampleStream, ahead
+from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
 
 
 @dataclass
@@ -173,18 +172,10 @@ def _evaluated(
             texts.write(arrays, row, index)
         return 0
 
-    def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
-        for first in range(0, len(source), batch):
-            arrays = _empty(batch, source.points, texts)
-            arrays["index"][:] = -1
-            indices = range(first, min(first + batch, len(source)))
-            yield (
-                arrays,
-                [functools.partial(fill, arrays, row, index) for row, index in enumerate(indices)],
-            )
+    def empty() -> Batch:
+        return _empty(batch, source.points, texts)
 
-    for arrays, _ in ahead(jobs(), prefetch):
-        yield arrays
+    return in_order(len(source), batch, empty, fill, prefetch)
 
 
 def _check(source: CloudSource, texts: Texts | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import cv2
@@ -13,7 +13,7 @@ import numpy as np
 from jaxaccum.data.augment import Augment, Sample, augmented, letterbox, resize_long
 from jaxaccum.data.base import DataError, Image, Source
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.stream import Batch, Place, SampleStream, ahead
+from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
 
 _GIB = 1 << 30
 
@@ -161,21 +161,14 @@ def _evaluated(source: Source, size: int, batch: int, rows: int, prefetch: int) 
         arrays["size"][row] = image.shape[:2]
         return _write(arrays, row, Sample(square, boxes, objects.classes))
 
-    def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
-        for first in range(0, len(source), batch):
-            arrays = _empty(batch, size, rows)
-            arrays["index"][:] = -1
-            arrays["ratio"] = np.ones((batch, 2), np.float32)
-            arrays["pad"] = np.zeros((batch, 2), np.float32)
-            arrays["size"] = np.full((batch, 2), size, np.float32)
-            indices = range(first, min(first + batch, len(source)))
-            yield (
-                arrays,
-                [functools.partial(fill, arrays, row, index) for row, index in enumerate(indices)],
-            )
+    def empty() -> Batch:
+        arrays = _empty(batch, size, rows)
+        arrays["ratio"] = np.ones((batch, 2), np.float32)
+        arrays["pad"] = np.zeros((batch, 2), np.float32)
+        arrays["size"] = np.full((batch, 2), size, np.float32)
+        return arrays
 
-    for arrays, _ in ahead(jobs(), prefetch):
-        yield arrays
+    return in_order(len(source), batch, empty, fill, prefetch)
 
 
 class _ResizedImages(ByteCache[tuple[Image, tuple[int, int]]]):

@@ -231,6 +231,32 @@ class SampleStream(abc.ABC):
             self.truncated += truncated
 
 
+def in_order(
+    length: int,
+    batch: int,
+    empty: Callable[[], Batch],
+    fill: Callable[[Batch, int, int], int],
+    prefetch: int,
+) -> Iterator[Batch]:
+    """A data set of `length` once, in order, in batches; samples of the last that are not filled
+    keep the index -1.
+
+    Args:
+      empty: makes the arrays of a batch, all of weight 0.
+      fill: writes into a batch, at a row, the sample of an index.
+    """
+
+    def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
+        for first in range(0, length, batch):
+            arrays = empty()
+            arrays["index"][:] = -1
+            indices = range(first, min(first + batch, length))
+            yield arrays, [functools.partial(fill, arrays, i, n) for i, n in enumerate(indices)]
+
+    for arrays, _ in ahead(jobs(), prefetch):
+        yield arrays
+
+
 def ahead(
     jobs: Iterable[tuple[Batch, Sequence[Callable[[], int]]]], prefetch: int
 ) -> Iterator[tuple[Batch, list[int]]]:

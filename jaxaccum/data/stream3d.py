@@ -8,7 +8,7 @@ project, by the sample's camera, to where they show in the sample's image.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from jaxaccum.data.base import Image
 from jaxaccum.data.cache import ByteCache
 from jaxaccum.data.kitti import Objects3D, Source3D
 from jaxaccum.data.loader import room
-from jaxaccum.data.stream import Batch, Place, SampleStream, ahead
+from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
 
 Matrix = NDArray[np.float64]
 Size = tuple[int, int]
@@ -304,21 +304,14 @@ def _evaluated(
         camera = letterboxed_camera(source.camera(index), ratio, pad)
         return _write(arrays, row, Sample3D(canvas, placed, camera))
 
-    def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
-        for first in range(0, len(source), batch):
-            arrays = _empty(batch, size, rows)
-            arrays["index"][:] = -1
-            arrays["ratio"] = np.ones((batch, 2), np.float32)
-            arrays["pad"] = np.zeros((batch, 2), np.float32)
-            arrays["size"] = np.tile(np.array(size, np.float32), (batch, 1))
-            indices = range(first, min(first + batch, len(source)))
-            yield (
-                arrays,
-                [functools.partial(fill, arrays, row, index) for row, index in enumerate(indices)],
-            )
+    def empty() -> Batch:
+        arrays = _empty(batch, size, rows)
+        arrays["ratio"] = np.ones((batch, 2), np.float32)
+        arrays["pad"] = np.zeros((batch, 2), np.float32)
+        arrays["size"] = np.tile(np.array(size, np.float32), (batch, 1))
+        return arrays
 
-    for arrays, _ in ahead(jobs(), prefetch):
-        yield arrays
+    return in_order(len(source), batch, empty, fill, prefetch)
 
 
 class _FittedImages(ByteCache[tuple[Image, Size]]):

@@ -128,11 +128,6 @@ class Task(Protocol):
         """The samples of a run of that many; without the strongest augmentation if `plain`."""
         ...
 
-    @classmethod
-    def default_config(cls, model: str) -> ml_collections.ConfigDict:
-        """The config that weights from elsewhere are put beside."""
-        ...
-
     def facts(self, source: Any) -> dict[str, Any]:
         """What of the training data a user of the weights must know; kept in checkpoints."""
         ...

@@ -209,14 +209,6 @@ class Detection3DTask:
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
         )  # fmt: skip
 
-    @classmethod
-    def default_config(cls, model: str) -> ml_collections.ConfigDict:
-        """The config that the original's weights are put beside: its coding and its loss."""
-        config = configs.detection3d()
-        config.model = model
-        configs.as_original(config)
-        return config
-
     def facts(self, source: data.Source3D) -> dict[str, Any]:
         """Nothing: the config and the class names say all."""
         del source
