@@ -191,6 +191,41 @@ if __name__ == "__main__":
     assert done.stdout.strip().endswith("same"), done.stderr
 
 
+@needs_grain
+def test_worker_processes_give_the_same_boxes_in_space_and_captions():
+    """As above, of the streams of 3D detection and of clouds with captions."""
+    program = """
+import numpy as np
+from jaxaccum.data import Augment3D, CloudStream, Shapes, TrainStream3D
+from jaxaccum.data.captions import Texts
+from jaxaccum.data.cloud_sources import CroppedClouds
+from jaxaccum.data.streets import StreetsSource
+from jaxaccum.models.text import encoder
+
+def streams():
+    yield TrainStream3D(StreetsSource("train", count=5, size=(64, 96)), size=(32, 64),
+                        max_objects=3, augment=Augment3D(), seed=1)
+    clouds = CroppedClouds(Shapes("train", length=5), False, "median", 1, 2**28)
+    texts = Texts.of(clouds, None, encoder("hashed-32"), None)
+    yield CloudStream(clouds, seed=1, mirror=True, texts=texts)
+
+def rows(stream, workers):
+    batches = list(stream.windows(3, [4, 3], workers=workers))
+    return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+
+if __name__ == "__main__":
+    for one, other in zip(streams(), streams()):
+        here, there = rows(one, 0), rows(other, 2)
+        assert all(np.array_equal(here[k], there[k]) for k in here), type(one)
+        assert {"camera", "yaw"} <= set(here) or {"text", "caption"} <= set(here)
+    print("same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.stdout.strip().endswith("same"), done.stderr
+
+
 def test_closing_mosaic_is_a_position_in_the_run():
     source = Memory(length=4)
     closed = stream(source, close_mosaic_at=6)
