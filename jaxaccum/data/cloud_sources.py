@@ -1,4 +1,5 @@
-"""Opens a data set of clouds by its path: embedded shapes, PCN, ShapeNet-55/34, Projected, KITTI.
+"""Opens a data set of clouds by its path: embedded shapes, PCN, ShapeNet-55/34, Projected, KITTI,
+or a packed set of them.
 
 The layouts are those of PoinTr's data sets (Yu et al. 2021, arXiv:2108.08839; 2023,
 arXiv:2301.04545), of which the first is PCN's (Yuan et al. 2018, arXiv:1808.00671).
@@ -32,6 +33,7 @@ from jaxaccum.data.cloud_ops import (
     unit_pose,
 )
 from jaxaccum.data.clouds import CloudReport, CloudSource
+from jaxaccum.data.packed import PREFIX, PackedClouds, open_set
 from jaxaccum.data.shapes import Shapes
 
 SPLITS = ("train", "val", "test", "unseen")
@@ -71,7 +73,7 @@ def open_clouds(
       path: "" for the embedded shapes; a folder that holds PCN.json; a folder that holds
         shapenet_pc, with the benchmark after a colon (`DATA:ShapeNet-34`,
         `DATA:Projected_ShapeNet-55_noise`; `DATA/ShapeNet-34` is the same); a folder that holds
-        KITTI's cars and bboxes.
+        KITTI's cars and bboxes; `packed:DIR` for what `python -m jaxaccum.pack` wrote.
       split: "train"; "val"; "test", which differs from "val" in PCN alone; "unseen": categories
         that training does not see (ShapeNet-34 and the embedded shapes).
       mode: how much of a complete cloud evaluation crops away: "easy" a quarter, "median" half,
@@ -79,7 +81,7 @@ def open_clouds(
         theirs.
       viewpoints: for the same sets, from how many of the 8 fixed directions evaluation crops each
         shape, 1 to 8; fewer than 8 differ from shape to shape. None for 8, as the benchmark has
-        it, and for 1 of embedded shapes.
+        it, and for 1 of embedded shapes, packed or not.
       cache_bytes: most bytes of decoded clouds to keep in memory; each worker process keeps its
         own share.
 
@@ -95,6 +97,12 @@ def open_clouds(
     if not path:
         shapes = Shapes(split)
         return CroppedClouds(shapes, split != "train", mode, viewpoints or 1, cache_bytes)
+    if path.startswith(PREFIX):
+        packed = PackedClouds(open_set(path, "completion"), split)
+        if packed.paired:
+            return PairedClouds(packed, cache_bytes)
+        views = viewpoints or packed.viewpoints
+        return CroppedClouds(packed, split != "train", mode, views, cache_bytes)
     root, benchmark = _divided(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder. Check the path.", file=path)
@@ -117,12 +125,14 @@ def has_unseen(path: str) -> bool:
     """Whether the benchmark of that path, as in `open_clouds`, has categories to hold back."""
     if not path:
         return True
+    if path.startswith(PREFIX):
+        return "unseen" in open_set(path, "completion").splits
     root, benchmark = _divided(path)
     return _plain(benchmark or root.name).endswith("-34")
 
 
-class Complete(Protocol):
-    """Complete clouds of one split in a common frame: what `CroppedClouds` crops."""
+class Listed(Protocol):
+    """Complete clouds of one split, by index."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -147,7 +157,27 @@ class Complete(Protocol):
         ...
 
     def complete(self, index: int) -> Points:
-        """(points, 3), the mean at the origin, the farthest point at distance 1."""
+        """(points, 3) float32."""
+        ...
+
+
+class Complete(Listed, Protocol):
+    """What `CroppedClouds` crops: the mean of every cloud is the origin, its largest radius 1."""
+
+    def caption(self, index: int) -> str | None:
+        """What the data set itself says of shape `index`; None if it says nothing."""
+        ...
+
+
+class Paired(Listed, Protocol):
+    """What `PairedClouds` chooses from: every shape has partial clouds, too."""
+
+    def views(self, index: int) -> int:
+        """Partial clouds of shape `index`, at least 1."""
+        ...
+
+    def partial(self, index: int, view: int) -> Points:
+        """(n, 3) float32, partial cloud `view` of shape `index`."""
         ...
 
 
@@ -156,6 +186,9 @@ class CroppedClouds:
 
     Training crops from a random direction. Evaluation crops each shape from some of the fixed
     directions, one sample each, shape by shape.
+
+    Attributes:
+      shapes: the complete clouds.
     """
 
     normalised = True
@@ -170,7 +203,7 @@ class CroppedClouds:
           evaluation: whether each shape counts once for each viewpoint, or once.
           mode, viewpoints, cache_bytes: as in `open_clouds`.
         """
-        self._shapes, self._mode = shapes, mode
+        self.shapes, self._mode = shapes, mode
         self._views = viewpoints if evaluation else 1
         self._cache = ByteCache[tuple[Points]](cache_bytes)
         self.names, self.points, self.report = shapes.names, shapes.points, shapes.report
@@ -181,15 +214,15 @@ class CroppedClouds:
             self.identity = hashlib.sha256(described.encode()).hexdigest()[:12]
 
     def __len__(self) -> int:
-        return len(self._shapes) * self._views
+        return len(self.shapes) * self._views
 
     def category(self, index: int) -> int:
         """The category of sample `index`."""
-        return self._shapes.category(index // self._views)
+        return self.shapes.category(index // self._views)
 
     def name(self, index: int) -> str:
         """The shape's name; of evaluation also the direction, 0 to 7."""
-        name = self._shapes.name(index // self._views)
+        name = self.shapes.name(index // self._views)
         return name if self._views == 1 else f"{name}/{self._corner(index)}"
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Points, Points]:
@@ -207,19 +240,18 @@ class CroppedClouds:
 
     def shape(self, index: int) -> str:
         """The shape's name, the same from all directions."""
-        return self._shapes.name(index // self._views)
+        return self.shapes.name(index // self._views)
 
     def description(self, index: int) -> str | None:
         """What the data set itself says of the shape: a caption for embedded shapes, else None."""
-        shapes = self._shapes
-        return shapes.caption(index // self._views) if isinstance(shapes, Shapes) else None
+        return self.shapes.caption(index // self._views)
 
     def _corner(self, index: int) -> int:
         shape, view = divmod(index, self._views)
         return view if self._views == len(CORNERS) else (shape + view) % len(CORNERS)
 
     def _complete(self, shape: int) -> tuple[Points]:
-        return (self._shapes.complete(shape),)
+        return (self.shapes.complete(shape),)
 
 
 class Model(NamedTuple):
@@ -319,39 +351,72 @@ class _ShapeNetModels(_Models):
         points = self._read_complete(index)
         return unit_pose(points).apply(points)
 
+    def caption(self, index: int) -> str | None:
+        """None: ShapeNet says nothing."""
+        del index
+        return None
 
-class PairedClouds(_Models):
-    """Partial and complete clouds on disk. Implements `CloudSource`.
+
+class _PairedModels(_Models):
+    """Partial and complete clouds on disk. Implements `Paired`."""
+
+    def complete(self, index: int) -> Points:
+        """The complete (P, 3) cloud of shape `index`."""
+        return self._read_complete(index)
+
+    def views(self, index: int) -> int:
+        """Partial clouds of shape `index`."""
+        return len(self._models[index].views)
+
+    def partial(self, index: int, view: int) -> Points:
+        """(n, 3), partial cloud `view` of shape `index`."""
+        model = self._models[index]
+        assert model.partials is not None
+        return read_cloud(model.partials / model.views[view])
+
+
+class PairedClouds:
+    """Partial and complete clouds. Implements `CloudSource`.
 
     Training takes a partial cloud of any viewpoint and any of its points, evaluation a fixed
     choice of those of viewpoint 0.
+
+    Attributes:
+      shapes: the clouds.
     """
 
     normalised = False
 
-    def __init__(
-        self, kind: str, where: str, models: Sequence[Model], names: dict[str, str],
-        report: CloudReport, cache_bytes: int,
-    ) -> None:  # fmt: skip
-        """As `_Models`; cache_bytes: as in `open_clouds`."""
-        super().__init__(kind, where, models, names, report)
+    def __init__(self, shapes: Paired, cache_bytes: int) -> None:
+        """shapes: the clouds. cache_bytes: as in `open_clouds`."""
+        self.shapes = shapes
         self._cache = ByteCache[tuple[Points]](cache_bytes)
+        self.names, self.points, self.report = shapes.names, shapes.points, shapes.report
+        self.identity = shapes.identity
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def category(self, index: int) -> int:
+        """The category of shape `index`."""
+        return self.shapes.category(index)
+
+    def name(self, index: int) -> str:
+        """CATEGORY/NAME, of the data set."""
+        return self.shapes.name(index)
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Points, Points]:
         """The partial (2048, 3), filled up with zeros, and the complete (P, 3) cloud."""
-        model = self._models[index]
         if rng is None:
             view, rng = 0, np.random.Generator(np.random.PCG64(index))
         else:
-            view = int(rng.integers(len(model.views)))
-        assert model.partials is not None
-        file = model.partials / model.views[view]
-        (partial,) = self._cache.get((index, view), lambda: (read_cloud(file),))
+            view = int(rng.integers(self.shapes.views(index)))
+        (partial,) = self._cache.get((index, view), lambda: (self.shapes.partial(index, view),))
         return subsampled(partial, rng), self.complete(index)
 
     def complete(self, index: int) -> Points:
         """The complete (P, 3) cloud of shape `index`."""
-        (complete,) = self._cache.get(index, lambda: (self._read_complete(index),))
+        (complete,) = self._cache.get(index, lambda: (self.shapes.complete(index),))
         return complete
 
 
@@ -487,7 +552,7 @@ def _open_pcn(root: Path, split: str, cache_bytes: int) -> PairedClouds:
                 models.append(Model(synset, name, complete, partials, views))
             else:
                 report.skip("listed shape without a partial cloud", str(partials))
-    return PairedClouds("pcn", where, models, names, report, cache_bytes)
+    return PairedClouds(_PairedModels("pcn", where, models, names, report), cache_bytes)
 
 
 def _open_shapenet(
@@ -526,7 +591,8 @@ def _open_shapenet(
             report.skip("listed shape without a partial cloud", str(partials))
     names = _synset_names(root)
     if projected:
-        return PairedClouds("projected", where, models, names, report, cache_bytes)
+        paired = _PairedModels("projected", where, models, names, report)
+        return PairedClouds(paired, cache_bytes)
     shapes = _ShapeNetModels("shapenet", where, models, names, report)
     return CroppedClouds(shapes, split != "train", mode, viewpoints, cache_bytes)
 

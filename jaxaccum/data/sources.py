@@ -1,4 +1,4 @@
-"""Opens a data set by its path: embedded scenes, YOLO, COCO or TensorFlow Datasets."""
+"""Opens a data set by its path: embedded scenes, YOLO, COCO, TensorFlow Datasets or packed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jaxaccum.data.base import DataError, Objects, Report, Source
 from jaxaccum.data.coco import open_coco
+from jaxaccum.data.packed import PREFIX, open_packed
 from jaxaccum.data.scenes import Scenes
 from jaxaccum.data.tfds import open_tfds
 from jaxaccum.data.yolo import open_yolo
@@ -27,7 +28,8 @@ def open_source(
 
     Args:
       path: "" for the embedded scenes; `*.yaml` or `*.yml` for a YOLO data.yaml; `*.json` for the
-        train json of a COCO data set; `tfds:NAME[:TRAIN_SPLIT[:VAL_SPLIT]]` for TFDS.
+        train json of a COCO data set; `tfds:NAME[:TRAIN_SPLIT[:VAL_SPLIT]]` for TFDS;
+        `packed:DIR` for what `python -m jaxaccum.pack` wrote.
       split: "train" or "val".
       val_path: COCO only: the val json; "" takes the train json's name with train replaced by val.
       images: COCO only: the folder of images; "" guesses it.
@@ -43,7 +45,7 @@ def open_source(
         raise DataError(f"split is {split!r}, expected 'train' or 'val'.")
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
-    coco = path.endswith(".json")
+    coco = path.endswith(".json") and not path.startswith(PREFIX)
     if not coco and (val_path or images):
         given = f"val_path={val_path!r}" if val_path else f"images={images!r}"
         raise DataError(
@@ -53,6 +55,8 @@ def open_source(
     source: Source
     if not path:
         source = Scenes(split, seed=seed)
+    elif path.startswith(PREFIX):
+        source = open_packed(path, split)
     elif path.startswith("tfds:"):
         source = open_tfds(path, split)
     elif path.endswith((".yaml", ".yml")):
@@ -64,7 +68,7 @@ def open_source(
     else:
         raise DataError(
             f"{path!r}: no known data set. Expected a YOLO data.yaml (*.yaml), a COCO json "
-            f"(*.json), tfds:NAME, or '' for the embedded scenes."
+            f"(*.json), tfds:NAME, packed:DIR, or '' for the embedded scenes."
         )
     if names is not None and tuple(names) != source.names:
         raise DataError(

@@ -1,0 +1,49 @@
+"""How far plans are from what devices of a kind really use, measured once and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from jaxaccum.plan.targets import Target
+
+# Without a calibration: convolution libraries and allocators take what no plan shows.
+UNCALIBRATED = 0.1
+
+
+def folder() -> Path:
+    """The user's cache folder of this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxaccum"
+
+
+def of(target: Target) -> tuple[float, float]:
+    """(used over planned memory, share of the memory to leave free) of a target."""
+    found = known().get(target.kind) if target.at_hand else None
+    if found is None:
+        return 1.0, UNCALIBRATED
+    return found["factor"], found["margin"]
+
+
+def known() -> dict[str, dict]:
+    """Device kind -> calibration."""
+    file = folder() / "calibration.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def keep(kind: str, pairs: list[tuple[int, int]]) -> dict:
+    """Stores what (planned, used) pairs of bytes say of a kind of device.
+
+    The factor is the median of their ratios, not below 1; the margin covers the worst of them and
+    two percent more.
+    """
+    ratios = sorted(used / planned for planned, used in pairs)
+    factor = max(ratios[len(ratios) // 2], 1.0)
+    entry = {
+        "factor": factor,
+        "margin": round(max(ratios[-1] / factor - 1, 0.0) + 0.02, 4),
+        "pairs": [list(p) for p in pairs],
+    }
+    folder().mkdir(parents=True, exist_ok=True)
+    (folder() / "calibration.json").write_text(json.dumps(known() | {kind: entry}, indent=1))
+    return entry

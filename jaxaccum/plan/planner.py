@@ -1,0 +1,519 @@
+"""Plans: the compiler's account of an update's memory and work on candidate geometries.
+
+Nothing runs: the real update is compiled from shapes. For a fixed engine and rematerialisation
+its temporary memory is close to affine in the microbatch, and the arguments (state and effective
+batch) are known from their shapes, so a few compilations give the whole table; the geometry that
+is chosen has been compiled itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import ml_collections
+import numpy as np
+
+from jaxaccum import config as configs
+from jaxaccum import run
+from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
+from jaxaccum.accumulate.recipe import Engine
+from jaxaccum.plan import calibration
+from jaxaccum.plan.targets import GIB, PlanError, Target
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Memory and work of an update on one geometry, for one device.
+
+    Attributes:
+      microbatch, steps, devices, engine, remat: the geometry.
+      state: bytes of parameters, statistics, optimizer, average and, with multisteps, accumulators.
+      batch: bytes of samples on the device.
+      temp: bytes that the program uses while it runs.
+      outputs: bytes of results that do not take the place of an argument.
+      flops: floating-point operations of the update.
+      seconds: a lower bound of its time, from operations and traffic of memory.
+      compiled: whether it is the compiler's word; else it lies on the line through two that are.
+    """
+
+    microbatch: int
+    steps: int
+    devices: int
+    engine: Engine
+    remat: bool
+    state: int
+    batch: int
+    temp: int
+    outputs: int
+    flops: float
+    seconds: float
+    compiled: bool
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device that the update takes: arguments + outputs - aliased + temp."""
+        return self.state + self.batch + self.temp + self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was planned.
+
+    Attributes:
+      rows: the table, by engine, rematerialisation and microbatch.
+      chosen: the geometry to use; None if nothing fits.
+      why: of the choice, in words; or what would fit.
+      evaluation: bytes of an evaluation at the config's batch, the state beside it; 0 if not
+        planned.
+      budget: bytes that may be planned for, the margin taken off.
+    """
+
+    rows: list[Measure]
+    chosen: Measure | None
+    why: str
+    evaluation: int
+    budget: int
+
+
+class Planner:
+    """Plans of one config on one target.
+
+    Args:
+      config: as made by a file in configs/; its microbatch, engine and remat are not looked at.
+      names: classes or categories. samples: of an epoch.
+      target: what to plan for. devices: how many of them share an update.
+      whole: the effective batch of every row is one microbatch per device, as in other tools that
+        look for the largest batch; else it is the config's.
+      cache: folder of what was compiled before; None to keep nothing.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        names: Sequence[str],
+        samples: int,
+        target: Target,
+        devices: int = 1,
+        whole: bool = False,
+        cache: Path | None = None,
+    ):
+        if configs.is_compat(config):
+            raise PlanError(
+                "with compat the microbatch is part of the recipe: there is nothing to choose. "
+                "Plan without compat, the memory is the same"
+            )
+        self.config, self.names, self.samples = config.copy_and_resolve_references(), names, samples
+        self.target, self.number, self.whole, self.cache = target, devices, whole, cache
+        self._devices = target.devices(devices)
+        self._known: dict[tuple[str, bool, int], Measure] = {}
+        self._counts: dict[tuple[str, bool, int], tuple[float, float]] = {}
+        self.compilations = 0  # that were not in the cache
+
+    @property
+    def unit(self) -> int:
+        """The smallest microbatch; all others are multiples of it."""
+        group = self.config.bn_group
+        if group == "all":
+            return 1 if self.whole else self.config.nbs
+        return 1 if group == "frozen" else min(group, self.config.nbs)
+
+    @property
+    def top(self) -> int:
+        """The largest microbatch that makes sense: the whole effective batch."""
+        if self.whole:
+            return 4096 * self.unit
+        share = -(-self.config.nbs // self.number)
+        return -(-share // self.unit) * self.unit
+
+    def prepared(self, microbatch: int, engine: Engine, remat: bool) -> run.Run:
+        """The run on a geometry."""
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked(), config.ignore_type():
+            config.microbatch, config.engine, config.remat = microbatch, engine, remat
+            config.devices = self.number
+            if self.whole:
+                config.nbs = microbatch * self.number
+        return run.prepare(config, names=self.names, samples=self.samples, identity={})
+
+    def compiled(self, microbatch: int, engine: Engine = "scan", remat: bool = False) -> Measure:
+        """The compiler's account of a geometry.
+
+        Raises:
+          GeometryError: it cannot compute the recipe.
+        """
+        key = (engine, remat, microbatch)
+        if key in self._known:
+            return self._known[key]
+        this = self.prepared(microbatch, engine, remat)
+        made = make_engine(this.task.forward, this.rule, this.window, self._devices)
+        state = _state_of(this)
+        batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
+        programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
+        held = _bytes(state) + self._accumulators(this, state)
+        one = _bytes(this.task.example(microbatch))
+        worst = max(programs, key=lambda p: p["temp"] + p["outputs"] - p["aliased"])
+        loop, close = programs[-2 if engine == "multisteps" else -1], programs[-1]
+        self._counts[key] = (
+            microbatch * self._operations(remat),
+            max(loop["bytes"] - (2 * _bytes(state) if loop is close else 0), 0.0),
+        )
+        measure = Measure(
+            microbatch, this.window.steps, self.number, engine, remat,
+            state=held,
+            batch=one * (this.window.steps if engine == "scan" else 1),
+            temp=worst["temp"],
+            outputs=max(worst["outputs"] - worst["aliased"], 0),
+            flops=this.window.steps * self._counts[key][0],
+            seconds=self._seconds(this.window.steps, *self._counts[key], _bytes(state)),
+            compiled=True,
+        )  # fmt: skip
+        # What the compiler pads arguments to (a TPU's tiles) counts as held.
+        padded = max(p["arguments"] for p in programs) - measure.state - measure.batch
+        measure = dataclasses.replace(measure, state=measure.state + max(padded, 0))
+        self._known[key] = measure
+        return measure
+
+    def predicted(self, microbatch: int, engine: Engine = "scan", remat: bool = False) -> Measure:
+        """A geometry on the line through the two compiled ones nearest to it."""
+        key = (engine, remat, microbatch)
+        if key in self._known:
+            return self._known[key]
+        near = sorted(
+            (m for e, r, m in self._known if (e, r) == (engine, remat)),
+            key=lambda m: abs(math.log(m / microbatch)),
+        )[:2]
+        if len(near) < 2:
+            return self.compiled(microbatch, engine, remat)
+        a, b = (self._known[engine, remat, m] for m in sorted(near))
+        share = (microbatch - a.microbatch) / (b.microbatch - a.microbatch)
+
+        def line(x, y):
+            return x + share * (y - x)
+
+        nbs = microbatch * self.number if self.whole else self.config.nbs
+        window = Window(
+            Recipe(nbs, self.config.bn_group), Geometry(microbatch, self.number, engine)
+        )
+        first, last = (self._counts[engine, remat, m.microbatch] for m in (a, b))
+        counts = tuple(max(line(x, y), 0.0) for x, y in zip(first, last, strict=True))
+        per_sample = a.batch / a.microbatch / (a.steps if engine == "scan" else 1)
+        return Measure(
+            microbatch, window.steps, self.number, engine, remat,
+            state=a.state,
+            batch=round(per_sample * microbatch * (window.steps if engine == "scan" else 1)),
+            temp=max(round(line(a.temp, b.temp)), 0),
+            outputs=a.outputs,
+            flops=window.steps * counts[0],
+            seconds=self._seconds(window.steps, counts[0], counts[1], a.state),
+            compiled=False,
+        )  # fmt: skip
+
+    def evaluation(self) -> int:
+        """Bytes of an evaluation at `eval.batch`, with the training state beside it."""
+        this = self.prepared(self.unit, "scan", False)
+        function, batch = this.task.evaluation(self.config.eval.batch)
+        state = _state_of(this)
+        place = jax.sharding.SingleDeviceSharding(self._devices[0])
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+            (state.params, state.stats, *batch),
+        )
+        found = self._account(jax.jit(function).lower(*arguments))
+        return _bytes(state) + _bytes(batch) + found["temp"] + found["outputs"]
+
+    @functools.cache  # noqa: B019 (a planner lives as long as its plan)
+    def _operations(self, remat: bool) -> float:
+        """Floating-point operations of forward and backward pass per sample.
+
+        Counted before compilation: what libraries compute is opaque in the compiled program.
+        """
+        this, cpu = self.prepared(self.unit, "scan", remat), jax.devices("cpu")[0]
+        objective = dataclasses.replace(this.rule.objective, coupled=())
+        state = _state_of(this)
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(cpu)
+            ),
+            (state.params, state.stats, this.task.example(self.unit)),
+        )
+        passes = [lambda *a: objective.sums(this.task.forward, *a)]
+        if this.rule.objective.coupled:
+            passes.append(lambda *a: objective.features(this.task.forward, *a))
+        costs = [jax.jit(f).lower(*arguments).cost_analysis() or {} for f in passes]
+        return sum(float(cost.get("flops", 0.0)) for cost in costs) / self.unit
+
+    def _samples_of(self, geometry: Geometry, steps: int) -> int:
+        return steps * geometry.microbatch * geometry.devices
+
+    def _accumulators(self, this: run.Run, state: PyTree) -> int:
+        """Bytes of what multisteps keeps between microbatches; scan's are temporary."""
+        if this.window.geometry.engine == "scan":
+            return 0
+        objective = this.rule.objective
+        trees = 1 if objective.coupled else len(objective.floors)
+        return trees * _bytes(state.params)
+
+    def _seconds(self, steps: int, flops: float, traffic: float, state: float) -> float:
+        """Roofline: microbatches one after the other, then the optimizer over the state."""
+        rate, bandwidth = self.target.rates[self.config.dtype], self.target.bandwidth
+        return steps * max(flops / rate, traffic / bandwidth) + 2 * state / bandwidth
+
+    def _account(self, lowered: jax.stages.Lowered) -> dict[str, int]:
+        """What the compiler says of a program; from the cache if it has compiled the same."""
+        text = lowered.as_text()
+        key = hashlib.sha256(
+            "\n".join(
+                [text, repr(self.target.description), repr(self.target.topology),
+                 self._devices[0].device_kind, jax.__version__, jaxlib.__version__]
+            ).encode()
+        ).hexdigest()[:32]  # fmt: skip
+        file = None if self.cache is None else self.cache / f"{key}.json"
+        if file is not None and file.exists():
+            return json.loads(file.read_text())
+        self.compilations += 1
+        try:
+            compiled = lowered.compile(**self._effort())
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed(str(error))
+            if needed is None:
+                raise
+            account = {"temp": needed, "outputs": 0, "aliased": 0, "arguments": 0, "bytes": 0}
+        else:
+            memory: Any = compiled.memory_analysis()
+            cost = compiled.cost_analysis() or {}
+            account = {
+                "temp": memory.temp_size_in_bytes,
+                "outputs": memory.output_size_in_bytes,
+                "aliased": memory.alias_size_in_bytes,
+                "arguments": memory.argument_size_in_bytes,
+                "bytes": round(cost.get("bytes accessed", 0)),
+            }
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(account))
+        return account
+
+    def _effort(self) -> dict[str, Any]:
+        # A TPU's compiler is several times as quick at its lowest effort, its plan a little high.
+        if self.target.topology is None:
+            return {}
+        return {"compiler_options": {"exec_time_optimization_effort": -1.0}}
+
+
+def choose(
+    planner: Planner,
+    memory: int,
+    *,
+    engines: Sequence[Engine] = ("scan",),
+    remats: Sequence[bool] = (False, True),
+    microbatches: Sequence[int] = (),
+    evaluation: bool = True,
+    margin: float | None = None,
+) -> Choice:
+    """The geometry to use, and the table it is chosen from.
+
+    Of all that fit: the one with the least estimated time; within two percent of it the one
+    without rematerialisation and with the largest microbatch.
+
+    Args:
+      memory: bytes of a device.
+      engines, remats: what to try; rematerialisation only where memory is short without it.
+      microbatches: rows to show; a ladder if none are given.
+      evaluation: whether to plan that, too.
+      margin: share of the memory to leave free; by default what the calibration of this kind of
+        device says.
+    """
+    factor, default = calibration.of(planner.target)
+    budget = int(memory * (1 - (default if margin is None else margin)) / factor)
+    unit, top = planner.unit, planner.top
+    rows: list[Measure] = []
+    fitting: list[Measure] = []
+    for engine in engines:
+        for remat in remats:
+            if remat and _covered(fitting, engine, top):
+                continue
+            largest, tried = _largest(planner, engine, remat, budget, unit, top)
+            ladder = [m for m in microbatches if m <= top] or _ladder(unit, largest, top)
+            shown = {m.microbatch: m for m in tried if not microbatches}
+            for m in ladder:
+                shown.setdefault(m, planner.predicted(m, engine, remat))
+            rows += [shown[m] for m in sorted(shown)]
+            fitting += [
+                planner.predicted(m, engine, remat)
+                for m in range(unit, largest + 1, unit)
+                if planner.predicted(m, engine, remat).peak <= budget
+            ]
+    needed = planner.evaluation() if evaluation else 0
+    if not fitting:
+        return Choice(rows, None, _what_would_fit(planner, rows, budget), needed, budget)
+    if planner.whole:
+        best = max(fitting, key=lambda m: (m.microbatch, not m.remat, m.engine == "scan"))
+        why = "the largest microbatch that fits, as an effective batch of its own"
+    else:
+        least = min(m.seconds for m in fitting)
+        close = [m for m in fitting if m.seconds <= 1.02 * least]
+        best = max(close, key=lambda m: (not m.remat, m.engine == "scan", m.microbatch))
+        why = "least estimated time of what fits; the largest microbatch of those within 2 %"
+    best = planner.compiled(best.microbatch, best.engine, best.remat)
+    if best.peak > budget:  # the line said it fits, the compiler does not
+        best = max((m for m in rows if m.compiled and m.peak <= budget), key=lambda m: m.microbatch)
+    rows = [m for m in rows if _key(m) != _key(best)] + [best]
+    rows.sort(key=lambda m: (engines.index(m.engine), m.remat, m.microbatch))
+    if needed > budget:
+        why += (
+            f". Evaluation at eval.batch={planner.config.eval.batch} needs {needed / GIB:.2f} GiB, "
+            "more than there is: lower eval.batch"
+        )
+    return Choice(rows, best, why, needed, budget)
+
+
+def settle(
+    config: ml_collections.ConfigDict, *, names: Sequence[str], samples: int, target: Target
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """A config whose microbatch is "auto" with the planned geometry in it, and lines about it.
+
+    The recipe is kept: effective batch, bn_group and everything else that is learned from.
+
+    Raises:
+      PlanError: nothing fits; says what would.
+    """
+    if jax.process_count() > 1:
+        raise PlanError("microbatch auto plans for one process: give a number to several")
+    group = config.nbs if config.bn_group == "all" else config.bn_group
+    least = 1 if group == "frozen" else min(group, config.nbs)
+    devices = config.devices or min(len(jax.devices()), -(-config.nbs // least))
+    planner = Planner(
+        config, names=names, samples=samples, target=target, devices=devices, cache=cache_folder(),
+    )  # fmt: skip
+    chosen = choose(
+        planner, target.memory, engines=(config.engine,),
+        remats=(True,) if config.remat else (False, True), evaluation=False,
+    )  # fmt: skip
+    best = chosen.chosen
+    if best is None:
+        raise PlanError(chosen.why)
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.microbatch, config.remat, config.devices = best.microbatch, best.remat, devices
+    lines = [
+        f"microbatch auto: {best.microbatch} x {best.steps} steps"
+        f"{', remat' if best.remat else ''}, planned {best.peak / GIB:.2f} GiB of "
+        f"{target.memory / GIB:.2f} GiB a device ({chosen.why}; {planner.compilations} "
+        "compilations)"
+    ]
+    return config, lines
+
+
+def cache_folder() -> Path:
+    """Where accounts of compiled programs are kept."""
+    return calibration.folder() / "plans"
+
+
+def _key(m: Measure) -> tuple[str, bool, int]:
+    return m.engine, m.remat, m.microbatch
+
+
+def _largest(
+    planner: Planner, engine: Engine, remat: bool, budget: int, unit: int, top: int
+) -> tuple[int, list[Measure]]:
+    """The largest microbatch whose plan is within the budget (0: none), and all compiled ones.
+
+    What the line says fits is compiled, from the top, which bends the line to what was found; in
+    the end the largest that fits is compiled, and the next one, if it is close.
+    """
+    tried = [planner.compiled(unit, engine, remat)]
+    if tried[0].peak > budget:
+        return 0, tried
+    if top > unit:
+        tried.append(planner.compiled(min(4 * unit, top), engine, remat))
+    while True:
+        known = {m.microbatch: m for m in tried}
+        longest = 64 * max(known)  # a line goes no further than that
+        at = top
+        while planner.predicted(at, engine, remat).peak > budget or at > longest:
+            at -= unit
+        following = at + unit
+        if at not in known:
+            tried.append(planner.compiled(at, engine, remat))
+        elif (
+            following <= top
+            and following not in known
+            and planner.predicted(following, engine, remat).peak <= 1.05 * budget
+        ):
+            tried.append(planner.compiled(following, engine, remat))
+        else:
+            return at, tried
+
+
+def _ladder(unit: int, largest: int, top: int) -> list[int]:
+    """Microbatches to show: doubled from the smallest, to one beyond the largest that fits."""
+    steps, m = [], unit
+    while m <= min(max(2 * largest, unit), top):
+        steps.append(m)
+        m *= 2
+    return steps
+
+
+def _covered(fitting: list[Measure], engine: str, top: int) -> bool:
+    """Whether the whole effective batch fits already."""
+    return any(m.engine == engine and m.microbatch >= top for m in fitting)
+
+
+def _what_would_fit(planner: Planner, rows: list[Measure], budget: int) -> str:
+    least = min(rows, key=lambda m: m.peak)
+    config = planner.config
+    ways = []
+    if not any(m.remat for m in rows):
+        ways.append("remat=True")
+    if config.bn_group not in ("frozen", 1):
+        ways.append(
+            f"a smaller bn_group than {config.bn_group}, and with it a smaller microbatch (that is "
+            "another recipe: another training run)"
+        )
+    sizes = [f for f in ("data.image_size", "data.height") if configs.has(config, f)]
+    if sizes:
+        ways.append(
+            f"less resolution than {sizes[0]}={configs.get(config, sizes[0])} (another recipe)"
+        )
+    if config.bn_group == "all" and planner.number == 1:
+        ways.append("bn_group as a number")
+    ways.append("a smaller model, or a device with more memory")
+    return (
+        f"nothing fits into {budget / GIB:.2f} GiB: the least is microbatch {least.microbatch}"
+        f"{' with remat' if least.remat else ''}, {least.peak / GIB:.2f} GiB (state "
+        f"{least.state / GIB:.2f}, samples {least.batch / GIB:.2f}, temporary "
+        f"{least.temp / GIB:.2f}). What could: {'; '.join(ways)}"
+    )
+
+
+def _state_of(this: run.Run) -> PyTree:
+    params, stats = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), this.task.initialise(0)
+    )
+    return jax.eval_shape(this.rule.init, params, stats)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+
+
+def _needed(message: str) -> int | None:
+    """Bytes of a program that a TPU's compiler refused for want of memory."""
+    found = re.search(r"(?:total memory required[^(]*\(|Used )([\d.]+)([KMGT])", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return int(float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found.group(2)])
