@@ -46,7 +46,7 @@ RANGES = {
     "text.temperature": (1e-6, 1e6),
     "eval.viewpoints": (1, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
     "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
-    "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6),
+    "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6), "checkpoint.grace": (0, 1e6),
 }  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def _recipe(c: ml_collections.ConfigDict) -> None:
 
 def _geometry(c: ml_collections.ConfigDict) -> None:
     """How it is computed. Changes nothing but seconds and bytes."""
-    c.microbatch = any_of(8)  # samples in one forward and backward pass on one device
+    # Samples in one forward and backward pass on one device; "auto": planned for the device here.
+    c.microbatch = any_of(8)
     c.devices = 0  # 0: all that JAX sees
     c.engine = "scan"  # or "multisteps"
     c.remat = False  # compute every block's activations again in the backward pass: less memory
@@ -108,7 +109,14 @@ def _geometry(c: ml_collections.ConfigDict) -> None:
 def _run(c: ml_collections.ConfigDict) -> None:
     """What is watched and kept. `every` counts updates; 0: once per epoch, -1: never."""
     c.max_skipped = 3  # windows in a row that may be skipped for a NaN or Inf
-    c.log = ml_collections.ConfigDict({"every": 10, "tensorboard": True, "images": 4})
+    c.log = ml_collections.ConfigDict(
+        {
+            "every": 10,
+            "tensorboard": True,
+            "images": 4,
+            "noise_scale": False,  # estimate how large an effective batch would still help
+        }
+    )
     c.eval = ml_collections.ConfigDict(
         {
             "every": 0,
@@ -116,7 +124,13 @@ def _run(c: ml_collections.ConfigDict) -> None:
             "precise_bn": 0,  # training samples to recompute running statistics over; 0: off
         }
     )
-    c.checkpoint = ml_collections.ConfigDict({"every": 0, "keep": 2})
+    c.checkpoint = ml_collections.ConfigDict(
+        {
+            "every": 0,
+            "keep": 2,
+            "grace": 25.0,  # seconds that a signal to stop leaves to end an update and save it
+        }
+    )
 
 
 def detection() -> ml_collections.ConfigDict:
@@ -313,8 +327,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     if c.eval.precise_bn and c.bn_group == "frozen":
         raise ConfigError("eval.precise_bn recomputes batch statistics; with bn_group frozen set 0")
-    if not isinstance(c.microbatch, int) or c.microbatch < 1:
-        raise ConfigError(f"microbatch is a positive integer; got {c.microbatch!r}")
+    if c.microbatch != "auto" and not (type(c.microbatch) is int and c.microbatch > 0):
+        raise ConfigError(f"microbatch is a positive integer or 'auto'; got {c.microbatch!r}")
     if not (c.bn_group in ("all", "frozen") or (type(c.bn_group) is int and c.bn_group > 0)):
         raise ConfigError(f"bn_group is a positive integer, 'all' or 'frozen'; got {c.bn_group!r}")
     if not c.steps and not c.epochs:
@@ -324,6 +338,12 @@ def validate(c: ml_collections.ConfigDict) -> None:
     if c.task == "completion" and c.optimizer.name in ("auto", "musgd"):
         raise ConfigError(
             f"optimizer.name={c.optimizer.name} is a rule for detectors; use adamw or sgd"
+        )
+    if is_compat(c) and c.log.noise_scale:
+        raise ConfigError("log.noise_scale is of the exact accumulation: not with compat")
+    if is_compat(c) and c.microbatch == "auto":
+        raise ConfigError(
+            "with compat the microbatch is part of what is learned: give a number instead of auto"
         )
     if is_compat(c) and c.engine != "scan":
         raise ConfigError("compat runs on engine=scan only")

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxaccum import config as configs
 from jaxaccum import optim, tasks
-from jaxaccum.accumulate import Geometry, Recipe, UpdateRule, Window
+from jaxaccum.accumulate import Geometry, GeometryError, Recipe, UpdateRule, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,18 @@ def prepare(
       ConfigError, GeometryError: what cannot be run, with what could.
     """
     configs.validate(config)
+    if config.microbatch == "auto":
+        raise configs.ConfigError("microbatch auto is settled by training; here give a number")
     # More devices than microbatches would only compute padding.
     useful = -(-config.nbs // config.microbatch)
     devices = config.devices or min(len(jax.devices()), useful)
+    if jax.process_count() > 1:
+        devices = len(jax.devices())  # each process has its part in every update
+        if config.devices not in (0, devices):
+            raise GeometryError(
+                f"devices is {config.devices}, but {jax.process_count()} processes have {devices} "
+                f"in all, and all take part: set devices to 0 or {devices}"
+            )
     sizes = _sizes(config, devices, samples)
     config = optim.resolve(config, len(names), len(sizes))
     recipe = configs.recipe_of(config, len(sizes), identity | {"classes": len(names)}, devices)
@@ -88,8 +97,13 @@ def prepare(
     task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)
     ema = config.ema
+    if config.log.noise_scale and window.steps * devices == 1:
+        raise configs.ConfigError(
+            "log.noise_scale compares the microbatches of an update, and here it has one: take a "
+            f"smaller microbatch than {config.microbatch}, or more devices"
+        )
     rule = UpdateRule(
-        task.objective(recipe.nbs, compat),
+        dataclasses.replace(task.objective(recipe.nbs, compat), noise=config.log.noise_scale),
         optim.make_optimizer(config, schedule, task.untrained),
         clip=config.optimizer.clip,
         statistics_momentum=optim.at(schedule.bn_momentum),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import runpy
 import sys
 from collections import deque
@@ -18,18 +19,28 @@ import jax
 import ml_collections
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import SingleDeviceSharding
 from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import data, run, tasks
+from jaxaccum import data, plan, run, tasks
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
-from jaxaccum.checkpoint import CheckpointError, Checkpoints, require_same_recipe
+from jaxaccum.accumulate.noise import NoiseScale
+from jaxaccum.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Elsewhere,
+    newest_complete,
+    require_same_recipe,
+)
 from jaxaccum.convert import identities, load_initial
+from jaxaccum.distributed import FLAG_HELP, DistributedError, Peers, joined, local
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
 from jaxaccum.models.weights import WeightsError
+from jaxaccum.preemption import Preempted, Preemption
 
 
 class TrainingError(RuntimeError):
@@ -37,19 +48,47 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: Path, accept_other_recipe: bool = False
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    accept_other_recipe: bool = False,
+    peers: Peers | None = None,
 ) -> dict[str, float]:
-    """Trains, evaluates, logs and saves; returns the last evaluation's metrics.
+    """Trains, evaluates, logs and saves; returns the best evaluation's metrics.
 
     Args:
       config: as made by a file in configs/.
       workdir: holds metrics.jsonl, last/, best/ and events/; continued if it has a checkpoint.
       accept_other_recipe: continue a run that was started under another recipe.
+      peers: the processes of the run, each of which calls this. Only the first reads and writes in
+        workdir.
+    Raises:
+      Preempted: a signal asked the process to end, see jaxaccum/preemption.py.
     """
+    peers = peers or Peers()
+
+    def kept() -> int | None:
+        return newest_complete(workdir)
+
+    with Preemption(config.checkpoint.grace, kept, peers) as preemption:
+        return _train(config, workdir, accept_other_recipe, preemption, peers)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    accept_other_recipe: bool,
+    preemption: Preemption,
+    peers: Peers,
+) -> dict[str, float]:
     train_set = run.open_source(config, "train")
     val_set = run.open_source(config, "val", train_set.names)
     for line in (*train_set.report.lines(), *val_set.report.lines()):
         print(line)
+    if config.microbatch == "auto":
+        config, lines = plan.settle(
+            config, names=train_set.names, samples=len(train_set), target=plan.here()
+        )
+        print(*lines, sep="\n")
     this = run.prepare(
         config,
         names=train_set.names,
@@ -60,6 +99,12 @@ def train(
             **identities(config),
         },
     )
+    ours = f"{this.recipe.fingerprint}, {this.window}"
+    if (theirs := peers.from_first("run", ours)) != ours:
+        raise DistributedError(
+            f"process {peers.index} computes another run than process 0: {ours} instead of "
+            f"{theirs}. Start all with the same command, on the same data."
+        )
     stream = run.make_stream(this, train_set)
     engine = make_engine(this.task.forward, this.rule, this.window)
     params, stats = this.task.initialise(config.seed)
@@ -79,37 +124,61 @@ def train(
     evaluator = this.task.evaluator(config, val_set)
     describe(this, train_set, count(params), workdir)
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    if peers.first:
+        workdir.mkdir(parents=True, exist_ok=True)
     fingerprint = this.recipe.fingerprint
     log_file = MetricsFile(workdir / "metrics.jsonl", fingerprint)
     per_epoch = max(round(len(train_set) / this.recipe.nbs), 1)
     every = {name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")}
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+
+    def due(name: str, step: int) -> bool:
+        return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
+
+    # Every process holds the whole state, so the first alone can save and restore it.
+    keep = config.checkpoint.keep
+    with Checkpoints(workdir, keep) if peers.first else Elsewhere() as checkpoints:
         state = engine.init(params, stats)
         best: dict[str, float] = {}
+        noise_scale = NoiseScale()
         if checkpoints.latest is not None:
-            meta = checkpoints.meta()
-            if not accept_other_recipe:
-                require_same_recipe(meta, this.recipe, workdir)
-            template = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=engine.replicated), state
+            place = (
+                engine.replicated if peers.alone else SingleDeviceSharding(jax.local_devices()[0])
             )
-            state, meta = checkpoints.restore(template)
-            best = meta["best"]
-            print(f"continuing from update {int(state.step)} in {workdir}")
-        done, consumed = int(state.step), int(state.windows)
-        log_file.rewind(done)
-        checkpoints.rewind(done)
-        if best and checkpoints.best != best["step"]:
-            best = {}  # a better one came after this checkpoint; it will come again
+            template = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state
+            )
 
-        console = Console(this.steps, done, this.recipe.nbs, this.task.unit)
-        board = Board(workdir / "events", done) if config.log.tensorboard else None
+            def check(meta: dict[str, Any]) -> None:
+                if not accept_other_recipe:
+                    require_same_recipe(meta, this.recipe, workdir)
+
+            state, meta = checkpoints.restore(template, check)
+            noise_scale = NoiseScale(meta.get("noise"))
+            print(f"continuing from update {int(state.step)} in {workdir}")
+        if not peers.alone:
+            peers.meet("before the broadcast")  # here a signal still ends the run at once
+            preemption.hold()
+            peers.connect(engine.mesh)
+            state = engine.replicate(peers.broadcast(state))
+        done, consumed = int(state.step), int(state.windows)
+        owed = False
+        if peers.first:
+            log_file.rewind(done)
+            # An evaluation is done when its line is there: a run may be stopped before it is.
+            owed = done > 0 and due("eval", done) and not _evaluated(log_file.path, done)
+            # If a better one came after this checkpoint, nothing is left; it will come again.
+            best = checkpoints.rewind(done - 1 if owed else done)
+        owed, best = peers.from_first("owed", [owed, best])
+
+        # Stdout of the other processes leads nowhere.
+        stream_of_lines = None if peers.first else sys.stdout
+        console = Console(this.steps, done, this.recipe.nbs, this.task.unit, stream=stream_of_lines)
+        board = Board(workdir / "events", done) if config.log.tensorboard and peers.first else None
         metric, more_is_better = this.task.monitor
         plain = run.make_stream(this, train_set, plain=True) if config.eval.precise_bn else stream
         windows = stream.windows(
             this.samples_before(consumed), map(this.size_of, itertools.count(consumed)),
-            workers=config.data.workers, prefetch=config.data.prefetch,
+            workers=config.data.workers, prefetch=config.data.prefetch, share=engine.share,
         )  # fmt: skip
 
         def meta_now(**more) -> dict[str, Any]:
@@ -120,20 +189,41 @@ def train(
                 "names": list(train_set.names),
                 "facts": this.task.facts(train_set),
                 "best": best,
+                "noise": noise_scale.state,
                 **more,
             }
 
         def evaluate_now(step: int) -> None:
             nonlocal best
+            occasion = f"best at {step}"
+            if peers.first:
+                evaluate_here(step)
+                peers.from_first(occasion, best)
+            else:
+                with preemption.allowed():
+                    best = peers.from_first(occasion, best)
+
+        def evaluate_here(step: int) -> None:
+            nonlocal best
             weights = state.ema or {"params": state.params, "stats": state.stats}
-            if config.eval.precise_bn:
-                weights = weights | {
-                    "stats": recompute_statistics(
-                        this.task, weights["params"], weights["stats"], plain,
-                        config.eval.precise_bn,
-                    )
-                }  # fmt: skip
-            result, pictures = evaluator(weights["params"], weights["stats"], config.log.images)
+            if not peers.alone:
+                weights = local(weights)
+            with preemption.allowed():
+                if config.eval.precise_bn:
+                    weights = weights | {
+                        "stats": recompute_statistics(
+                            this.task, weights["params"], weights["stats"], plain,
+                            config.eval.precise_bn,
+                        )
+                    }  # fmt: skip
+                result, pictures = evaluator(weights["params"], weights["stats"], config.log.images)
+            better = result[metric] - best[metric] if best else np.nan
+            if not np.isnan(result[metric]) and (
+                not best or (better > 0 if more_is_better else better < 0)
+            ):
+                best = {"step": step, **result}
+                checkpoints.save_best(step, weights, meta_now(metrics=best))
+                checkpoints.wait()
             log_file.write({"step": step, "kind": "eval", **result})
             console.line(format_line(step, this.steps, {"kind": "eval", **result}))
             if board:
@@ -142,21 +232,19 @@ def train(
                     board.image("val/samples", contact_sheet(pictures, 2), step)
             if np.isnan(result[metric]):
                 console.line(f"{metric} is not a number: a prediction is not finite")
-                return
-            better = result[metric] - best[metric] if best else np.nan
-            if not best or (better > 0 if more_is_better else better < 0):
-                best = {"step": step, **result}
-                checkpoints.save_best(step, weights, meta_now(metrics=best))
 
-        def report(number: int, indices: np.ndarray, values: dict[str, jax.Array]) -> bool:
+        def report(number: int, values: dict[str, jax.Array]) -> bool:
             """Reads the log of an update while the next one runs; whether it was one."""
             log: dict[str, Any] = {k: v.item() for k, v in jax.device_get(values).items()}
-            console.update(int(log["ok"]), samples=len(indices))
+            console.update(int(log["ok"]), samples=this.size_of(number))
             if not log["ok"]:
+                indices = stream.indices(this.samples_before(number), this.size_of(number))
                 _skipped(console, number, indices, log, train_set, config.max_skipped)
                 return False
+            if config.log.noise_scale:
+                noise_scale.add(log["noise/trace"], log["noise/square"])
             step = int(log["step"])
-            if not due("log", step):
+            if not due("log", step) or not peers.first:
                 return True
             record = {
                 "step": step,
@@ -166,6 +254,7 @@ def train(
                 "lr": float(this.schedule.lr[step - 1]),
                 "grad_norm": log["grad_norm"],
                 **{k: v for k, v in log.items() if k.startswith("sums/")},
+                **noise_scale.record(this.recipe.group),
                 "samples": int(log["samples"]),
                 "skipped": int(log["windows"]) - step,
             }
@@ -180,48 +269,79 @@ def train(
                 board.scalars(record | more, step)
             if stream.truncated:  # only detectors have objects
                 console.line(
-                    f"{stream.truncated} objects left out so far: samples with more than "
+                    f"{stream.truncated} objects left out so far"
+                    f"{'' if peers.alone else ' by this process'}: samples with more than "
                     f"data.max_objects={config.data.max_objects} (the smallest go first)"
                 )
             return True
 
-        def due(name: str, step: int) -> bool:
-            return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
-
         width = this.window.geometry.microbatch * this.window.geometry.devices
         pending: deque = deque()
-        stopped_at = done
-        if done < this.steps:
-            console.line("compiling the update (kept on disk for the next start)")
-        while done < this.steps:
-            batch = next(windows)
-            state, log = engine.update(state, batch, -(-len(batch["weight"]) // width))
-            pending.append((consumed, batch["index"], log))
+
+        def compute(batch: dict[str, np.ndarray]) -> None:
+            nonlocal state, consumed, done
+            steps = -(-this.size_of(consumed) // width)
+            state, log = engine.update(state, batch, steps)
+            pending.append((consumed, log))
             consumed, done = consumed + 1, done + 1
-            if len(pending) > 1:
-                done -= not report(*pending.popleft())
-            if due("eval", done) or due("checkpoint", done):
-                while pending:
-                    done -= not report(*pending.popleft())
-                if done == stopped_at:  # the window was skipped: nothing new here
-                    continue
-                stopped_at = done
+
+        stopped_at = done
+        preempted = None
+        preemption.hold()
+        try:
+            if owed:
                 with console.pause():
-                    if due("eval", done):
-                        evaluate_now(done)
-                    if due("checkpoint", done):
-                        checkpoints.save(done, state, meta_now())
-            while done == this.steps and pending:  # a window skipped at the end is made up for
+                    evaluate_now(done)
+            if done < this.steps:
+                console.line("compiling the update (kept on disk for the next start)")
+            while done < this.steps:
+                with preemption.allowed():
+                    batch = next(windows)
+                if not peers.begin(consumed):
+                    raise preemption.preempted()
+                compute(batch)
+                if len(pending) > 1:
+                    done -= not report(*pending.popleft())
+                if due("eval", done) or due("checkpoint", done):
+                    while pending:
+                        done -= not report(*pending.popleft())
+                    if done == stopped_at:  # the window was skipped: nothing new here
+                        continue
+                    stopped_at = done
+                    with console.pause():
+                        if due("eval", done):
+                            evaluate_now(done)
+                        if due("checkpoint", done):
+                            checkpoints.save(done, state, meta_now())
+                while done == this.steps and pending:  # a window skipped at the end is made up for
+                    done -= not report(*pending.popleft())
+        except Preempted as signalled:
+            preempted = signalled
+            for number in range(consumed, peers.furthest(consumed)):  # others have begun it
+                samples = this.samples_before(number), [this.size_of(number)]
+                compute(next(stream.windows(*samples, prefetch=0, share=engine.share)))
+            while pending:
                 done -= not report(*pending.popleft())
+            if every["checkpoint"] > 0 and done > (checkpoints.latest or 0):
+                checkpoints.save(done, state, meta_now())
+                checkpoints.wait()
         windows.close()
         console.close()
         if board:
             board.close()
         log_file.close()
         checkpoints.wait()
+        if preempted:
+            raise preempted
         if best:
             print(f"best: update {best['step']}, {this.task.summary(best)} in {workdir / 'best'}")
     return best
+
+
+def _evaluated(path: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the evaluation of an update."""
+    records = map(json.loads, path.read_bytes().splitlines() if path.exists() else [])
+    return any(r["step"] == step and r["kind"] == "eval" for r in records)
 
 
 def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path) -> None:
@@ -267,7 +387,7 @@ def default_workdir(config_argument: str) -> Path:
 
 USER_ERRORS = (
     configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError,
-    WeightsError,
+    WeightsError, DistributedError, plan.PlanError,
 )  # fmt: skip
 
 
@@ -345,6 +465,7 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
     _OTHER = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
+    _DISTRIBUTED = flags.DEFINE_string("distributed", "", FLAG_HELP)
     flags.mark_flag_as_required("config")
 
     def main(_) -> int:
@@ -352,7 +473,8 @@ if __name__ == "__main__":
         run.use_compilation_cache()
         file = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = Path(_WORKDIR.value or default_workdir(file))
-        train(_CONFIG.value, workdir, _OTHER.value)
+        with joined(_DISTRIBUTED.value) as peers:
+            train(_CONFIG.value, workdir, _OTHER.value, peers)
         return 0
 
     main_with_clear_errors(main)

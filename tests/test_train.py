@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, data, evaluate, inference, predict, run, train
+from jaxaccum import checkpoint, data, evaluate, inference, predict, preemption, run, train
 from jaxaccum.accumulate import Recipe
 from jaxaccum.models import weights as weights_module
 
@@ -173,6 +173,107 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
     assert all(map(np.array_equal, weights(tmp_path), weights(trained)))
 
 
+def _terminate_in(patch, where: str, call: int) -> None:
+    """Sends this process a SIGTERM in the middle of an update, an evaluation or a save."""
+    from jaxaccum.tasks.detection import Evaluator
+
+    calls = 0
+
+    def terminating(plain):
+        def method(*args):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if where == "evaluation":  # it is abandoned, so there is no end to wait for
+                    time.sleep(60)
+            return plain(*args)
+
+        return method
+
+    if where == "evaluation":
+        patch.setattr(Evaluator, "__call__", terminating(Evaluator.__call__))
+    elif where == "save":
+        patch.setattr(checkpoint.Checkpoints, "save", terminating(checkpoint.Checkpoints.save))
+    else:
+        make_engine = train.make_engine
+
+        def make(*args):
+            engine = make_engine(*args)
+            engine.update = terminating(engine.update)
+            return engine
+
+        patch.setattr(train, "make_engine", make)
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "kept"),
+    [
+        ("evaluation", 1, 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("update", 1, 1),
+                ("update", 6, 6),  # the evaluation after it is due, and left to the next start
+                ("update", 8, 8),
+                ("evaluation", 2, 12),
+                ("save", 1, 3),
+                ("save", 2, 6),  # after the evaluation of the same update
+            ]
+        ),
+    ],
+)
+def test_sigterm_keeps_the_update_under_way(trained, tmp_path, capsys, where, call, kept):
+    config = tiny_config()
+    with pytest.MonkeyPatch.context() as patch:
+        _terminate_in(patch, where, call)
+        with pytest.raises(preemption.Preempted) as stopped:
+            train.train(config, tmp_path)
+    assert stopped.value.code == preemption.TRY_AGAIN == 75
+    assert checkpoint.newest_complete(tmp_path) == kept
+    assert f"stopped by SIGTERM: update {kept} is kept" in capsys.readouterr().err
+    evaluated = [r["step"] for r in records(tmp_path, "eval")]
+    assert evaluated == ([6] if (where, call) in (("evaluation", 2), ("save", 2))
+                         or (where, kept) == ("update", 8) else [])  # fmt: skip
+    train.train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    assert all(map(np.array_equal, weights(tmp_path), weights(trained)))
+    assert [p.name for p in (tmp_path / "best").iterdir()] == [
+        p.name for p in (trained / "best").iterdir()
+    ]
+
+
+@pytest.mark.slow
+def test_killed_between_a_made_up_evaluation_and_the_next_checkpoint(trained, tmp_path):
+    """The evaluation was left to the second start, which was killed after it: no second line."""
+    config = tiny_config()
+    for where, call in (("evaluation", 1), ("update", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            _terminate_in(patch, where, call)
+            if where == "update":
+                patch.setattr(checkpoint.Checkpoints, "save", lambda *args: None)
+            with pytest.raises(preemption.Preempted):
+                train.train(config, tmp_path)
+    assert checkpoint.newest_complete(tmp_path) == 6
+    train.train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_broken_checkpoint_is_put_aside_and_the_run_goes_on(trained, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "w")
+    (tmp_path / "w" / "last" / "12" / "tree" / "manifest.ocdbt").unlink()
+    train.train(tiny_config(), tmp_path / "w")
+    said = capsys.readouterr().out
+    assert "last/12" in said and "manifest.ocdbt is missing" in said and "update 9 instead" in said
+    ours, theirs = (w / "metrics.jsonl" for w in (tmp_path / "w", trained))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert all(map(np.array_equal, weights(tmp_path / "w"), weights(trained)))
+    assert [p.name for p in (tmp_path / "w" / "broken").iterdir()] == ["last-12"]
+
+
 def test_another_recipe_is_refused(trained):
     with pytest.raises(checkpoint.CheckpointError, match=r"(?s)lr\.base: checkpoint 0\.01, config"):
         train.train(tiny_config(**{"lr.base": 0.02}), trained)
@@ -227,22 +328,30 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save(tmp_path):
     """A real write error in the middle of an asynchronous save, through a file size limit."""
+    # What was raised goes to a file: threads that are cut short write to stderr at the same time.
     program = (
         "import resource, signal, sys; sys.path[:0] = ['tests', '.']\n"
         "from pathlib import Path\n"
         "from tiny import tiny_config\n"
-        "from jaxaccum import train\n"
+        "from jaxaccum import checkpoint, train\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "config = tiny_config(**{'log.every': 100, 'eval.every': -1})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        f"train.train(config, Path({str(tmp_path / 'w')!r}))\n"
+        "try:\n"
+        f"    train.train(config, Path({str(tmp_path / 'w')!r}))\n"
+        "except checkpoint.CheckpointError as error:\n"
+        f"    Path({str(tmp_path / 'said')!r}).write_text(str(error))\n"
+        "    raise\n"
     )
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "CheckpointError: cannot save a checkpoint" in done.stderr, done.stderr[-3000:]
+    assert (tmp_path / "said").exists(), done.stderr[-3000:]
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("cannot save a checkpoint"), said
+    assert "Last complete checkpoint: none" in said
     assert not [p for p in (tmp_path / "w" / "last").iterdir() if p.name.isdigit()]
 
 
@@ -340,6 +449,57 @@ def test_killed_at_random_the_run_is_the_uninterrupted_one(tmp_path):
     ours, theirs = weights(killed), weights(whole)
     assert len(ours) == len(theirs) > 10
     assert all(map(np.array_equal, ours, theirs))
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_group_ends_loader_processes_quietly(tmp_path):
+    """As Slurm sends it: the loader's processes get the signal, too."""
+    program = (
+        "import sys; sys.path[:0] = ['tests', '.']\n"
+        "from pathlib import Path\n"
+        "from tiny import tiny_config\n"
+        "from jaxaccum import run, train\n"
+        "if __name__ == '__main__':\n"
+        "    run.use_compilation_cache()\n"
+        "    config = tiny_config(**{'steps': 4000, 'eval.every': -1, 'data.workers': 2})\n"
+        f"    train.train(config, Path({str(tmp_path)!r}))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    kept = checkpoint.newest_complete(tmp_path)
+    assert kept and kept == records(tmp_path)[-1]["step"]
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_sigterm_during_a_compilation_ends_the_command_after_the_grace(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxaccum.train", "--config=configs/quickstart.py",
+         "--config.checkpoint.grace=0.5", f"--workdir={tmp_path}"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr
+    for line in process.stderr:
+        if "compiling" in line:
+            break
+    time.sleep(5)  # samples come first
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "not done within checkpoint.grace=0.5 s): no update is kept yet" in said
 
 
 def _progress(workdir: Path):

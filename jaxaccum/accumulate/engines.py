@@ -37,32 +37,64 @@ def make_engine(forward: Forward, rule: UpdateRule, window: Window, devices=None
       forward: the task, (params, stats, microbatch) -> Output.
       rule: the recipe's update.
       window: recipe and geometry.
-      devices: the devices to use; the first `geometry.devices` of `jax.devices()` if None.
+      devices: the devices to use; the first `geometry.devices` of `jax.devices()` if None, those
+        of each process together.
     Raises:
       GeometryError: not enough devices, or an engine that cannot compute the recipe.
     """
     wanted = window.geometry.devices
-    devices = jax.devices()[:wanted] if devices is None else list(devices)
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)[:wanted]
     if len(devices) != wanted:
         raise GeometryError(
             f"the geometry asks for {wanted} devices, but JAX sees {len(jax.devices())} "
             f"({jax.default_backend()}): set devices to at most that"
         )
-    mesh = Mesh(np.asarray(devices), (AXIS,))
+    mesh = Mesh(np.asarray(list(devices)), (AXIS,))
     kind = {"scan": ScanEngine, "multisteps": MultiStepsEngine}[window.geometry.engine]
     return kind(forward, rule, window, mesh)
 
 
 class _Engine:
-    """What the two engines share: where state and microbatches live."""
+    """What the two engines share: where state and microbatches live.
+
+    Attributes:
+      replicated: where the state lives: on all devices.
+      share: samples of every effective batch that this process is to load, if others load the
+        rest: (n,) int; None to load all.
+    """
 
     def __init__(self, forward: Forward, rule: UpdateRule, window: Window, mesh: Mesh):
         self.forward, self.rule, self.window, self.mesh = forward, rule, window, mesh
         self.replicated = NamedSharding(mesh, REPLICATED)
+        self.share: np.ndarray | None = None
+        if jax.process_count() > 1:
+            if rule.objective.compat:
+                raise GeometryError("compat is a rule to compare with: run it in one process")
+            own = [i for i, d in enumerate(mesh.devices) if d.process_index == jax.process_index()]
+            self._own = range(own[0], own[-1] + 1)
+            self.share = window.share(self._own)
 
     def init(self, params: PyTree, stats: PyTree) -> State:
         """The state before the first update, on the devices."""
-        return jax.device_put(self.rule.init(params, stats), self.replicated)
+        return self.replicate(self.rule.init(params, stats))
+
+    def replicate(self, state: State) -> State:
+        """A state on all devices, from one that every process has alike."""
+        return self._put(state, self.replicated)
+
+    def _put(self, tree: PyTree, sharding: NamedSharding) -> PyTree:
+        """Host arrays on the devices; of what is sharded, a process gives its own devices' part."""
+        if self.share is None:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree
+        )
+
+    def _split(self, batch: PyTree) -> PyTree:
+        if self.share is None:
+            return self.window.split(batch)
+        return self.window.split_share(batch, self._own)
 
     def update(self, state: State, batch: PyTree, steps: int | None = None):
         """One update. Donates `state`.
@@ -70,7 +102,7 @@ class _Engine:
         Args:
           state: as made by `init` or returned here.
           batch: pytree of host arrays with a leading axis of up to `nbs` samples, one of them
-            `weight`.
+            `weight`; of the samples of `share` only, if that is not None.
           steps: microbatches to run, if fewer than the window's (a batch that ramps up).
         Returns:
           the next state and a dict of scalars: the loss of the effective batch and its terms,
@@ -78,9 +110,37 @@ class _Engine:
         """
         raise NotImplementedError
 
+    def lowered(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:
+        """The programs of an update, lowered for shapes; nothing is computed.
+
+        Args:
+          state: shapes of the state. batch: shapes of an effective batch of `nbs` samples.
+        """
+        raise NotImplementedError
+
+    def _laid(self, tree: PyTree, leading: tuple[int, ...], spec: PartitionSpec) -> PyTree:
+        """Shapes of samples, laid out as microbatches that lie over the devices."""
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((*leading, *a.shape[1:]), a.dtype, sharding=sharding),
+            tree,
+        )
+
+    def _placed(self, tree: PyTree) -> PyTree:
+        """Shapes of what every device holds a copy of."""
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.replicated), tree
+        )
+
+    @property
+    def _width(self) -> int:
+        return self.window.geometry.microbatch * self.window.geometry.devices
+
     def _require_room(self, batch: PyTree, steps: int | None) -> None:
         """Refuses to leave out samples."""
-        width = self.window.geometry.microbatch * self.window.geometry.devices
+        if self.share is not None:
+            return  # `split_share` knows how many it wants
+        width = self._width
         samples, room = len(batch["weight"]), (steps or self.window.steps) * width
         if samples > room or (steps or 1) > self.window.steps:
             raise GeometryError(
@@ -129,12 +189,16 @@ class ScanEngine(_Engine):
     def place(self, batch: PyTree, steps: int | None = None):
         """The arguments of the jitted update after the state: microbatches and their number."""
         self._require_room(batch, steps)
-        microbatches = jax.device_put(self.window.split(batch), self.batched)
+        microbatches = self._put(self._split(batch), self.batched)
         return microbatches, np.int32(self.window.steps if steps is None else steps)
 
     def lower(self, state, microbatches, steps):
         """The update, lowered for the given arguments (arrays or shapes)."""
         return self._jitted.lower(state, microbatches, steps)
+
+    def lowered(self, state, batch):
+        microbatches = self._laid(batch, (self.window.steps, self._width), LAID)
+        return [self._jitted.lower(self._placed(state), microbatches, np.int32(self.window.steps))]
 
     def _update(self, state: State, microbatches, steps):
         coupling = None
@@ -257,11 +321,11 @@ class MultiStepsEngine(_Engine):
 
     def update(self, state, batch, steps=None):
         self._require_room(batch, steps)
-        microbatches = self.window.split(batch)
+        microbatches = self._split(batch)
         steps = np.int32(self.window.steps if steps is None else steps)
 
         def on_devices(i):
-            return jax.device_put(jax.tree.map(lambda a: a[i], microbatches), self.batched)
+            return self._put(jax.tree.map(lambda a: a[i], microbatches), self.batched)
 
         coupling = None
         if self.rule.objective.coupled:
@@ -271,9 +335,7 @@ class MultiStepsEngine(_Engine):
             ]
             features = jax.tree.map(lambda *a: jnp.stack(a), *(p[0] for p in passed))
             denominators = functools.reduce(add, (p[1] for p in passed))
-            weight = jax.device_put(
-                microbatches["weight"][: int(steps)], NamedSharding(self.mesh, LAID)
-            )
+            weight = self._put(microbatches["weight"][: int(steps)], NamedSharding(self.mesh, LAID))
             coupling = self._between(state.params, features, weight, denominators)
         for i in range(int(steps)):
             one, own = on_devices(i), None
@@ -286,6 +348,36 @@ class MultiStepsEngine(_Engine):
             # Nothing but the accumulator survives a microbatch; it is empty between windows.
             result, self._accumulator = call(state, self._accumulator, one, np.int32(i), steps, own)
         return result
+
+    def lowered(self, state, batch):
+        one = self._laid(batch, (self._width,), PER_DEVICE)
+        state, steps, programs, coupling = self._placed(state), np.int32(1), [], None
+        if self.rule.objective.coupled:
+            programs.append(self._first_pass.lower(state.params, state.stats, one))
+            features, denominators = jax.eval_shape(
+                self._first_pass, state.params, state.stats, one
+            )
+            features = self._laid(features, (self.window.steps, self._width), LAID)
+            weight = self._laid(one["weight"], (self.window.steps, self._width), LAID)
+            arguments = (state.params, features, weight, self._placed(denominators))
+            programs.append(self._between.lower(*arguments))
+            coupling = jax.eval_shape(self._between, *arguments)
+            pulls = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), coupling.pulls
+            )
+            coupling = self._placed(coupling._replace(pulls=()))._replace(
+                pulls=self._laid(pulls, (self._width,), PER_DEVICE)
+            )
+        sums = self._shapes(state, one, coupling)
+        devices = self.window.geometry.devices
+        accumulator = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((devices, *s.shape), s.dtype, sharding=self.batched),
+            sums,
+        )
+        return programs + [
+            call.lower(state, accumulator, one, np.int32(0), steps, coupling)
+            for call in (self._add, self._close)
+        ]
 
     def _collect(self, params, stats, microbatch):
         """The first pass over one microbatch: its features, and denominators of all devices."""
@@ -306,6 +398,14 @@ class MultiStepsEngine(_Engine):
 
     def _empty(self, state: State, one: PyTree, coupling: Coupling | None = None) -> PyTree:
         """Zero sums for every device, with a leading axis over the devices."""
+        devices = self.window.geometry.devices if self.share is None else len(self._own)
+        return jax.tree.map(
+            lambda s: self._put(np.zeros((devices, *s.shape), s.dtype), self.batched),
+            self._shapes(state, one, coupling),
+        )
+
+    def _shapes(self, state: State, one: PyTree, coupling: Coupling | None) -> PyTree:
+        """Shapes of the sums of one device."""
 
         def per_device(tree):
             return jax.tree.map(
@@ -317,11 +417,7 @@ class MultiStepsEngine(_Engine):
 
         if coupling is not None:
             coupling = coupling._replace(pulls=per_device(coupling.pulls))
-        shapes = jax.eval_shape(self._sums, state.params, state.stats, per_device(one), coupling)
-        devices = self.window.geometry.devices
-        return jax.tree.map(
-            lambda s: jax.device_put(np.zeros((devices, *s.shape), s.dtype), self.batched), shapes
-        )
+        return jax.eval_shape(self._sums, state.params, state.stats, per_device(one), coupling)
 
     def _microbatch(
         self, state: State, accumulator, microbatch, index, steps, coupling=None, *, closing: bool

@@ -140,6 +140,37 @@ class Window:
         """Samples of weight zero that fill up the last microbatches."""
         return self.steps * self.geometry.microbatch * self.geometry.devices - self.recipe.nbs
 
+    def share(self, devices: range) -> np.ndarray:
+        """Samples of the effective batch that some of the devices compute, in order: (n,) int."""
+        return np.unique(self._places(devices) % self.recipe.nbs)
+
+    def _places(self, devices: range) -> np.ndarray:
+        """What some devices compute: (steps, microbatch * devices) places in the effective batch,
+        of which those from `nbs` on are padding."""
+        microbatch = self.geometry.microbatch
+        width = microbatch * self.geometry.devices
+        columns = np.arange(devices.start * microbatch, devices.stop * microbatch)
+        return np.arange(self.steps)[:, None] * width + columns
+
+    def split_share(self, batch: Mapping[str, Any], devices: range) -> Any:
+        """The columns of `split` that some of the devices compute.
+
+        Args:
+          batch: like that of `split`, with the samples of `share(devices)` only.
+        Raises:
+          GeometryError: it holds another number of samples.
+        """
+        share, places = self.share(devices), self._places(devices)
+        if len(batch["weight"]) != len(share):
+            raise GeometryError(
+                f"{len(batch['weight'])} samples, but devices {devices.start} to "
+                f"{devices.stop - 1} compute {len(share)} of {self.recipe.nbs}"
+            )
+        rows = np.searchsorted(share, places % self.recipe.nbs)
+        laid = jax.tree.map(lambda array: np.asarray(array)[rows], dict(batch))
+        real = places < self.recipe.nbs
+        return laid | {"weight": np.where(real, laid["weight"], 0).astype(laid["weight"].dtype)}
+
     def split(self, batch: Mapping[str, Any]) -> Any:
         """Lays an effective batch out as microbatches.
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from jaxaccum.accumulate import noise
 from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
 PyTree = Any
@@ -67,6 +68,7 @@ class Sums(NamedTuple):
       bad: microbatches whose sums were not finite (counted by the multisteps engine, which must
         not let them into its accumulator).
       coupling: of the window's coupled terms, once the sums are complete.
+      products: for the noise scale (accumulate.noise), if the objective asks for it.
     """
 
     gradients: Mapping[str, PyTree]
@@ -76,6 +78,7 @@ class Sums(NamedTuple):
     samples: jax.Array
     bad: jax.Array
     coupling: Coupling | tuple[()] = ()
+    products: PyTree = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Objective:
       compat: the rule of the usual trainers instead: every microbatch divides by its own
         denominator and counts with its number of samples. Kept for comparison only.
       coupled: terms that couple the samples of the effective batch.
+      noise: whether to estimate the gradient noise scale.
     """
 
     terms: tuple[Term, ...]
@@ -97,11 +101,14 @@ class Objective:
     scale: float = 1.0
     compat: bool = False
     coupled: tuple[Coupled, ...] = ()
+    noise: bool = False
 
     def __post_init__(self):
         missing = {t.denominator for t in self.terms} - set(self.floors)
         if missing:
             raise ValueError(f"no floor given for the denominators {sorted(missing)}")
+        if self.noise and self.compat:
+            raise ValueError("the noise scale is estimated of the exact rule, not of compat's")
         if self.coupled and self.compat:
             raise ValueError("compat knows no coupled terms: the usual rule cannot compute them")
 
@@ -160,7 +167,7 @@ class Objective:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
-        sums = _sums(gradients, out, batch)
+        sums = self._with_products(_sums(gradients, out, batch))
         return self._normalised(sums) if self.compat else sums
 
     def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
@@ -176,20 +183,37 @@ class Objective:
             return value + sum(jax.tree.leaves(pulled)), out
 
         gradient, out = jax.grad(total, has_aux=True)(params)
-        return _sums({"loss": gradient}, out, batch)
+        return self._with_products(_sums({"loss": gradient}, out, batch))
+
+    def _with_products(self, sums: Sums) -> Sums:
+        if not self.noise:
+            return sums
+        return sums._replace(products=noise.products(sums.gradients, sums.samples))
 
     def gradient(self, sums: Sums) -> PyTree:
         """The gradient of `scale * loss` over the effective batch."""
         if isinstance(sums.coupling, Coupling):
             return add(sums.gradients["loss"], sums.coupling.direct)
-        factors: dict[str, Any] = dict.fromkeys(self.floors, 1.0)
-        if not self.compat:
-            factors = {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+        factors = self._factors(sums)
         parts = [
             jax.tree.map(lambda g, f=factors[name]: g * f, sums.gradients[name])
             for name in self.floors
         ]
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
+
+    def _factors(self, sums: Sums) -> dict[str, Any]:
+        """What the accumulated gradients are multiplied by at the update."""
+        if isinstance(sums.coupling, Coupling):
+            return {"loss": 1.0}
+        if self.compat:
+            return dict.fromkeys(self.floors, 1.0)
+        return {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+
+    def noise_of(self, sums: Sums, norm: jax.Array) -> dict[str, jax.Array]:
+        """The window's estimates for the noise scale, or {}; `norm` of its gradient."""
+        if not self.noise:
+            return {}
+        return noise.estimate(sums.products, self._factors(sums), norm, sums.samples, self.scale)
 
     def log(self, sums: Sums) -> dict[str, jax.Array]:
         """The loss of the effective batch, its terms, gains included, as "loss/NAME", and what

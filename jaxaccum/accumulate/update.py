@@ -163,5 +163,6 @@ def advance(
         "windows": new.windows,
         "skipped_in_row": new.skipped_in_row,
         **{f"sums/{name}": value for name, value in closed.sums.denominators.items()},
+        **rule.objective.noise_of(closed.sums, closed.norm),
     }
     return new, log

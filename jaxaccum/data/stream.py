@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import abc
 import functools
+import operator
 import os
+import signal
 import sys
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 import cv2
@@ -100,6 +103,13 @@ class SampleStream(abc.ABC):
                     self._orders.popitem(last=False)
             return self._orders[epoch]
 
+    def indices(self, start: int, size: int) -> NDArray[np.int64]:
+        """Indices in the data set of consecutive samples of the run: (size,) int64."""
+        epochs, places = np.divmod(np.arange(start, start + size), self._length)
+        return np.array(
+            [self.order(int(e))[p] for e, p in zip(epochs, places, strict=True)], np.int64
+        )
+
     def sample(self, position: int) -> Batch:
         """Sample `position` of the run: the arrays of a batch without their leading axis."""
         sample, truncated = self._counted_sample(position)
@@ -114,6 +124,7 @@ class SampleStream(abc.ABC):
         workers: int = 0,
         prefetch: int = 2,
         backend: Backend = "auto",
+        share: NDArray[np.integer] | None = None,
     ) -> Generator[Batch, None, None]:
         """Consecutive effective batches.
 
@@ -124,9 +135,11 @@ class SampleStream(abc.ABC):
           prefetch: effective batches to prepare ahead.
           backend: "grain", "threads" (of this module), or "auto": grain if installed. The samples
             are the same.
+          share: which samples of each effective batch to make, if other processes make the rest;
+            all sizes must then be alike.
 
         Yields:
-          The arrays of `sample` with a leading axis of sizes[i].
+          The arrays of `sample` with a leading axis of sizes[i], or of len(share).
 
         Raises:
           DataError: a sample cannot be read.
@@ -147,32 +160,41 @@ class SampleStream(abc.ABC):
                 "worker processes and the backend 'grain' need the package grain: "
                 "pip install grain, or set workers=0 and backend='auto'."
             )
-        checked = map(_checked_size, sizes)
+        checked: Iterator[int] = map(_checked_size, sizes)
+        position = functools.partial(operator.add, start)
+        if share is not None:
+            seen = list(islice(checked, 1))
+            size = seen[0] if seen else 1
+            checked = (_share_of(other, size, share) for other in chain(seen, checked))
+            position = functools.partial(_shared_position, start, size, share)
         # Many small calls run beside each other: threads inside OpenCV would only fight.
         cv2.setNumThreads(0)
         if backend == "threads" or not installed:
-            return self._threaded(start, checked, prefetch)
-        return self._grained(start, checked, workers, prefetch)
+            return self._threaded(position, checked, prefetch)
+        return self._grained(position, checked, workers, prefetch)
 
     def _threaded(
-        self, start: int, sizes: Iterable[int], prefetch: int
+        self, position: Callable[[int], int], sizes: Iterable[int], prefetch: int
     ) -> Generator[Batch, None, None]:
         def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
-            position = start
+            done = 0
             for size in sizes:
                 batch = self._empty(size)
                 yield (
                     batch,
-                    [functools.partial(self._fill, batch, i, position + i) for i in range(size)],
+                    [
+                        functools.partial(self._fill, batch, i, position(done + i))
+                        for i in range(size)
+                    ],
                 )
-                position += size
+                done += size
 
         for batch, truncated in ahead(jobs(), prefetch):
             self._count(sum(truncated))
             yield batch
 
     def _grained(
-        self, start: int, sizes: Iterable[int], workers: int, prefetch: int
+        self, position: Callable[[int], int], sizes: Iterable[int], workers: int, prefetch: int
     ) -> Generator[Batch, None, None]:
         import grain
 
@@ -183,7 +205,7 @@ class SampleStream(abc.ABC):
         options = grain.ReadOptions(
             num_threads=_threads(), prefetch_buffer_size=max(_threads(), sum(coming))
         )
-        positions = grain.MapDataset.range(start, sys.maxsize)
+        positions = grain.MapDataset.range(sys.maxsize).map(position)
         samples = positions.map(self._counted_sample).to_iter_dataset(options)
         if workers:
             from absl import flags
@@ -195,7 +217,8 @@ class SampleStream(abc.ABC):
                 grain.MultiprocessingOptions(
                     num_workers=workers,
                     per_worker_buffer_size=max(1, sum(coming) // workers),
-                )
+                ),
+                worker_init_fn=_end_with_parent,
             )
         iterator = iter(samples)
         try:
@@ -282,6 +305,31 @@ def _checked_size(size: int) -> int:
     if size < 1:
         raise ValueError(f"an effective batch of {size} samples; expected at least 1.")
     return int(size)
+
+
+def _share_of(size: int, usual: int, share: NDArray[np.integer]) -> int:
+    if size != usual:
+        raise ValueError(f"effective batches of {usual} and {size} samples cannot be shared.")
+    return len(share)
+
+
+def _shared_position(start: int, size: int, share: NDArray[np.integer], number: int) -> int:
+    """Position in the run of a sample of this process, counted from `start` on."""
+    window, row = divmod(number, len(share))
+    return start + window * size + int(share[row])
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """In a worker process: leaves Ctrl-C to the parent, and ends soon after it, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _threads() -> int:

@@ -39,8 +39,17 @@ class Stream(Protocol):
     @property
     def truncated(self) -> int: ...
 
+    def indices(self, start: int, size: int) -> np.ndarray: ...
+
     def windows(
-        self, start: int, sizes: Any, *, workers: int = 0, prefetch: int = 2, backend: Any = "auto"
+        self,
+        start: int,
+        sizes: Any,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        backend: Any = "auto",
+        share: np.ndarray | None = None,
     ) -> Iterator[Batch]: ...
 
 
@@ -116,6 +125,11 @@ class Task(Protocol):
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
+        ...
+
+    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+        """What an evaluation computes on the device, and the shapes of a batch of it: a function
+        of (params, stats, *batch), and batch."""
         ...
 
     def stream(

@@ -186,6 +186,14 @@ class CompletionTask:
         xyz = self._coordinates(partial)
         return self.model.apply(_variables(params, stats), xyz, text=text).fine
 
+    def predict_and_embed(self, params: PyTree, stats: PyTree, batch: PyTree):
+        """Completed clouds (N, P, 3), and where captions are aligned vectors of these and of the
+        true ones."""
+        clouds = self.predict(params, stats, batch["partial"], batch.get("text"))
+        if self.alignment is None:
+            return clouds, None
+        return clouds, [self.alignment.embed(stats, c) for c in (clouds, batch["complete"])]
+
     def _coordinates(self, cloud):
         """Coordinates keep at least float32, whatever the features are computed in."""
         return cloud.astype(jnp.promote_types(self.model.dtype, jnp.float32))
@@ -210,6 +218,10 @@ class CompletionTask:
         if self.model.text_width:
             arrays |= {"text": shape(self.model.text_width), "caption": shape(dtype=jnp.int32)}
         return arrays
+
+    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+        """What an evaluation computes on the device, and the shapes of a batch of it."""
+        return self.predict_and_embed, (self.example(samples),)
 
     def stream(
         self,
@@ -263,7 +275,7 @@ class CompletionTask:
         """The test split, and the unseen categories where there are some; what is cropped by us in
         all three modes, and over these the mean."""
         config = config.copy_and_resolve_references()
-        config.eval.viewpoints = 8 if config.data.path else 1  # as the benchmarks have it
+        config.eval.viewpoints = 0  # as the benchmark has it
         sources, lines = {}, []
         for prefix, split in (("", "test"), ("unseen/", "unseen")):
             if split == "unseen" and not data.has_unseen(config.data.path):
@@ -323,15 +335,7 @@ class Evaluator:
         cars: complete clouds to compare predictions of real scans with, which have no target.
         """
         self.task, self.sources, self.batch, self.cars = task, sources, batch, cars
-        self._predict = jax.jit(self._predicted)
-
-    def _predicted(self, params, stats, batch):
-        """Completed clouds, and where there are captions vectors of these and of the true ones."""
-        clouds = self.task.predict(params, stats, batch["partial"], batch.get("text"))
-        align = self.task.alignment
-        if align is None:
-            return clouds, None
-        return clouds, [align.embed(stats, c) for c in (clouds, batch["complete"])]
+        self._predict = jax.jit(task.predict_and_embed)
 
     def __call__(
         self, params: PyTree, stats: PyTree, pictures: int = 0

@@ -145,6 +145,10 @@ class DetectionTask:
             "epoch": shape(dtype=jnp.int32),
         }
 
+    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+        """What an evaluation computes on the device, and the shapes of a batch of it."""
+        return self.predict, (self.example(samples)["image"],)
+
     def stream(
         self,
         config: ml_collections.ConfigDict,

@@ -183,6 +183,11 @@ class Detection3DTask:
             "epoch": shape(dtype=jnp.int32),
         }
 
+    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+        """What an evaluation computes on the device, and the shapes of a batch of it."""
+        example = self.example(samples)
+        return self.predict, (example["image"], example["camera"])
+
     def stream(
         self,
         config: ml_collections.ConfigDict,
