@@ -320,7 +320,7 @@ def _shared_position(start: int, size: int, share: NDArray[np.integer], number: 
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """In a worker process: leaves Ctrl-C to the parent, and ends soon after it, however it ended."""
+    """In a worker process: leaves Ctrl-C to the parent, and ends soon after it, come what may."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
