@@ -279,26 +279,16 @@ def test_shares_of_a_window_are_its_columns():
         )
 
 
-def _quickstart(**changes):
-    """configs/quickstart.py, smaller."""
-    import runpy
-
-    config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
-    config.update_from_flattened_dict(changes)
-    return config.lock()
-
-
 def _captioned(**changes):
     """A loss that couples all samples of the effective batch."""
     return tiny_completion.tiny_config(**tiny_completion.CAPTIONED, **changes)
 
 
-CONFIGS |= {"quickstart": _quickstart, "captioned": _captioned}
+CONFIGS |= {"captioned": _captioned}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["scan", "multisteps"])
-def test_coupled_terms_in_two_processes(tmp_path, engine, monkeypatch, x64):
+def test_coupled_terms_in_two_processes(tmp_path, monkeypatch, x64):
     """In float64: a contrast of a network with nearest neighbours amplifies rounding."""
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     changes = {
@@ -306,19 +296,8 @@ def test_coupled_terms_in_two_processes(tmp_path, engine, monkeypatch, x64):
         "eval.every": -1, "checkpoint.every": 3, "dtype": "float64",
     }  # fmt: skip
     train.train(_captioned(**changes, devices=1), tmp_path / "one")
-    finish(start(tmp_path / "two", changes | SHARED | {"engine": engine}, config="captioned"))
+    finish(start(tmp_path / "two", changes | SHARED, config="captioned"))
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-6)  # parameters are float32
-
-
-@pytest.mark.slow
-def test_quickstart_in_two_processes(tmp_path):
-    changes = {
-        "steps": 20, "data.image_size": 64, "eval.every": -1, "checkpoint.every": 20,
-        "log.every": 1, "log.tensorboard": False,
-    }  # fmt: skip
-    train.train(_quickstart(**changes, devices=1), tmp_path / "one")
-    finish(start(tmp_path / "two", changes | SHARED, config="quickstart"))
-    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 def _one_of_many(job: dict) -> None:

@@ -293,11 +293,11 @@ def test_a_plan_is_what_is_used():
     done = subprocess.run(
         [
             sys.executable, "-m", "jaxaccum.calibrate", "--config=configs/quickstart.py",
-            "--config.data.image_size=128", "--geometries=8,16,8:multisteps",
+            "--config.data.image_size=128", "--geometries=8,16",
         ],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()[2:5]]
-    for name, planned, used, ratio in rows:
-        assert 0.8 < float(ratio) < 1.15, (name, planned, used)
+    rows = [line.split() for line in done.stdout.splitlines()[2:4]]
+    for name, planned, used, _ in rows:  # MiB; the runtime takes some of its own
+        assert 0.9 * float(planned) < float(used) < float(planned) + 40, name
