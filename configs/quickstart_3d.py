@@ -9,11 +9,11 @@ from jaxaccum import config as defaults
 def get_config():
     config = defaults.detection3d()
     config.model = "yolov12-3d-n"
-    config.nbs = 16
+    config.nbs = 8
     config.bn_group = 8
-    config.epochs = 12.0
-    config.data.height = 128
-    config.data.width = 416
+    config.epochs = 16.0
+    config.data.height = 96
+    config.data.width = 320
 
     config.optimizer.update(name="adamw", momentum=0.9, weight_decay=0.01)
     config.lr.update(base=1.5e-3, base_batch=16, warmup_epochs=1.0, warmup_bias=0.0)
@@ -23,5 +23,5 @@ def get_config():
     config.microbatch = 8
     config.log.every = 20
     config.eval.every = 256
-    config.checkpoint.every = 64
+    config.checkpoint.every = 128
     return config

@@ -15,9 +15,9 @@ from jaxaccum.models import pointbert, yolo
 # Fields that decide only how a run is computed, watched or stored, and places of what is known by
 # its contents; all others are the recipe.
 NOT_LEARNED = (
-    "init_from", "microbatch", "devices", "engine", "remat", "epochs", "log", "eval", "checkpoint",
-    "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error", "data.cache",
-    "data.cache_gib", "data.workers", "data.prefetch", "text.encoder",
+    "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "epochs", "log", "eval",
+    "checkpoint", "max_skipped", "data.path", "data.val_path", "data.images", "data.on_error",
+    "data.cache", "data.cache_gib", "data.workers", "data.prefetch", "text.encoder",
     "text.captions", "text.point_weights", "data.val_split", "data.val_fraction",
 )  # fmt: skip
 
@@ -27,7 +27,7 @@ DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "floa
 # Fields and the range they are in.
 RANGES = {
     "nbs": (1, 1e9), "seed": (0, 2**31 - 1), "steps": (0, 1e9), "epochs": (0, 1e9),
-    "devices": (0, 1e6), "max_skipped": (1, 1e9),
+    "devices": (0, 1e6), "fsdp": (0, 1e6), "max_skipped": (1, 1e9),
     "loss.box": (0, 1e9), "loss.cls": (0, 1e9), "loss.dfl": (0, 1e9),
     "optimizer.momentum": (0, 1), "optimizer.b2": (0, 1), "optimizer.weight_decay": (0, 1e9),
     "optimizer.clip": (0, 1e9),
@@ -103,6 +103,8 @@ def _geometry(c: ml_collections.ConfigDict) -> None:
     c.microbatch = any_of(8)
     c.devices = 0  # 0: all that JAX sees
     c.engine = "scan"  # or "multisteps"
+    # Devices that divide parameters, optimizer and average among themselves; 0: all, 1: none.
+    c.fsdp = 1
     c.remat = False  # compute every block's activations again in the backward pass: less memory
 
 
@@ -247,7 +249,7 @@ def detection3d() -> ml_collections.ConfigDict:
             "temperature": 1.0,
             "largest": 20.0,  # metres
             "heading": "seen",  # relative to the ray from the camera, or "world"
-            "turn": "free",  # the heading as an angle, or "bounded" to one turn
+            "turn": "vector",  # the heading as sine and cosine, or one angle: "free", "bounded"
             "focal": 0.58,  # focal length over width that depths are meant for; 0: as they are
             "place": "projected",  # x and y by the 2D box and the depth, or "predicted"
         }
@@ -307,7 +309,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "eval.mode": ("easy", "median", "hard"),
         "box3d.heading": ("seen", "world"),
         "box3d.place": ("predicted", "projected"),
-        "box3d.turn": ("free", "bounded"),
+        "box3d.turn": ("vector", "free", "bounded"),
     }
     for field, allowed in words.items():
         if has(c, field) and get(c, field) not in allowed:

@@ -24,7 +24,7 @@ from jaxaccum import config as configs
 from jaxaccum import tasks
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.inference import load
-from jaxaccum.models import completion, torch_file, weights, yolo
+from jaxaccum.models import completion, solids, torch_file, weights, yolo
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
 from jaxaccum.tasks import captioned
 
@@ -173,8 +173,8 @@ def _described(
     solid = family.rows[-1][2] == "Detect3D"
     config = configs.detection3d() if solid else configs.detection()
     config.model = name
-    if solid:
-        configs.as_original(config)
+    if solid and found.solids == solids.OUTPUTS:
+        configs.as_original(config)  # else ours: the original has no heading of two outputs
     size = None if solid else found.image_size
     if size and size > 0 and size % 32 == 0:
         config.data.image_size = size

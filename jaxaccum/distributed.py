@@ -296,8 +296,3 @@ def joined(text: str) -> Iterator[Peers]:
             peers.fail(f"{type(error).__name__}: {error}")
             raise
         peers.leave()
-
-
-def local(tree: PyTree) -> PyTree:
-    """This process's copy of arrays that all devices of all processes hold."""
-    return jax.tree.map(lambda a: a.addressable_data(0), tree)

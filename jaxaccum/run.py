@@ -93,7 +93,9 @@ def prepare(
         recipe = dataclasses.replace(
             recipe, nbs=int(sizes.max()), bn_group="frozen" if frozen else config.microbatch
         )
-    window = Window(recipe, Geometry(config.microbatch, devices, config.engine))
+    window = Window(
+        recipe, Geometry(config.microbatch, devices, config.engine, config.fsdp or devices)
+    )
     task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)
     ema = config.ema

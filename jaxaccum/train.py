@@ -34,7 +34,7 @@ from jaxaccum.checkpoint import (
     require_same_recipe,
 )
 from jaxaccum.convert import identities, load_initial
-from jaxaccum.distributed import FLAG_HELP, DistributedError, Peers, joined, local
+from jaxaccum.distributed import FLAG_HELP, DistributedError, Peers, joined
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
@@ -117,10 +117,8 @@ def _train(
     stats, lines = this.task.load_frozen(config, stats)
     for line in lines:
         print(line)
-    require_constant_denominators(
-        this.task.forward, params, stats,
-        this.task.example(this.window.geometry.microbatch),
-    )  # fmt: skip
+    whole_groups = this.window.geometry.microbatch * this.window.span
+    require_constant_denominators(this.task.forward, params, stats, this.task.example(whole_groups))
     evaluator = this.task.evaluator(config, val_set)
     describe(this, train_set, count(params), workdir)
 
@@ -137,16 +135,18 @@ def _train(
     # Every process holds the whole state, so the first alone can save and restore it.
     keep = config.checkpoint.keep
     with Checkpoints(workdir, keep) if peers.first else Elsewhere() as checkpoints:
-        state = engine.init(params, stats)
+        state = this.rule.init(params, stats)
         best: dict[str, float] = {}
         noise_scale = NoiseScale()
         if checkpoints.latest is not None:
-            place = (
-                engine.replicated if peers.alone else SingleDeviceSharding(jax.local_devices()[0])
-            )
+            place = engine.shardings(state)
+            if not peers.alone:
+                one = SingleDeviceSharding(jax.local_devices()[0])
+                place = jax.tree.map(lambda _: one, place)
             template = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state
-            )
+                lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+                state, place,
+            )  # fmt: skip
 
             def check(meta: dict[str, Any]) -> None:
                 if not accept_other_recipe:
@@ -159,7 +159,8 @@ def _train(
             peers.meet("before the broadcast")  # here a signal still ends the run at once
             preemption.hold()
             peers.connect(engine.mesh)
-            state = engine.replicate(peers.broadcast(state))
+            state = peers.broadcast(state)
+        state = engine.place_state(state)
         done, consumed = int(state.step), int(state.windows)
         owed = False
         if peers.first:
@@ -196,18 +197,25 @@ def _train(
         def evaluate_now(step: int) -> None:
             nonlocal best
             occasion = f"best at {step}"
+            weights = engine.whole(state.ema or {"params": state.params, "stats": state.stats})
             if peers.first:
-                evaluate_here(step)
+                evaluate_here(step, weights)
                 peers.from_first(occasion, best)
             else:
                 with preemption.allowed():
                     best = peers.from_first(occasion, best)
 
-        def evaluate_here(step: int) -> None:
+        saved = done
+
+        def save(step: int) -> None:
+            nonlocal saved
+            whole, saved = state, step
+            if not peers.alone:  # leaf by leaf: all together may not fit on a device
+                whole = jax.tree.map(lambda leaf: np.asarray(engine.whole(leaf)), state)
+            checkpoints.save(step, whole, meta_now())
+
+        def evaluate_here(step: int, weights: Any) -> None:
             nonlocal best
-            weights = state.ema or {"params": state.params, "stats": state.stats}
-            if not peers.alone:
-                weights = local(weights)
             with preemption.allowed():
                 if config.eval.precise_bn:
                     weights = weights | {
@@ -312,7 +320,7 @@ def _train(
                         if due("eval", done):
                             evaluate_now(done)
                         if due("checkpoint", done):
-                            checkpoints.save(done, state, meta_now())
+                            save(done)
                 while done == this.steps and pending:  # a window skipped at the end is made up for
                     done -= not report(*pending.popleft())
         except Preempted as signalled:
@@ -322,8 +330,8 @@ def _train(
                 compute(next(stream.windows(*samples, prefetch=0, share=engine.share)))
             while pending:
                 done -= not report(*pending.popleft())
-            if every["checkpoint"] > 0 and done > (checkpoints.latest or 0):
-                checkpoints.save(done, state, meta_now())
+            if every["checkpoint"] > 0 and done > saved:
+                save(done)
                 checkpoints.wait()
         windows.close()
         console.close()

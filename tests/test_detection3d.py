@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_config3d
 
 from jaxaccum import config as configs
@@ -39,7 +41,7 @@ def one_anchor(score=0.4):
 
 
 def best_logits(coding, compat=False, **changes):
-    """The logits (1, 1, 1204) of the smallest loss, found by following its gradient."""
+    """The logits (1, 1, 1205) of the smallest loss, found by following its gradient."""
 
     def loss(logits):
         found, _ = losses.solid_loss(
@@ -51,7 +53,7 @@ def best_logits(coding, compat=False, **changes):
         return logits - 5.0 * 0.998 ** jnp.maximum(i - 20000, 0) * jax.grad(loss)(logits), None
 
     steps = jnp.arange(26000)
-    return jax.jit(lambda x: jax.lax.scan(step, x, steps)[0])(jnp.zeros((1, 1, 1204)))
+    return jax.jit(lambda x: jax.lax.scan(step, x, steps)[0])(jnp.zeros((1, 1, 1205)))
 
 
 def decoded(logits, coding, camera=CAMERA, box=None):
@@ -119,10 +121,11 @@ def test_a_box_is_placed_by_its_middle():
 
 def test_a_heading_has_no_ends(x64):
     """From any output the smallest loss is reached the shorter way; a bounded one can be stuck."""
-    logits = jnp.zeros((1, 1, 1204)).at[..., -1].set(12.0)  # some turns on; bounded: at pi
     left = {}
-    for turn in ("free", "bounded"):
+    for turn in ("vector", "free", "bounded"):
         coding = Coding(place="predicted", turn=turn)
+        # Some turns on; bounded: at pi; a vector: far out in a wrong direction.
+        logits = jnp.zeros((1, 1, solids.outputs(coding))).at[..., -1].set(12.0)
 
         def loss(x, coding=coding):
             return numerators(x, coding=coding, yaw=-1.2)[0]["heading"]
@@ -132,7 +135,17 @@ def test_a_heading_has_no_ends(x64):
         for _ in range(200):
             x = step(x)
         left[turn] = float(loss(x))
-    assert left["free"] < 1e-6 and left["bounded"] > 0.1
+    assert left["vector"] < 1e-6 and left["free"] < 1e-6 and left["bounded"] > 0.1
+
+
+def test_a_vector_is_read_as_its_direction():
+    coding = Coding(place="predicted", focal=0.0)
+    assert solids.outputs(coding) == 1205 and solids.outputs(ORIGINAL) == 1204
+    for angle in (-3.0, -1.2, 0.0, 0.4, 3.1):
+        pair = 0.3 * jnp.asarray([np.sin(angle), np.cos(angle)])
+        logits = jnp.zeros((1, 1, 1205)).at[..., -2:].set(pair)
+        found = solids.decode(logits, coding).headings[0, 0]
+        assert float(found) == pytest.approx(angle, abs=1e-5)
 
 
 def test_a_heading_is_what_is_seen():
@@ -153,7 +166,7 @@ def test_a_heading_is_what_is_seen():
 
 
 def numerators(logits=None, compat=False, assignment=None, coding=None, **changes):
-    logits = jnp.zeros((1, 1, 1204)) if logits is None else logits
+    logits = jnp.zeros((1, 1, 1205)) if logits is None else logits
     return losses.solid_loss(
         logits, assignment or one_anchor(), targets(**changes), coding or Coding(), WIDTH, 0.1,
         compat,
@@ -176,7 +189,7 @@ def test_what_is_not_labelled_or_out_of_reach_teaches_nothing(x64):
     far, _ = numerators(where=(-60.0, 1.6, 30.0))
     assert float(far["x"]) == 0 and float(far["z"]) > 0 and float(far["size"]) > 0
     gradient = jax.grad(lambda p: sum(numerators(p, where=(1.0, 1.6, 400.0))[0].values()))(
-        jnp.zeros((1, 1, 1204))
+        jnp.zeros((1, 1, 1205))
     )
     assert np.all(np.isfinite(gradient)) and not np.any(gradient[..., 800:1200])
 
@@ -310,17 +323,26 @@ def test_an_image_without_a_calibration_is_said_to_have_the_usual(trained, tmp_p
     assert result["camera"] == "KITTI's usual"
 
 
-def test_weights_go_out_and_come_in_with_the_originals_coding(trained, tmp_path):
+def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
+    """A file does not say what its outputs mean; but only ours have two for the heading."""
     file, out = tmp_path / "w.safetensors", tmp_path / "in"
     convert.write(trained, file)
-    report, meta = convert.convert(file, out, "tiny-3d-t")
+    report, _ = convert.convert(file, out, "tiny-3d-t")
+    assert report.complete
+    ours, theirs = inference.load(trained), inference.load(out)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert theirs.task.coding == ours.task.coding == Coding()
+    state = {  # as the original would have it
+        key: value[: solids.OUTPUTS] if re.search(r"\.cv4\.\d\.2\.", key) else value
+        for key, value in load_file(file).items()
+    }
+    save_file(state, tmp_path / "o.safetensors")
+    report, meta = convert.convert(tmp_path / "o.safetensors", tmp_path / "original", "tiny-3d-t")
     assert report.complete
     assert meta["config"]["box3d"] == {
         field.name: getattr(ORIGINAL, field.name) for field in dataclasses.fields(ORIGINAL)
     }
-    ours, theirs = inference.load(trained), inference.load(out)
-    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
-    assert theirs.task.coding == ORIGINAL
+    assert inference.load(tmp_path / "original").task.coding == ORIGINAL
 
 
 @pytest.mark.parametrize(

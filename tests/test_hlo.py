@@ -10,42 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from hlo import collectives, reductions
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum.accumulate import Geometry, Recipe, make_engine
+from jaxaccum.accumulate import Geometry, Recipe, fsdp, make_engine
 from jaxaccum.accumulate.recipe import Window
 
 DEVICES = 4
 
 
-def computations(text: str) -> dict[str, str]:
-    """Name -> body of every computation of an HLO module."""
-    return {
-        m.group(1): m.group(2)
-        for m in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
-    }
-
-
-def reductions(text: str) -> tuple[int, int]:
-    """(all-reduces inside of while loops, all-reduces elsewhere)."""
-    bodies = computations(text)
-    inside: set[str] = set()
-    stack = re.findall(r"body=%?([\w.\-]+)", text)
-    assert stack, "no loop in the program"
-    while stack:
-        name = stack.pop()
-        if name not in inside:
-            inside.add(name)
-            stack += [n for n in re.findall(r"%([\w.\-]+)", bodies[name]) if n in bodies]
-    count = {n: len(re.findall(r" all-reduce(?:-start)?\(", b)) for n, b in bodies.items()}
-    return (
-        sum(v for n, v in count.items() if n in inside),
-        sum(v for n, v in count.items() if n not in inside),
-    )
-
-
-def engine(kind="scan", devices=DEVICES, nbs=32):
-    window = Window(Recipe(nbs, 4), Geometry(4, devices, kind))
+def engine(kind="scan", devices=DEVICES, nbs=32, microbatch=4, fsdp=1):
+    window = Window(Recipe(nbs, 4), Geometry(microbatch, devices, kind, fsdp))
     made = make_engine(toy.make_forward(4), toy.make_rule(nbs), window)
     state = made.init(*toy.initial(np.float32))
     return made, state, next(toy.make_batches(nbs, np.float32)())
@@ -76,8 +51,8 @@ def test_parameters_that_are_not_marked_as_varying_are_refused(monkeypatch):
     made, state, batch = engine()
     plain = type(made)._varying
 
-    def unmarked(self, tree):
-        return tree if isinstance(tree, dict) else plain(self, tree)
+    def unmarked(self, tree, *specs):
+        return tree if isinstance(tree, dict) else plain(self, tree, *specs)
 
     monkeypatch.setattr(type(made), "_varying", unmarked)
     with pytest.raises(ValueError, match="axis types do not match"):
@@ -110,3 +85,68 @@ def test_memory_is_flat_in_the_number_of_microbatches():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(256) <= 1.01 * temporary(16)
+
+
+def compiled(**geometry):
+    made, state, batch = engine(**geometry)
+    return made.lower(state, *made.place(batch)).compile()
+
+
+@pytest.mark.parametrize("kind", ["scan", "multisteps"])
+def test_a_group_on_two_devices_is_reduced_over_these_two(kind):
+    """Three small sums in the loop (mean, variance, the derivative's), the update's one outside."""
+    made, state, batch = engine(kind, microbatch=2)
+    if kind == "scan":
+        found = collectives(made.lower(state, *made.place(batch)).compile().as_text())
+        assert [c for c in found if c.looped] == [("all-reduce", True, "{{0,1},{2,3}}")] * 3
+        assert [c for c in found if not c.looped] == [("all-reduce", False, "{{0,1,2,3}}")]
+        return
+    one = jax.tree.map(lambda a: a[0], made.window.split(batch))
+    arguments = (state, made._empty(state, one), one, np.int32(0), np.int32(2))
+    adding = collectives(made._add.lower(*arguments).compile().as_text())
+    assert adding == [("all-reduce", False, "{{0,1},{2,3}}")] * 3
+    closing = collectives(made._close.lower(*arguments).compile().as_text())
+    assert closing == sorted([*adding, ("all-reduce", False, "{{0,1,2,3}}")])
+
+
+@pytest.fixture
+def all_leaves(monkeypatch):
+    """Divides the toy's leaves, too, where their shapes allow."""
+    monkeypatch.setattr(fsdp, "SMALLEST", 1)
+
+
+def test_a_divided_state_is_gathered_once_and_scattered_once(all_leaves):
+    found = collectives(compiled(fsdp=4).as_text())
+    assert not any(c.looped for c in found)
+    groups = "{{0,1,2,3}}"
+    kinds = [c.kind for c in found]
+    assert kinds.count("all-gather") == kinds.count("reduce-scatter") == 1
+    # One for sums that are not gradients, one for the number that is the gradient's norm.
+    assert kinds.count("all-reduce") == 2 and len(kinds) == 4
+    assert {c.groups for c in found} == {groups}
+
+
+def test_both_axes_of_the_mesh(all_leaves):
+    """Scattered over the parts, {0,1} and {2,3}; these sums reduced over the rest, {0,2}, {1,3}."""
+    found = collectives(compiled(fsdp=2).as_text())
+    assert not any(c.looped for c in found)
+    by_kind = {
+        kind: [c.groups for c in found if c.kind == kind] for kind in {c.kind for c in found}
+    }
+    assert by_kind.keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert by_kind["all-gather"] == by_kind["reduce-scatter"] == ["{{0,1},{2,3}}"]
+    assert sorted(by_kind["all-reduce"]) == ["{{0,1,2,3}}", "{{0,1},{2,3}}", "{{0,2},{1,3}}"]
+
+
+def test_every_device_holds_its_part_and_donates_it(all_leaves):
+    made, state, batch = engine(fsdp=4)
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.ema["params"]))
+    divided = [a for a in leaves if not a.sharding.is_fully_replicated]
+    assert divided and all(a.addressable_data(0).size * 4 == a.size for a in divided)
+    own = sum(a.addressable_data(0).nbytes for a in jax.tree.leaves(state))
+    assert own < sum(a.nbytes for a in jax.tree.leaves(state))
+    program = made.lower(state, *made.place(batch)).compile()
+    assert program.memory_analysis().alias_size_in_bytes >= own
+    after, _ = made.update(state, batch)
+    kept = [a.sharding for a in jax.tree.leaves(after)]
+    assert kept == jax.tree.leaves(made.shardings(after))

@@ -26,7 +26,7 @@ SEED = 7
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x, groups):
-        x = nn.Dense(6, name="first", dtype=x.dtype)(x)
+        x = nn.Dense(8, name="first", dtype=x.dtype)(x)
         x = GroupBatchNorm(silu=True, name="norm")(x, groups)
         return nn.Dense(2, name="second", dtype=x.dtype)(x)
 

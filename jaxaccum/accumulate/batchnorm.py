@@ -1,7 +1,8 @@
 """Batch norm as part of the recipe: statistics over groups of samples, whatever the microbatch.
 
 Batch statistics are taken over groups of `size` consecutive samples of the effective batch;
-samples of weight zero are masked out. Each layer also reports additive moments, from which the
+samples of weight zero are masked out. A group may lie on several devices, which then add up their
+sums of it, and only they. Each layer also reports additive moments, from which the
 running statistics of the whole update are merged by the law of total variance and moved once.
 
 Source: Ioffe and Szegedy 2015, arXiv:1502.03167; groups as in "ghost batch norm", Hoffer et al.
@@ -19,13 +20,15 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+GROUP_AXIS = "group"  # of the mesh: the devices that a group lies on
 
 
 class Groups(NamedTuple):
     """How a microbatch shares batch statistics.
 
     Attributes:
-      size: samples per group; the microbatch is a multiple of it.
+      size: samples per group; the microbatch is a multiple of it, or divides it: then the group
+        lies on size / microbatch devices, those along the mesh's axis `GROUP_AXIS`.
       weight: (samples,) 1 for a real sample, 0 for a padded one.
     """
 
@@ -44,12 +47,12 @@ def normalise(x, scale, bias, weight, size: int, eps: float, silu: bool):
       x: (samples, ..., channels).
       scale, bias: (channels,).
       weight: (samples,) 0 or 1.
-      size: samples per group.
+      size: samples per group, see `Groups`.
       eps: added to the variance.
       silu: apply x * sigmoid(x) to the result.
     Returns:
-      y like x, and mean, variance (groups, channels) and count (groups,) in the dtype of scale.
-      Only y is differentiable.
+      y like x, mean and variance (groups, channels) and the number of a group's values that are
+      here, (groups,), in the dtype of scale. Only y is differentiable.
     """
     return _normalise_forward(x, scale, bias, weight, size, eps, silu)[0]
 
@@ -60,9 +63,15 @@ def _grouped(x, weight, size):
     Weights act on a sample's sums over its pixels: as a factor of every value they would cost
     half as much as the whole network on CPU.
     """
+    size = min(size, x.shape[0])
     xg = x.reshape(x.shape[0] // size, size, -1, x.shape[-1])
     xg = xg.astype(jnp.promote_types(x.dtype, jnp.float32))
     return xg, weight.reshape(-1, size, 1).astype(xg.dtype)
+
+
+def _over_group(sums, x, size):
+    """Sums over the samples of a group that are here, as sums over the whole group."""
+    return sums if size <= x.shape[0] else jax.lax.psum(sums, GROUP_AXIS)
 
 
 def _everywhere(per_group):
@@ -72,16 +81,18 @@ def _everywhere(per_group):
 
 def _normalise_forward(x, scale, bias, weight, size, eps, silu):
     xg, wg = _grouped(x, weight, size)
-    count = jnp.sum(wg, axis=1) * xg.shape[2]
+    here = jnp.sum(wg, axis=1) * xg.shape[2]
+    total = jnp.sum(jnp.sum(xg, axis=2) * wg, axis=1)
+    count, total = _over_group((here, total), x, size)
     divisor = jnp.maximum(count, 1)
-    mean = jnp.sum(jnp.sum(xg, axis=2) * wg, axis=1) / divisor
+    mean = total / divisor
     square = jnp.square(xg - _everywhere(mean))
-    var = jnp.sum(jnp.sum(square, axis=2) * wg, axis=1) / divisor
+    var = _over_group(jnp.sum(jnp.sum(square, axis=2) * wg, axis=1), x, size) / divisor
     # A group of padding alone would be blown up by 1 / sqrt(eps) in every layer, to inf and NaN.
     inv = jnp.where(count > 0, jax.lax.rsqrt(var + eps), 0)
     y = (xg - _everywhere(mean)) * _everywhere(inv * scale) + bias
     y = y * jax.nn.sigmoid(y) if silu else y
-    out = (y.astype(x.dtype).reshape(x.shape), mean, var, count[:, 0])
+    out = (y.astype(x.dtype).reshape(x.shape), mean, var, here[:, 0])
     return out, (x, scale, bias, weight, mean, inv, divisor)
 
 
@@ -98,7 +109,8 @@ def _normalise_backward(size, eps, silu, residuals, cotangents):
     sum_dy = jnp.sum(dy, axis=(1, 2))
     sum_dy_xhat = jnp.sum(dy * xhat, axis=(1, 2))
     share = (wg / divisor[:, None])[:, :, None]
-    pulled = (_everywhere(sum_dy) + xhat * _everywhere(sum_dy_xhat)) * share
+    all_dy, all_dy_xhat = _over_group((sum_dy, sum_dy_xhat), x, size)
+    pulled = (_everywhere(all_dy) + xhat * _everywhere(all_dy_xhat)) * share
     dx = (dy - pulled) * _everywhere(inv * scale)
     return (
         dx.astype(x.dtype).reshape(x.shape),
@@ -153,7 +165,8 @@ def moments(mean, var, count, origin) -> dict[str, jax.Array]:
     """Moments of a layer that add up over groups, microbatches and devices.
 
     Args:
-      mean, var: (groups, channels), biased variance; count: (groups,) values per channel.
+      mean, var: (groups, channels), biased variance; count: (groups,) values per channel, those
+        of a group that are here.
       origin: (channels,) point to take the moments about; the running mean keeps the second
         moment from cancelling and is the same on every geometry.
     Returns:

@@ -4,6 +4,11 @@
 jitted call per microbatch, with `optax.MultiSteps` around the optimizer; the effective batch
 never sits on the device at once. Both accumulate on each device by itself and reduce over
 devices once per update.
+
+The devices form a mesh of three axes. Samples lie over all of them. With `fsdp` devices of the
+last two hold a part of the state each (Rajbhandari et al. 2020, arXiv:1910.02054, stages 1 and 2;
+Zhao et al. 2023, arXiv:2304.11277): an update gathers the parameters before its loop and scatters
+the sum of the gradients after it. Devices along the last one share batch-norm groups.
 """
 
 from __future__ import annotations
@@ -17,17 +22,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxaccum.accumulate import batchnorm
+from jaxaccum.accumulate import batchnorm, fsdp
 from jaxaccum.accumulate.coupled import Coupling
 from jaxaccum.accumulate.recipe import GeometryError, Window
 from jaxaccum.accumulate.terms import Forward, Sums, add
 from jaxaccum.accumulate.update import Closed, State, UpdateRule, advance, close_window
 
 PyTree = Any
-AXIS = "data"
+AXES = ("data", *fsdp.AXES)
 REPLICATED = PartitionSpec()
-PER_DEVICE = PartitionSpec(AXIS)
-LAID = PartitionSpec(None, AXIS)  # (steps, microbatch * devices, ...)
+PER_DEVICE = PartitionSpec(AXES)
+LAID = PartitionSpec(None, AXES)  # (steps, microbatch * devices, ...)
 
 
 def make_engine(forward: Forward, rule: UpdateRule, window: Window, devices=None):
@@ -50,7 +55,9 @@ def make_engine(forward: Forward, rule: UpdateRule, window: Window, devices=None
             f"the geometry asks for {wanted} devices, but JAX sees {len(jax.devices())} "
             f"({jax.default_backend()}): set devices to at most that"
         )
-    mesh = Mesh(np.asarray(list(devices)), (AXIS,))
+    parts, span = max(window.geometry.fsdp, window.span), window.span
+    grid = np.asarray(list(devices)).reshape(-1, parts // span, span)
+    mesh = Mesh(grid, AXES)
     kind = {"scan": ScanEngine, "multisteps": MultiStepsEngine}[window.geometry.engine]
     return kind(forward, rule, window, mesh)
 
@@ -59,7 +66,7 @@ class _Engine:
     """What the two engines share: where state and microbatches live.
 
     Attributes:
-      replicated: where the state lives: on all devices.
+      replicated: the sharding of what all devices hold.
       share: samples of every effective batch that this process is to load, if others load the
         rest: (n,) int; None to load all.
     """
@@ -71,20 +78,51 @@ class _Engine:
         if jax.process_count() > 1:
             if rule.objective.compat:
                 raise GeometryError("compat is a rule to compare with: run it in one process")
-            own = [i for i, d in enumerate(mesh.devices) if d.process_index == jax.process_index()]
+            here = jax.process_index()
+            own = [i for i, d in enumerate(mesh.devices.flat) if d.process_index == here]
             self._own = range(own[0], own[-1] + 1)
             self.share = window.share(self._own)
 
     def init(self, params: PyTree, stats: PyTree) -> State:
         """The state before the first update, on the devices."""
-        return self.replicate(self.rule.init(params, stats))
+        return self.place_state(self.rule.init(params, stats))
 
-    def replicate(self, state: State) -> State:
-        """A state on all devices, from one that every process has alike."""
-        return self._put(state, self.replicated)
+    def place_state(self, state: State) -> State:
+        """A state on the devices, from one that every process has alike."""
+        if self.share is None:
+            return jax.device_put(state, self.shardings(state))
+
+        def place(a, sharding):
+            host = np.asarray(a)
+            return jax.make_array_from_callback(host.shape, sharding, lambda i: host[i])
+
+        return jax.tree.map(place, state, self.shardings(state))
+
+    def specs(self, tree: PyTree) -> PyTree:
+        """How a state or a part of it, arrays or shapes, lies over the mesh."""
+        parts = self.window.geometry.fsdp
+        specs = jax.tree.map(lambda a: fsdp.spec(a.shape, parts), tree)
+        if isinstance(tree, State):  # statistics are few
+            stats = jax.tree.map(lambda _: REPLICATED, tree.stats)
+            specs = specs.replace(
+                stats=stats, ema=None if tree.ema is None else specs.ema | {"stats": stats}
+            )
+        return specs
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """`specs` as shardings."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
+
+    def whole(self, tree: PyTree) -> PyTree:
+        """Part of a state as this process's arrays, every leaf whole; all processes must call."""
+        if self.window.geometry.fsdp > 1:
+            tree = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+        if self.share is None:
+            return tree
+        return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
     def _put(self, tree: PyTree, sharding: NamedSharding) -> PyTree:
-        """Host arrays on the devices; of what is sharded, a process gives its own devices' part."""
+        """Samples on the devices, a process those of its own."""
         if self.share is None:
             return jax.device_put(tree, sharding)
         return jax.tree.map(
@@ -127,10 +165,11 @@ class _Engine:
         )
 
     def _placed(self, tree: PyTree) -> PyTree:
-        """Shapes of what every device holds a copy of."""
+        """Shapes of (a part of) the state where it lives."""
         return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.replicated), tree
-        )
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            tree, self.shardings(tree),
+        )  # fmt: skip
 
     @property
     def _width(self) -> int:
@@ -148,9 +187,26 @@ class _Engine:
                 f"window has {self.window.steps}"
             )
 
-    def _varying(self, tree: PyTree) -> PyTree:
-        """Marks replicated values as each device's own, so that gradients stay local."""
-        return jax.tree.map(lambda a: jax.lax.pcast(a, (AXIS,), to="varying"), tree)
+    def _varying(self, tree: PyTree, specs: PyTree = None) -> PyTree:
+        """Marks replicated values as each device's own, so that gradients stay local.
+
+        Args:
+          specs: how the leaves lay before they were gathered; None if none was divided.
+        """
+        if specs is None:
+            specs = jax.tree.map(lambda _: REPLICATED, tree)
+
+        def mark(a, spec):  # what was gathered is marked already, but for the axis "data"
+            return jax.lax.pcast(a, AXES[:1] if len(spec) else AXES, to="varying")
+
+        return jax.tree.map(mark, tree, specs)
+
+    def _gradient_specs(self, params: PyTree) -> dict[str, PyTree]:
+        """How a window's gradients lie over the mesh once they are summed: as the parameters do."""
+        objective = self.rule.objective
+        return dict.fromkeys(
+            ["loss"] if objective.coupled else objective.floors, self.specs(params)
+        )
 
     def _sums(self, params, stats, batch, coupling=None) -> Sums:
         return self.rule.objective.sums(self.forward, params, stats, batch, coupling)
@@ -181,10 +237,17 @@ class ScanEngine(_Engine):
     def __init__(self, forward, rule, window, mesh):
         super().__init__(forward, rule, window, mesh)
         self.batched = NamedSharding(mesh, LAID)
-        self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=self.replicated)
+        self._jitted: Any = None
+
+    def _program(self, state: PyTree) -> Any:
+        """The jitted update; made once, as where its results lie is told by a state."""
+        if self._jitted is None:
+            places = (self.shardings(state), self.replicated)
+            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=places)
+        return self._jitted
 
     def update(self, state, batch, steps=None):
-        return self._jitted(state, *self.place(batch, steps))
+        return self._program(state)(state, *self.place(batch, steps))
 
     def place(self, batch: PyTree, steps: int | None = None):
         """The arguments of the jitted update after the state: microbatches and their number."""
@@ -194,11 +257,11 @@ class ScanEngine(_Engine):
 
     def lower(self, state, microbatches, steps):
         """The update, lowered for the given arguments (arrays or shapes)."""
-        return self._jitted.lower(state, microbatches, steps)
+        return self._program(state).lower(state, microbatches, steps)
 
     def lowered(self, state, batch):
         microbatches = self._laid(batch, (self.window.steps, self._width), LAID)
-        return [self._jitted.lower(self._placed(state), microbatches, np.int32(self.window.steps))]
+        return [self.lower(self._placed(state), microbatches, np.int32(self.window.steps))]
 
     def _update(self, state: State, microbatches, steps):
         coupling = None
@@ -211,22 +274,25 @@ class ScanEngine(_Engine):
         sums, stats = self._accumulate(
             state.params, state.stats, rate, microbatches, steps, coupling
         )
-        closed, opt_state = close_window(self.rule).update(sums, state.opt_state, state.params)
+        end = close_window(self.rule, fsdp.norm(self.mesh, self.specs(state.params)))
+        closed, opt_state = end.update(sums, state.opt_state, state.params)
         return advance(
             self.rule, state, closed, opt_state, stats if self.rule.objective.compat else None
         )
 
     def _collect(self, params, stats, microbatches, steps):
         """The first pass: features (steps, microbatch * devices, ...), weights, denominators."""
+        specs = self.specs(params)
 
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, REPLICATED, LAID, REPLICATED),
+            in_specs=(specs, REPLICATED, LAID, REPLICATED),
             out_specs=(LAID, REPLICATED),
         )
         def local(params, stats, microbatches, steps):
-            params, stats = self._varying(params), self._varying(stats)
+            params = self._varying(fsdp.gathered(params, specs), specs)
+            stats = self._varying(stats)
             length = len(microbatches["weight"])
             one = jax.tree.map(lambda a: a[0], microbatches)
             shapes = jax.eval_shape(self._features, params, stats, one)
@@ -246,7 +312,7 @@ class ScanEngine(_Engine):
                 return kept, add(sums, more)
 
             kept, sums = jax.lax.fori_loop(0, steps, body, (kept, sums))
-            return kept, jax.lax.psum(sums, AXIS)
+            return kept, jax.lax.psum(sums, AXES)
 
         features, denominators = local(params, stats, microbatches, steps)
         # Microbatches that a shorter window leaves out count for nothing.
@@ -256,15 +322,17 @@ class ScanEngine(_Engine):
     def _accumulate(self, params, stats, rate, microbatches, steps, coupling):
         whole: Any = () if coupling is None else coupling._replace(pulls=())
         pulls: Any = () if coupling is None else coupling.pulls
+        specs, gradients = self.specs(params), self._gradient_specs(params)
 
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, REPLICATED, REPLICATED, LAID, REPLICATED, REPLICATED, LAID),
-            out_specs=REPLICATED,
+            in_specs=(specs, REPLICATED, REPLICATED, LAID, REPLICATED, REPLICATED, LAID),
+            out_specs=(gradients, REPLICATED, REPLICATED),
         )
         def local(params, stats, rate, microbatches, steps, whole, pulls):
-            params, stats = self._varying(params), self._varying(stats)
+            params = self._varying(fsdp.gathered(params, specs), specs)
+            stats = self._varying(stats)
 
             def sums_of(batch, pulls):
                 own = whole._replace(pulls=pulls) if coupling is not None else None
@@ -283,13 +351,17 @@ class ScanEngine(_Engine):
 
             sums, stats = jax.lax.fori_loop(0, steps, body, (zero, stats))
             if self.rule.objective.compat:
-                stats = jax.lax.pmean(stats, AXIS)
+                stats = jax.lax.pmean(stats, AXES)
             else:
                 stats = ()
-            return jax.lax.psum(sums, AXIS), stats
+            rest = sums._replace(gradients={})
+            both = fsdp.reduced(
+                (sums.gradients, rest), (gradients, jax.tree.map(lambda _: REPLICATED, rest))
+            )
+            return *both, stats
 
-        sums, stats = local(params, stats, rate, microbatches, steps, whole, pulls)
-        return sums._replace(coupling=whole), stats
+        reduced, rest, stats = local(params, stats, rate, microbatches, steps, whole, pulls)
+        return rest._replace(gradients=reduced, coupling=whole), stats
 
 
 class MultiStepsEngine(_Engine):
@@ -392,7 +464,7 @@ class MultiStepsEngine(_Engine):
             features, denominators = self._features(
                 self._varying(params), self._varying(stats), microbatch
             )
-            return features, jax.lax.psum(denominators, AXIS)
+            return features, jax.lax.psum(denominators, AXES)
 
         return local(params, stats, microbatch)
 
@@ -406,18 +478,29 @@ class MultiStepsEngine(_Engine):
 
     def _shapes(self, state: State, one: PyTree, coupling: Coupling | None) -> PyTree:
         """Shapes of the sums of one device."""
+        whole: Any = () if coupling is None else coupling._replace(pulls=())
+        pulls: Any = () if coupling is None else coupling.pulls
 
-        def per_device(tree):
+        @functools.partial(
+            jax.shard_map,
+            mesh=self.mesh,
+            in_specs=(REPLICATED, REPLICATED, PER_DEVICE, REPLICATED, PER_DEVICE),
+            out_specs=PER_DEVICE,
+        )
+        def each(params, stats, microbatch, whole, pulls):
+            own = whole._replace(pulls=pulls) if coupling is not None else None
+            sums = self._sums(self._varying(params), self._varying(stats), microbatch, own)
+            return jax.tree.map(lambda a: a[None], sums)
+
+        def global_shapes(tree):
             return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(
-                    (self.window.geometry.microbatch, *a.shape[1:]), a.dtype
-                ),
-                tree,
+                lambda a: jax.ShapeDtypeStruct((self._width, *a.shape[1:]), a.dtype), tree
             )
 
-        if coupling is not None:
-            coupling = coupling._replace(pulls=per_device(coupling.pulls))
-        return jax.eval_shape(self._sums, state.params, state.stats, per_device(one), coupling)
+        shapes = jax.eval_shape(
+            each, state.params, state.stats, global_shapes(one), whole, global_shapes(pulls)
+        )
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes)
 
     def _microbatch(
         self, state: State, accumulator, microbatch, index, steps, coupling=None, *, closing: bool
@@ -474,7 +557,7 @@ def _reduced(inner: optax.GradientTransformation, coupling) -> optax.GradientTra
     """`inner` on the sums of all devices: the one reduction of an update."""
 
     def update(sums, opt_state, params):
-        whole = jax.lax.psum(sums, AXIS)._replace(coupling=coupling)
+        whole = jax.lax.psum(sums, AXES)._replace(coupling=coupling)
         return inner.update(whole, opt_state, params)
 
     return optax.GradientTransformation(inner.init, update)

@@ -85,19 +85,34 @@ class Geometry:
       microbatch: samples in one forward and backward pass on one device.
       devices: number of devices that share an update.
       engine: "scan" (one jitted call per update) or "multisteps" (one per microbatch).
+      fsdp: devices that divide the parameters, the optimizer's state and the moving average among
+        themselves, instead of each holding all; it divides `devices`.
     """
 
     microbatch: int
     devices: int = 1
     engine: Engine = "scan"
+    fsdp: int = 1
 
     def __post_init__(self):
         if self.engine not in ("scan", "multisteps"):
             raise GeometryError(f"engine is 'scan' or 'multisteps'; got {self.engine!r}")
-        for name in ("microbatch", "devices"):
+        for name in ("microbatch", "devices", "fsdp"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise GeometryError(f"{name} is a positive integer; got {value!r}")
+        if self.devices % self.fsdp:
+            fits = [n for n in range(2, self.devices + 1) if self.devices % n == 0]
+            raise GeometryError(
+                f"fsdp {self.fsdp} does not divide {self.devices} "
+                f"{'device' if self.devices == 1 else 'devices'}: "
+                + (f"set it to {' or '.join(map(str, fits))}, or 1" if fits else "set it to 1")
+            )
+        if self.fsdp > 1 and self.engine != "scan":
+            raise GeometryError(
+                "fsdp is for the scan engine: optax.MultiSteps holds an accumulator on every "
+                "device. Set engine to 'scan', or fsdp to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +121,7 @@ class Window:
 
     Sample i of the effective batch is computed in microbatch i // (microbatch * devices), on
     device (i // microbatch) % devices. The last microbatches are filled up with samples of
-    weight zero.
+    weight zero. A batch-norm group lies in one microbatch, or on `span` neighbouring devices.
 
     Raises:
       GeometryError: the microbatch would cut a batch-norm group in two.
@@ -117,7 +132,15 @@ class Window:
 
     def __post_init__(self):
         group, microbatch = self.recipe.group, self.geometry.microbatch
+        fsdp, devices = self.geometry.fsdp, self.geometry.devices
         if group is None or microbatch % group == 0:
+            return
+        if group % microbatch == 0 and microbatch * devices % group == 0:
+            if fsdp > 1 and fsdp % self.span:
+                raise GeometryError(
+                    f"a group of {group} samples lies on {self.span} devices, and fsdp {fsdp} is "
+                    f"not a multiple of that: set fsdp to {self.span * max(fsdp // self.span, 1)}"
+                )
             return
         smaller = [g for g in range(min(group, microbatch), 0, -1) if microbatch % g == 0][:1]
         fits = f"use a microbatch of {group}" + (
@@ -126,9 +149,22 @@ class Window:
         raise GeometryError(
             f"microbatch {microbatch} is not a multiple of bn_group {self.recipe.bn_group}"
             f"{f' (= {group} samples)' if self.recipe.bn_group == 'all' else ''}: {fits}, "
+            f"{self._more_devices()}"
             f"or change the recipe to bn_group {smaller[0]} or 'frozen' "
             "(that is another training run)."
         )
+
+    def _more_devices(self) -> str:
+        """The advice to let a group lie on several devices, if that could be."""
+        group, microbatch = self.recipe.group, self.geometry.microbatch
+        if not group or group % microbatch or self.recipe.nbs < group:
+            return ""
+        return f"or let it lie on {group // microbatch} devices (or a multiple), "
+
+    @property
+    def span(self) -> int:
+        """Devices that a batch-norm group lies on."""
+        return max((self.recipe.group or 1) // self.geometry.microbatch, 1)
 
     @property
     def steps(self) -> int:
@@ -204,6 +240,8 @@ class Window:
             f"{self.recipe} | geometry: microbatch {geometry.microbatch} x {self.steps} steps x "
             f"{geometry.devices} {'device' if geometry.devices == 1 else 'devices'}{padded}, "
             f"{geometry.engine}"
+            f"{f', fsdp {geometry.fsdp}' if geometry.fsdp > 1 else ''}"
+            f"{f', groups on {self.span} devices' if self.span > 1 else ''}"
         )
 
 

@@ -85,18 +85,23 @@ class Closed(NamedTuple):
     ok: jax.Array
 
 
-def close_window(rule: UpdateRule) -> optax.GradientTransformation:
+def close_window(
+    rule: UpdateRule, norm_of: Callable[[PyTree], jax.Array] = optax.tree.norm
+) -> optax.GradientTransformation:
     """The end of a window as an optax transformation from `Sums` to `Closed`.
 
     Division by the denominators, then clipping, then the finite check, then the optimizer. A
     window with anything not finite leaves the optimizer's state as it was.
 
         g = scale * sum_d G_d / max(D_d, floor_d);   g <- g * min(1, clip / |g|)
+
+    Args:
+      norm_of: the norm of a gradient, for one that lies on several devices.
     """
 
     def update(sums: Sums, opt_state, params):
         gradient = rule.objective.gradient(sums)
-        norm = optax.tree.norm(gradient)
+        norm = norm_of(gradient)
         losses = rule.objective.log(sums)
         ok = jnp.isfinite(norm) & jnp.isfinite(losses["loss"]) & (sums.bad == 0)
         for moment in jax.tree.leaves(sums.moments):

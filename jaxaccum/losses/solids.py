@@ -64,7 +64,7 @@ def solid_loss(
     """Numerators, and denominators beyond those of the 2D loss.
 
     Args:
-      logits: (N, A, 1204), see `models.solids`.
+      logits: (N, A, outputs), see `models.solids`.
       assignment: of anchors to objects.
       targets: the labelled objects.
       coding: what the logits mean. width: of the input in pixels.
@@ -106,9 +106,12 @@ def solid_loss(
     axes = jnp.sum(jnp.where(within, counted * (entropy + metres * distance), 0), axis=(0, 1))
 
     size_error = jnp.sum(jnp.abs(coding.largest * jax.nn.sigmoid(size_logits) - size), axis=-1)
-    turned = solids.turned(heading_logits, coding)
-    heading_error = smooth_l1(jnp.sin(turned) - jnp.sin(heading))
-    heading_error += smooth_l1(jnp.cos(turned) - jnp.cos(heading))
+    if coding.turn == "vector":  # itself, not its angle: which has no gradient along the vector
+        sine, cosine = heading_logits[..., 0], heading_logits[..., 1]
+    else:
+        turned = solids.turned(heading_logits, coding)
+        sine, cosine = jnp.sin(turned), jnp.cos(turned)
+    heading_error = smooth_l1(sine - jnp.sin(heading)) + smooth_l1(cosine - jnp.cos(heading))
     known = weight if compat else weight * labelled
     numerators = {
         **{axis: axes[i] for i, axis in enumerate(AXES)},

@@ -1,8 +1,8 @@
 """3D boxes as a detector predicts them: bins of location, sizes, a heading; to metres and radians.
 
 An anchor has 3 * 400 logits of where the bottom centre of its box is, along x, y and z in turn, one
-for its height, width and length each, and one for its heading. Camera frame of KITTI: x right, y
-down, z forward (Geiger et al. 2012). The bins are those of YOLOv12-3D's checkpoints.
+for its height, width and length each, and one or two for its heading. Camera frame of KITTI: x
+right, y down, z forward (Geiger et al. 2012). The bins are those of YOLOv12-3D's checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AXES = ("x", "y", "z")
 BINS = 400
 WIDTH = 0.25  # metres
 LOWEST = np.asarray([-50.0, -50.0, 0.0])  # where the bins of every axis begin, metres
-OUTPUTS = len(AXES) * BINS + 4
+OUTPUTS = len(AXES) * BINS + 4  # of the checkpoints, whose heading is one
 
 
 class Solids(NamedTuple):
@@ -44,8 +44,10 @@ class Coding:
       largest: size in metres of a logit of plus infinity.
       heading: "seen", the angle to the ray from the camera (KITTI's alpha), which is what pixels
         show, or "world", the rotation about y.
-      turn: "free", the output is the heading in radians, however many turns; or "bounded", between
-        -pi and pi, whose ends do not meet and where an output that has run into one hardly learns.
+      turn: "vector", two outputs, the sine and the cosine of the heading; or one output: "free",
+        the heading in radians, however many turns, or "bounded", between -pi and pi, whose ends do
+        not meet and where an output that has run into one hardly learns. One output has to pass
+        through all angles between two looks half a turn apart, so it is slow to tell them apart.
       focal: focal length over the width of the input for which depths are meant. Seen through a
         longer lens, an object looks nearer by the ratio; so depth is predicted as if every lens
         were this one. 0: metres whatever the lens.
@@ -56,7 +58,7 @@ class Coding:
     temperature: float = 1.0
     largest: float = 20.0
     heading: Literal["seen", "world"] = "seen"
-    turn: Literal["free", "bounded"] = "free"
+    turn: Literal["vector", "free", "bounded"] = "vector"
     focal: float = 0.58
     place: Literal["predicted", "projected"] = "projected"
 
@@ -64,10 +66,15 @@ class Coding:
 ORIGINAL = Coding(0.5, 10.0, "world", "bounded", 0.0, "predicted")
 
 
+def outputs(coding: Coding) -> int:
+    """How many logits an anchor has."""
+    return OUTPUTS + (coding.turn == "vector")
+
+
 def split(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(..., 1204) -> location (..., 3, 400), sizes (..., 3), heading (...,)."""
-    bins = logits[..., : len(AXES) * BINS].reshape(*logits.shape[:-1], len(AXES), BINS)
-    return bins, logits[..., -4:-1], logits[..., -1]
+    """(..., outputs) -> location (..., 3, 400), sizes (..., 3), heading (..., 1 or 2)."""
+    bins, sizes, heading = jnp.split(logits, (len(AXES) * BINS, len(AXES) * BINS + 3), axis=-1)
+    return bins.reshape(*logits.shape[:-1], len(AXES), BINS), sizes, heading
 
 
 def expectation(bins: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -78,7 +85,7 @@ def expectation(bins: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 
 def decode(logits: jax.Array, coding: Coding = ORIGINAL) -> Solids:
-    """What the logits (..., 1204) say, before cameras come in: see `in_camera`."""
+    """What the logits (..., outputs) say, before cameras come in: see `in_camera`."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     bins, sizes, heading = split(logits)
     return Solids(
@@ -89,7 +96,10 @@ def decode(logits: jax.Array, coding: Coding = ORIGINAL) -> Solids:
 
 
 def turned(output: jax.Array, coding: Coding) -> jax.Array:
-    """The heading in radians that an output stands for."""
+    """The headings (...,) in radians that outputs (..., 1 or 2) stand for."""
+    if coding.turn == "vector":
+        return jnp.arctan2(output[..., 0], output[..., 1])
+    output = output[..., 0]
     if coding.turn == "free":
         return wrapped(output)
     return (jax.nn.sigmoid(output) - 0.5) * 2 * jnp.pi

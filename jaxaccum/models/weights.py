@@ -126,6 +126,12 @@ class Weights:
         return self.class_layer.shape[0]
 
     @property
+    def solids(self) -> int:
+        """Outputs of the 3D branch; 0 without one."""
+        bias = self.state.get(f"model.{_last_row(self.state)}.cv4.0.2.bias")
+        return 0 if bias is None else len(bias)
+
+    @property
     def class_layer(self) -> np.ndarray | None:
         """The last kernel of the class branch at the finest level, if there is one."""
         kernel = self.state.get(f"model.{_last_row(self.state)}.cv3.0.2.weight")

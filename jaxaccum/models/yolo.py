@@ -229,7 +229,7 @@ class Predictions(NamedTuple):
     Attributes:
       boxes: (N, A, 4 * 16) logits of the distances left, top, right, bottom, side-major.
       scores: (N, A, classes) class logits.
-      solids: (N, A, 1204) logits of 3D boxes, see `models.solids`; None of a 2D detector.
+      solids: (N, A, outputs) logits of 3D boxes, see `models.solids`; None of a 2D detector.
     """
 
     boxes: jax.Array
@@ -332,12 +332,14 @@ class Yolo(nn.Module):
       classes: number of classes.
       dtype: compute dtype; parameters and statistics stay as they are given.
       remat: keep only what goes from row to row, and compute the rest anew for the gradient.
+      solids: logits of a 3D box, see `models.solids`.
     """
 
     model: str
     classes: int
     dtype: Any = jnp.float32
     remat: bool = False
+    solids: int = solids.OUTPUTS
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -406,9 +408,7 @@ class Yolo(nn.Module):
         if kind == "Detect":
             return Detect(self.classes, family.depthwise_head, self.dtype, name=name)
         if kind == "Detect3D":
-            return Detect(
-                self.classes, family.depthwise_head, self.dtype, solids.OUTPUTS, name=name
-            )
+            return Detect(self.classes, family.depthwise_head, self.dtype, self.solids, name=name)
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
         depth = max(round(repeats * family.depth[scale]), 1)

@@ -91,8 +91,9 @@ class Detection3DTask:
         loss, coding = config.loss, solids.Coding(**config.box3d.to_dict())
         gains = (loss.box, loss.cls, loss.dfl, loss.location, loss.size, loss.heading)
         return cls(
-            model.clone(remat=config.remat), (config.data.height, config.data.width), group, gains,
-            loss.metres, coding, config.data.max_objects, tuple(names), config.compat,
+            model.clone(remat=config.remat, solids=solids.outputs(coding)),
+            (config.data.height, config.data.width), group, gains, loss.metres, coding,
+            config.data.max_objects, tuple(names), config.compat,
         )  # fmt: skip
 
     @property
