@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("development data (JAXACCUM_SHARED or ../shared) is not here")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module():
+    """Every compiled program holds memory maps, and Linux allows a process 65530 of them: a run of
+    all tests ended in a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

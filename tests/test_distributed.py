@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -172,53 +172,61 @@ def test_multisteps_in_two_processes(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-def _stop_at(workdir: Path, processes: list[subprocess.Popen], step: int, whom: int) -> None:
-    log = workdir / "metrics.jsonl"
-    while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert all(process.poll() is None for process in processes), finish(processes)
-        time.sleep(0.05)
-    processes[whom].send_signal(signal.SIGTERM)
-    processes[whom].send_signal(signal.SIGTERM)
+@pytest.mark.slow
+def test_a_state_divided_among_processes(one, tmp_path):
+    """Saved whole by process 0, and continued by one process that holds all."""
+    short = SMALL | {"steps": 20, "eval.every": 10}
+    finish(start(tmp_path / "two", short | SHARED | {"fsdp": 0}))
+    assert_same_run(tmp_path / "two", one)
+    workdir = cut(tmp_path / "two", 10, tmp_path / "w")
+    train.train(tiny_config(**SMALL), workdir)
+    assert_same_run(workdir, one)
+
+
+@pytest.mark.slow
+def test_batch_norm_groups_across_processes(tmp_path):
+    changes = SMALL | {"bn_group": 4, "steps": 6, "eval.every": -1, "checkpoint.every": 6}
+    train.train(tiny_config(**changes, microbatch=4, devices=1), tmp_path / "one")
+    finish(start(tmp_path / "two", changes | SHARED | {"microbatch": 1}))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", [1, 0])
 def test_sigterm_to_one_stops_both_after_the_same_update(tmp_path, whom):
     changes = SMALL | SHARED | {"steps": 400, "checkpoint.every": 400, "eval.every": -1}
-    processes = start(tmp_path / "w", changes)
-    _stop_at(tmp_path / "w", processes, 4, whom)
-    finish(processes, status=75)
+    finish(start(tmp_path / "w", changes, stop=[whom, 4]), status=75)
     kept = checkpoint.newest_complete(tmp_path / "w")
-    assert kept and kept >= 4
+    assert kept and 4 <= kept <= 8
     assert [r["step"] for r in records(tmp_path / "w")] == list(range(1, kept + 1))
-    if whom == 1:  # continued by one, up to 3 updates more, and never stopped
+    if whom == 1:  # continued by one, 3 updates more, and never stopped
         changes |= {"devices": 1}
         for workdir in (tmp_path / "w", tmp_path / "plain"):
-            _some_updates(changes, workdir, kept + 3)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train, "make_engine", _stopping(train.make_engine, kept + 3))
+                with pytest.raises(SystemExit):
+                    train.train(tiny_config(**changes), workdir)
         assert_same_run(tmp_path / "w", tmp_path / "plain")
 
 
-def _some_updates(changes: dict, workdir: Path, steps: int) -> None:
-    """The first updates of a longer run, saved."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_engine = train.make_engine
+def _stopping(make_engine: Callable, steps: int) -> Callable:
+    """Makes engines that ask their process to stop, twice, after an update."""
 
-        def make(*args):
-            engine = make_engine(*args)
-            update = engine.update
+    def make(*args):
+        engine = make_engine(*args)
+        update = engine.update
 
-            def counted(state, *args):
-                new, log = update(state, *args)
-                if int(new.step) == steps:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return new, log
+        def counted(state, *args):
+            new, log = update(state, *args)
+            if int(new.step) == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return new, log
 
-            engine.update = counted
-            return engine
+        engine.update = counted
+        return engine
 
-        patch.setattr(train, "make_engine", make)
-        with pytest.raises(SystemExit):
-            train.train(tiny_config(**changes), workdir)
+    return make
 
 
 @pytest.mark.slow
@@ -318,6 +326,9 @@ def _one_of_many(job: dict) -> None:
     with distributed.joined(job["flag"]) as peers:
         if not job["changes"].get("data.workers"):  # a worker process could not be sent this
             SampleStream._fill = noted  # type: ignore[method-assign]
+        whom, steps = job.get("stop", (None, 0))
+        if whom == peers.index:
+            train.make_engine = _stopping(train.make_engine, steps)
         config = CONFIGS[job.get("config", "tiny")](**job["changes"])
         train.train(config, Path(job["workdir"]), peers=peers)
         Path(job["workdir"], f"loaded-{peers.index}.json").write_text(json.dumps(loaded))

@@ -163,13 +163,14 @@ class Planner:
         state = _state_of(this)
         batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
         programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
-        held = _bytes(state) + self._accumulators(this, state)
+        own = _bytes(state, made.shardings(state))
+        held = own + self._accumulators(this, state)
         one = _bytes(this.task.example(microbatch))
         worst = max(programs, key=lambda p: p["temp"] + p["outputs"] - p["aliased"])
         loop, close = programs[-2 if engine == "multisteps" else -1], programs[-1]
         self._counts[key] = (
             microbatch * self._operations(remat),
-            max(loop["bytes"] - (2 * _bytes(state) if loop is close else 0), 0.0),
+            max(loop["bytes"] - (2 * own if loop is close else 0), 0.0),
         )
         measure = Measure(
             microbatch, this.window.steps, self.number, engine, remat,
@@ -178,7 +179,7 @@ class Planner:
             temp=worst["temp"],
             outputs=max(worst["outputs"] - worst["aliased"], 0),
             flops=this.window.steps * self._counts[key][0],
-            seconds=self._seconds(this.window.steps, *self._counts[key], _bytes(state)),
+            seconds=self._seconds(this.window.steps, *self._counts[key], own),
             compiled=True,
         )  # fmt: skip
         # What the compiler pads arguments to (a TPU's tiles) counts as held.
@@ -507,8 +508,18 @@ def _state_of(this: run.Run) -> PyTree:
     return jax.eval_shape(this.rule.init, params, stats)
 
 
-def _bytes(tree: PyTree) -> int:
-    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+def _bytes(tree: PyTree, shardings: PyTree = None) -> int:
+    """Of arrays or shapes; on one device, if they lie so."""
+    leaves = jax.tree.leaves(tree)
+    if shardings is None:
+        shapes = [a.shape for a in leaves]
+    else:
+        places = jax.tree.leaves(shardings)
+        shapes = [s.shard_shape(a.shape) for a, s in zip(leaves, places, strict=True)]
+    return sum(
+        math.prod(shape) * jnp.dtype(a.dtype).itemsize
+        for a, shape in zip(leaves, shapes, strict=True)
+    )
 
 
 def _needed(message: str) -> int | None:
