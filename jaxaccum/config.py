@@ -249,7 +249,7 @@ def detection3d() -> ml_collections.ConfigDict:
             "temperature": 1.0,
             "largest": 20.0,  # metres
             "heading": "seen",  # relative to the ray from the camera, or "world"
-            "turn": "vector",  # the heading as sine and cosine, or one angle: "free", "bounded"
+            "turn": "axis",  # the heading as an axis and its front, or one angle: "free", "bounded"
             "focal": 0.58,  # focal length over width that depths are meant for; 0: as they are
             "place": "projected",  # x and y by the 2D box and the depth, or "predicted"
         }
@@ -309,7 +309,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
         "eval.mode": ("easy", "median", "hard"),
         "box3d.heading": ("seen", "world"),
         "box3d.place": ("predicted", "projected"),
-        "box3d.turn": ("vector", "free", "bounded"),
+        "box3d.turn": ("axis", "free", "bounded"),
     }
     for field, allowed in words.items():
         if has(c, field) and get(c, field) not in allowed:

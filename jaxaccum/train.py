@@ -411,7 +411,7 @@ def main_with_clear_errors(main) -> None:
             _, said, message = text.rpartition(f"{configs.ConfigError.__module__}.ConfigError: ")
             sys.exit(f"error: {message if said else text}")
         except (AttributeError, KeyError) as error:
-            sys.exit(f"error: {_unknown_field(argv) or error}")
+            sys.exit(f"error: {unknown_field(argv) or error}")
 
     def clear(argv):
         try:
@@ -436,7 +436,7 @@ def main_with_clear_errors(main) -> None:
     app.run(clear, flags_parser=parse)
 
 
-def _unknown_field(argv: list[str]) -> str | None:
+def unknown_field(argv: list[str]) -> str | None:
     """What to say of a --config.FIELD that the config does not have."""
 
     def fields(config, prefix=""):

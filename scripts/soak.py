@@ -337,8 +337,10 @@ def main(_) -> int:
     status, said, _ = Life(order("whole", GEOMETRIES[0])).end()
     if status:
         raise SystemExit(f"the undisturbed run failed with status {status}:\n{said}")
+    losses = [r["loss"] for r in load(folder / "whole")[1] if r["kind"] == "train"]
     print(
-        f"the undisturbed run: {UPDATES.value} updates, {time.monotonic() - began:.0f} s",
+        f"the undisturbed run: {UPDATES.value} updates, {time.monotonic() - began:.0f} s, "
+        f"loss from {losses[0]:.4g} to {losses[-1]:.4g}",
         flush=True,
     )
 

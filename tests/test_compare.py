@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxaccum import compare, compare_plots
+from jaxaccum import compare, compare_plots, compare_report
 from jaxaccum.config import ConfigError
 from jaxaccum.train import TrainingError
 
@@ -186,7 +186,7 @@ def test_several_seeds_have_a_spread(killed_and_done, tmp_path):
             for seed, found in enumerate(phase[name]):
                 found["best"]["map50_95"] = 0.4 + 0.02 * seed
                 found["curve"] = [[e, v + 0.02 * seed] for e, v in found["curve"]]
-    text = compare.report(results)
+    text = compare_report.report(results)
     assert "0.4100 ± 0.0141" in text and "+0.0000 ± 0.0200" in text
     assert "standard deviation over 2 seeds" in text
     compare_plots.draw(results, tmp_path)

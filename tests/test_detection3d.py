@@ -41,7 +41,7 @@ def one_anchor(score=0.4):
 
 
 def best_logits(coding, compat=False, **changes):
-    """The logits (1, 1, 1205) of the smallest loss, found by following its gradient."""
+    """The logits (1, 1, 1207) of the smallest loss, found by following its gradient."""
 
     def loss(logits):
         found, _ = losses.solid_loss(
@@ -53,7 +53,7 @@ def best_logits(coding, compat=False, **changes):
         return logits - 5.0 * 0.998 ** jnp.maximum(i - 20000, 0) * jax.grad(loss)(logits), None
 
     steps = jnp.arange(26000)
-    return jax.jit(lambda x: jax.lax.scan(step, x, steps)[0])(jnp.zeros((1, 1, 1205)))
+    return jax.jit(lambda x: jax.lax.scan(step, x, steps)[0])(jnp.zeros((1, 1, 1207)))
 
 
 def decoded(logits, coding, camera=CAMERA, box=None):
@@ -122,9 +122,9 @@ def test_a_box_is_placed_by_its_middle():
 def test_a_heading_has_no_ends(x64):
     """From any output the smallest loss is reached the shorter way; a bounded one can be stuck."""
     left = {}
-    for turn in ("vector", "free", "bounded"):
+    for turn in ("axis", "free", "bounded"):
         coding = Coding(place="predicted", turn=turn)
-        # Some turns on; bounded: at pi; a vector: far out in a wrong direction.
+        # Some turns on; bounded: at pi; axis: far out in a wrong direction.
         logits = jnp.zeros((1, 1, solids.outputs(coding))).at[..., -1].set(12.0)
 
         def loss(x, coding=coding):
@@ -135,17 +135,24 @@ def test_a_heading_has_no_ends(x64):
         for _ in range(200):
             x = step(x)
         left[turn] = float(loss(x))
-    assert left["vector"] < 1e-6 and left["free"] < 1e-6 and left["bounded"] > 0.1
+    assert left["axis"] < 1e-6 and left["free"] < 1e-6 and left["bounded"] > 0.1
 
 
-def test_a_vector_is_read_as_its_direction():
+def test_an_axis_and_its_front():
+    """The axis is exact whatever the doubt about the front, which only has to be on its side."""
     coding = Coding(place="predicted", focal=0.0)
-    assert solids.outputs(coding) == 1205 and solids.outputs(ORIGINAL) == 1204
-    for angle in (-3.0, -1.2, 0.0, 0.4, 3.1):
-        pair = 0.3 * jnp.asarray([np.sin(angle), np.cos(angle)])
-        logits = jnp.zeros((1, 1, 1205)).at[..., -2:].set(pair)
-        found = solids.decode(logits, coding).headings[0, 0]
-        assert float(found) == pytest.approx(angle, abs=1e-5)
+    assert solids.outputs(coding) == 1207 and solids.outputs(ORIGINAL) == 1204
+    for angle in (-3.0, -1.2, 0.0, 0.4, 1.57, 3.1):
+        for doubt in (0.02, 1.0):
+            exact = solids.directions_of(jnp.asarray(angle), coding)
+            rough = solids.directions_of(jnp.asarray(angle + 1.2), coding)
+            output = jnp.concatenate([doubt * rough[:2], 0.3 * exact[2:]])
+            found = solids.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
+            assert float(found.headings[0, 0]) == pytest.approx(angle, abs=1e-5)
+            output = output.at[:2].multiply(-1)
+            found = solids.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
+            apart = float(found.headings[0, 0]) - angle
+            assert abs(apart) == pytest.approx(np.pi, abs=1e-5)
 
 
 def test_a_heading_is_what_is_seen():
@@ -166,7 +173,7 @@ def test_a_heading_is_what_is_seen():
 
 
 def numerators(logits=None, compat=False, assignment=None, coding=None, **changes):
-    logits = jnp.zeros((1, 1, 1205)) if logits is None else logits
+    logits = jnp.zeros((1, 1, 1207)) if logits is None else logits
     return losses.solid_loss(
         logits, assignment or one_anchor(), targets(**changes), coding or Coding(), WIDTH, 0.1,
         compat,
@@ -189,7 +196,7 @@ def test_what_is_not_labelled_or_out_of_reach_teaches_nothing(x64):
     far, _ = numerators(where=(-60.0, 1.6, 30.0))
     assert float(far["x"]) == 0 and float(far["z"]) > 0 and float(far["size"]) > 0
     gradient = jax.grad(lambda p: sum(numerators(p, where=(1.0, 1.6, 400.0))[0].values()))(
-        jnp.zeros((1, 1, 1205))
+        jnp.zeros((1, 1, 1207))
     )
     assert np.all(np.isfinite(gradient)) and not np.any(gradient[..., 800:1200])
 
@@ -324,7 +331,7 @@ def test_an_image_without_a_calibration_is_said_to_have_the_usual(trained, tmp_p
 
 
 def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
-    """A file does not say what its outputs mean; but only ours have two for the heading."""
+    """A file does not say what its outputs mean; but only ours have four for the heading."""
     file, out = tmp_path / "w.safetensors", tmp_path / "in"
     convert.write(trained, file)
     report, _ = convert.convert(file, out, "tiny-3d-t")

@@ -107,14 +107,24 @@ def test_what_would_fit_is_said():
         assert words in choice.why
 
 
-def test_the_rows_of_a_list_lie_on_the_line():
-    made = Straight(500, 100, nbs=64, bn_group=1)
-    choice = choose(made, GIB, microbatches=[1, 2, 4, 8, 16, 32])
-    rows = {m.microbatch: m for m in choice.rows}
+def test_the_rows_of_a_list_are_compiled_and_of_a_ladder_on_the_line():
+    listed = choose(Straight(500, 100, nbs=64, bn_group=1), GIB, microbatches=[2, 8, 16])
+    assert {2, 8, 16} <= {m.microbatch for m in listed.rows if m.compiled}
+    ladder = choose(Straight(500, 100, nbs=64, bn_group=1), GIB)
+    rows = {m.microbatch: m for m in ladder.rows}
     assert {1, 2, 4, 8, 16, 32} <= set(rows)
     for m in (2, 8, 16):
         exact = Straight(500, 100, nbs=64, bn_group=1).compiled(m)
         assert not rows[m].compiled and rows[m].peak == pytest.approx(exact.peak, abs=1)
+
+
+def test_a_line_is_drawn_between_what_is_compiled_on_both_sides():
+    made = Straight(500, 100, bend=300.0, bn_group=1)
+    known = {m: made.compiled(m) for m in (1, 4, 31, 37)}
+    assert made.predicted(16).temp == pytest.approx(
+        known[4].temp + 12 / 27 * (known[31].temp - known[4].temp), abs=1
+    )
+    assert made.predicted(43).temp == pytest.approx(2 * known[37].temp - known[31].temp, abs=1)
 
 
 # --- The compiler's account of a real, small detector. ---

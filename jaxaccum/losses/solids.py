@@ -106,12 +106,8 @@ def solid_loss(
     axes = jnp.sum(jnp.where(within, counted * (entropy + metres * distance), 0), axis=(0, 1))
 
     size_error = jnp.sum(jnp.abs(coding.largest * jax.nn.sigmoid(size_logits) - size), axis=-1)
-    if coding.turn == "vector":  # itself, not its angle: which has no gradient along the vector
-        sine, cosine = heading_logits[..., 0], heading_logits[..., 1]
-    else:
-        turned = solids.turned(heading_logits, coding)
-        sine, cosine = jnp.sin(turned), jnp.cos(turned)
-    heading_error = smooth_l1(sine - jnp.sin(heading)) + smooth_l1(cosine - jnp.cos(heading))
+    turned = solids.directions(heading_logits, coding)
+    heading_error = jnp.sum(smooth_l1(turned - solids.directions_of(heading, coding)), axis=-1)
     known = weight if compat else weight * labelled
     numerators = {
         **{axis: axes[i] for i, axis in enumerate(AXES)},

@@ -1,7 +1,7 @@
 """3D boxes as a detector predicts them: bins of location, sizes, a heading; to metres and radians.
 
 An anchor has 3 * 400 logits of where the bottom centre of its box is, along x, y and z in turn, one
-for its height, width and length each, and one or two for its heading. Camera frame of KITTI: x
+for its height, width and length each, and one or four for its heading. Camera frame of KITTI: x
 right, y down, z forward (Geiger et al. 2012). The bins are those of YOLOv12-3D's checkpoints.
 """
 
@@ -44,10 +44,12 @@ class Coding:
       largest: size in metres of a logit of plus infinity.
       heading: "seen", the angle to the ray from the camera (KITTI's alpha), which is what pixels
         show, or "world", the rotation about y.
-      turn: "vector", two outputs, the sine and the cosine of the heading; or one output: "free",
-        the heading in radians, however many turns, or "bounded", between -pi and pi, whose ends do
-        not meet and where an output that has run into one hardly learns. One output has to pass
-        through all angles between two looks half a turn apart, so it is slow to tell them apart.
+      turn: "axis", four outputs: the sine and the cosine of the heading and of twice the heading.
+        The latter give the axis that an object lies along, the former which end of it is its front:
+        two looks half a turn apart are hard to tell apart, and one doubt should not blur the other
+        (Yan et al. 2018, SECOND, has an angle and a class). Or one output: "free", the heading in
+        radians, however many turns, or "bounded", between -pi and pi, whose ends do not meet and
+        where an output that has run into one hardly learns.
       focal: focal length over the width of the input for which depths are meant. Seen through a
         longer lens, an object looks nearer by the ratio; so depth is predicted as if every lens
         were this one. 0: metres whatever the lens.
@@ -58,7 +60,7 @@ class Coding:
     temperature: float = 1.0
     largest: float = 20.0
     heading: Literal["seen", "world"] = "seen"
-    turn: Literal["vector", "free", "bounded"] = "vector"
+    turn: Literal["axis", "free", "bounded"] = "axis"
     focal: float = 0.58
     place: Literal["predicted", "projected"] = "projected"
 
@@ -68,11 +70,11 @@ ORIGINAL = Coding(0.5, 10.0, "world", "bounded", 0.0, "predicted")
 
 def outputs(coding: Coding) -> int:
     """How many logits an anchor has."""
-    return OUTPUTS + (coding.turn == "vector")
+    return OUTPUTS + 3 * (coding.turn == "axis")
 
 
 def split(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(..., outputs) -> location (..., 3, 400), sizes (..., 3), heading (..., 1 or 2)."""
+    """(..., outputs) -> location (..., 3, 400), sizes (..., 3), heading (..., 1 or 4)."""
     bins, sizes, heading = jnp.split(logits, (len(AXES) * BINS, len(AXES) * BINS + 3), axis=-1)
     return bins.reshape(*logits.shape[:-1], len(AXES), BINS), sizes, heading
 
@@ -96,13 +98,30 @@ def decode(logits: jax.Array, coding: Coding = ORIGINAL) -> Solids:
 
 
 def turned(output: jax.Array, coding: Coding) -> jax.Array:
-    """The headings (...,) in radians that outputs (..., 1 or 2) stand for."""
-    if coding.turn == "vector":
-        return jnp.arctan2(output[..., 0], output[..., 1])
+    """The headings (...,) in radians that outputs (..., 1 or 4) stand for."""
+    if coding.turn == "axis":
+        sine, cosine = output[..., 0], output[..., 1]
+        axis = jnp.arctan2(output[..., 2], output[..., 3]) / 2
+        ahead = sine * jnp.sin(axis) + cosine * jnp.cos(axis) >= 0
+        return wrapped(jnp.where(ahead, axis, axis + jnp.pi))
     output = output[..., 0]
     if coding.turn == "free":
         return wrapped(output)
     return (jax.nn.sigmoid(output) - 0.5) * 2 * jnp.pi
+
+
+def directions(output: jax.Array, coding: Coding) -> jax.Array:
+    """What outputs (..., 1 or 4) are compared in: (..., 2 or 4), as `directions_of` a heading.
+
+    Of four they are these themselves: an angle has no gradient along its vector.
+    """
+    return output if coding.turn == "axis" else directions_of(turned(output, coding), coding)
+
+
+def directions_of(heading: jax.Array, coding: Coding) -> jax.Array:
+    """Sine and cosine of headings (...,), and of twice these where the coding asks for them."""
+    angles = (heading, 2 * heading) if coding.turn == "axis" else (heading,)
+    return jnp.stack([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=-1)
 
 
 def lens(camera: jax.Array, width: int, coding: Coding) -> jax.Array:

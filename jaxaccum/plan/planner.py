@@ -8,6 +8,7 @@ is chosen has been compiled itself.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -189,17 +190,16 @@ class Planner:
         return measure
 
     def predicted(self, microbatch: int, engine: Engine = "scan", remat: bool = False) -> Measure:
-        """A geometry on the line through the two compiled ones nearest to it."""
+        """A geometry on the line through the compiled ones to both sides of it, or through the two
+        nearest if there are none beyond it."""
         key = (engine, remat, microbatch)
         if key in self._known:
             return self._known[key]
-        near = sorted(
-            (m for e, r, m in self._known if (e, r) == (engine, remat)),
-            key=lambda m: abs(math.log(m / microbatch)),
-        )[:2]
+        near = sorted(m for e, r, m in self._known if (e, r) == (engine, remat))
         if len(near) < 2:
             return self.compiled(microbatch, engine, remat)
-        a, b = (self._known[engine, remat, m] for m in sorted(near))
+        below = min(max(bisect.bisect(near, microbatch) - 1, 0), len(near) - 2)
+        a, b = (self._known[engine, remat, m] for m in near[below : below + 2])
         share = (microbatch - a.microbatch) / (b.microbatch - a.microbatch)
 
         def line(x, y):
@@ -333,7 +333,7 @@ def choose(
     Args:
       memory: bytes of a device.
       engines, remats: what to try; rematerialisation only where memory is short without it.
-      microbatches: rows to show; a ladder if none are given.
+      microbatches: rows to show, each compiled; what was tried and a ladder if none are given.
       evaluation: whether to plan that, too.
       margin: share of the memory to leave free; by default what the calibration of this kind of
         device says.
@@ -348,10 +348,12 @@ def choose(
             if remat and _covered(fitting, engine, top):
                 continue
             largest, tried = _largest(planner, engine, remat, budget, unit, top)
-            ladder = [m for m in microbatches if m <= top] or _ladder(unit, largest, top)
-            shown = {m.microbatch: m for m in tried if not microbatches}
-            for m in ladder:
-                shown.setdefault(m, planner.predicted(m, engine, remat))
+            asked = [m for m in microbatches if m <= top]
+            shown = {m: planner.compiled(m, engine, remat) for m in asked}
+            if not asked:
+                shown = {m.microbatch: m for m in tried}
+                for m in _ladder(unit, largest, top):
+                    shown.setdefault(m, planner.predicted(m, engine, remat))
             rows += [shown[m] for m in sorted(shown)]
             fitting += [
                 planner.predicted(m, engine, remat)
