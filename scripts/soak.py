@@ -28,9 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import small  # noqa: F401 registers the model "small-t"
 from absl import app, flags, logging
-
-from jaxaccum.models import yolo
 
 KILLS = flags.DEFINE_integer("kills", 30, "interruptions", lower_bound=1)
 UPDATES = flags.DEFINE_integer("updates", 60, "updates of a run", lower_bound=10)
@@ -38,19 +37,6 @@ CHANGE = flags.DEFINE_bool("change_geometry", False, "another geometry after eac
 X64 = flags.DEFINE_bool("x64", False, "compute, and keep the state, in float64")
 SEED = flags.DEFINE_integer("seed", 0, "of the interruptions")
 WORKDIR = flags.DEFINE_string("workdir", None, "where the runs live; a temporary folder by default")
-
-yolo.FAMILIES["soak"] = yolo.Family(
-    depth={"t": 1.0},
-    width={"t": 0.25},
-    max_channels={"t": 1024},
-    rows=(
-        (-1, 1, "Conv", (32, 3, 2)),
-        (-1, 1, "Conv", (32, 3, 2)),
-        (-1, 1, "Conv", (64, 3, 2)),  # 2, stride 8
-        (-1, 1, "Conv", (64, 3, 2)),  # 3, stride 16
-        ((2, 3), 1, "Detect", ()),
-    ),
-)
 
 # Microbatch, devices, engine, loader processes. An update of 20 samples leaves a tail on all.
 GEOMETRIES = ((8, 1, "scan", 1), (4, 3, "scan", 0), (8, 1, "multisteps", 1), (12, 1, "scan", 0))
@@ -102,7 +88,7 @@ def train_here(order: dict[str, Any]) -> None:
         tasks.DetectionTask.initialise.__defaults__ = (np.float64,)
     microbatch, devices, engine, workers = order["geometry"]
     config = configs.detection()
-    config.model = "soak-t"
+    config.model = "small-t"
     config.update_from_flattened_dict(
         {
             "nbs": 20, "bn_group": 4, "steps": order["updates"],

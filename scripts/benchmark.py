@@ -1,0 +1,134 @@
+"""Speed and memory, measured in one run and written down: see docs/benchmarks.md.
+
+python scripts/benchmark.py --out=docs/benchmarks.md [--results=FOLDER] [--only=update,memory,...]
+    [--quick] [--again] [--torch=DIR] [--list]
+
+Measures on what JAX computes on here, a CPU or one GPU. Every part of a measure runs in a process
+of its own; its result is kept in FOLDER (by default beside the document) as soon as it is there, so
+that an interrupted run goes on where it was, and results of other machines are kept beside. What is
+there is measured anew with --again. The document is made from all results, after every part.
+
+--quick uses tiny sizes: to see that everything works, not to know how fast it is.
+--torch names the folder of a PyTorch that this Python does not find by itself:
+    python -m pip install --target=DIR torch==2.13.0
+Without PyTorch the comparisons with it are skipped, and listed as skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+from benchmarks import accumulation, harness, pieces, pipeline, report, startup, training
+from benchmarks.harness import Measure
+
+OUT = flags.DEFINE_string("out", "", "the document to write")
+RESULTS = flags.DEFINE_string("results", "", "folder of results; that of --out without .md")
+ONLY = flags.DEFINE_list("only", [], "measures or parts; all if empty")
+QUICK = flags.DEFINE_bool("quick", False, "tiny sizes: to see that everything works")
+AGAIN = flags.DEFINE_bool("again", False, "measure what has been measured before")
+TORCH = flags.DEFINE_string("torch", "", "folder that PyTorch is installed in")
+LIST = flags.DEFINE_bool("list", False, "print the measures and end")
+INSIDE = flags.DEFINE_string("inside", "", "used by this script itself: the part to measure here")
+
+MEASURES = (
+    Measure("update", "An update of k microbatches", accumulation.update),
+    Measure("memory", "Memory of more microbatches", accumulation.memory),
+    Measure("state", "What is held between updates", accumulation.state),
+    Measure("yolo", "Training detectors, against PyTorch", training.yolo, training.YOLO),
+    Measure("adapointr", "Training AdaPoinTr, against PyTorch", training.adapointr),
+    Measure("geometries", "AdaPoinTr, 48 clouds in smaller parts", accumulation.geometries),
+    Measure("points", "Operations on clouds, against others", pieces.points_, pieces.OPERATIONS),
+    Measure("assigner", "The assigner, by objects", pieces.assigner),
+    Measure("startup", "The first update", startup.startup),
+    Measure("pipeline", "Samples, against an OpenCV loader", pipeline.pipeline, pipeline.PARTS),
+)
+
+
+def main(_) -> int:
+    if LIST.value:
+        print("\n".join(f"{key:<20} {m.title}" for m in MEASURES for key in m.keys))
+        return 0
+    if not OUT.value:
+        raise app.UsageError("say where to write the document: --out=docs/benchmarks.md")
+    out = Path(OUT.value)
+    results = Path(RESULTS.value) if RESULTS.value else out.with_suffix("")
+    if INSIDE.value:
+        measure_here(results, INSIDE.value)
+        return 0
+    wanted = [key for m in MEASURES for key in m.keys if is_wanted(m, key)]
+    unknown = set(ONLY.value) - {m.name for m in MEASURES} - {k for m in MEASURES for k in m.keys}
+    if unknown:
+        raise app.UsageError(f"no measure {', '.join(sorted(unknown))}; see --list")
+    context = harness.Context(platform(), QUICK.value, TORCH.value)
+    failed = []
+    for key in wanted:
+        if not AGAIN.value and harness.is_done(results, key, context):
+            print(f"{key}: there already", flush=True)
+            continue
+        print(f"{key}: measuring", flush=True)
+        start = time.perf_counter()
+        command = [sys.executable, __file__, *sys.argv[1:], f"--inside={key}"]
+        # Two programs may share a GPU: each takes what it needs.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        status = subprocess.run(command, env=environment).returncode
+        if status:
+            failed.append(key)
+        print(f"{key}: {'FAILED' if status else 'done'}, {time.perf_counter() - start:.0f} s")
+        out.write_text(report.render(results, MEASURES))
+    out.write_text(report.render(results, MEASURES))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def is_wanted(measure: Measure, key: str) -> bool:
+    """Whether --only names the measure or the part, or nothing at all."""
+    return not ONLY.value or measure.name in ONLY.value or key in ONLY.value
+
+
+def platform() -> harness.Platform:
+    """What JAX computes on, asked in another process: this one holds no device.
+
+    Raises:
+      SystemExit: JAX does not work, or has several devices or another kind of them.
+    """
+    program = "import jax; print(jax.default_backend(), jax.local_device_count())"
+    asked = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    words = asked.stdout.split()
+    if asked.returncode or len(words) != 2 or words[0] not in ("cpu", "gpu") or words[1] != "1":
+        raise SystemExit(f"this benchmark is for a CPU or one GPU; JAX has: {asked.stdout.strip()}")
+    return "cpu" if words[0] == "cpu" else "gpu"
+
+
+def measure_here(results: Path, key: str) -> None:
+    """Measures one part and keeps its result."""
+    import jax
+
+    from jaxaccum import run
+
+    run.use_compilation_cache()
+    backend = jax.default_backend()
+    context = harness.Context("cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value)
+    name, _, part = key.partition(".")
+    measure = next(m for m in MEASURES if m.name == name)
+    start = time.perf_counter()
+    try:
+        found = measure.run(context, part)
+    except harness.SkippedError as reason:
+        print(f"{key}: skipped. {reason}", flush=True)
+        harness.save_skipped(results, key, context, str(reason))
+        return
+    for row in found.rows:
+        print(f"  {row.label}: {report.figure(row)}  {row.note}")
+    harness.save(results, key, context, found, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    app.run(main)

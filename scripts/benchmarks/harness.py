@@ -1,0 +1,284 @@
+"""What every measure needs: rows, interleaved rounds, results on disk, a process of PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+PEER = Path(__file__).with_name("torch_peer.py")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
+HOW_TORCH = (
+    "PyTorch is not here: python -m pip install --target=DIR torch==2.13.0, then --torch=DIR"
+)
+
+Platform = Literal["cpu", "gpu"]
+
+
+class SkippedError(Exception):
+    """A measure that cannot be made here; the message says what it would need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """How a measure is to be made.
+
+    Attributes:
+      platform: what JAX computes on.
+      quick: at tiny sizes, to see that it works; the figures mean nothing.
+      torch: folder that PyTorch is installed in; "" if it is where this Python finds it.
+    """
+
+    platform: Platform
+    quick: bool = False
+    torch: str = ""
+
+    def choose(self, quick: Any, cpu: Any, gpu: Any) -> Any:
+        """A size, by how and where it is measured."""
+        if self.quick:
+            return quick
+        return cpu if self.platform == "cpu" else gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+      label: what was measured; rows of two platforms with one label stand in one line.
+      value: the figure, a median if `low` and `high` are given: then the smallest and largest.
+      unit: of it, "" for a ratio.
+      target: such as (">=", 1.0); None if there is none.
+      note: what the figure is made of.
+    """
+
+    label: str
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    target: tuple[str, float] | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None if there is none."""
+        if self.target is None:
+            return None
+        relation, limit = self.target
+        return self.value <= limit if relation == "<=" else self.value >= limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a measure found.
+
+    Attributes:
+      setting: sizes, precision and the like, in words.
+      rows: the figures. notes: what one must know to read them.
+    """
+
+    setting: str
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A measure, in one part or in several that are made, saved and resumed one by one.
+
+    Attributes:
+      name: for the command line. title: for people.
+      run: (context, part) -> Found.
+      parts: names, such as those of models.
+    """
+
+    name: str
+    title: str
+    run: Callable[[Context, str], Found]
+    parts: tuple[str, ...] = ("",)
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the parts' results."""
+        return [f"{self.name}.{part}" if part else self.name for part in self.parts]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, all calls in each, every other round backwards.
+
+    Args:
+      calls: each does its work once and returns how long it took.
+      warmup: rounds before the first that counts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(-warmup, rounds):
+        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
+            took = calls[name]()
+            if number >= 0:
+                times[name].append(took)
+    return times
+
+
+def ratio_row(
+    label: str, tops: Sequence[float], bottoms: Sequence[float], scale: float = 1.0, **more: Any
+) -> Row:
+    """A row with the median of scale * top / bottom over the rounds, and its spread."""
+    ratios = [scale * a / b for a, b in zip(tops, bottoms, strict=True)]
+    return Row(label, statistics.median(ratios), low=min(ratios), high=max(ratios), **more)
+
+
+def save(folder: Path, key: str, context: Context, found: Found, seconds: float) -> Path:
+    """Writes a part's result, whole or not at all."""
+    return _write(folder, key, context, {
+        "setting": found.setting, "rows": [dataclasses.asdict(row) for row in found.rows],
+        "notes": list(found.notes), "seconds": round(seconds, 1),
+    })  # fmt: skip
+
+
+def save_skipped(folder: Path, key: str, context: Context, reason: str) -> Path:
+    """Writes that a part was not measured, and why; it is tried again the next time."""
+    return _write(folder, key, context, {"skipped": reason})
+
+
+def _write(folder: Path, key: str, context: Context, content: dict[str, Any]) -> Path:
+    file = folder / context.platform / f"{key}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {"measure": key, "platform": context.platform, "quick": context.quick}
+    text = json.dumps(record | content | circumstances(context), indent=1)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(file)
+    return file
+
+
+def load(folder: Path, key: str, platform_: str) -> dict[str, Any] | None:
+    """A part's result, or None."""
+    file = folder / platform_ / f"{key}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def is_done(folder: Path, key: str, context: Context) -> bool:
+    """Whether a part has been measured in this way; skipped ones and quick ones are not."""
+    result = load(folder, key, context.platform)
+    return result is not None and "skipped" not in result and result["quick"] == context.quick
+
+
+def rows_of(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of a loaded result."""
+    return [
+        Row(**{**row, "target": tuple(row["target"]) if row["target"] else None})
+        for row in result.get("rows", [])
+    ]
+
+
+def circumstances(context: Context) -> dict[str, Any]:
+    """Hardware, versions, date and load of the machine."""
+    import jax
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    if torch := torch_version(context.torch):
+        versions["torch"] = torch
+    device = jax.devices()[0]
+    hardware = f"{_processor()}, {cores()} cores"
+    if context.platform == "gpu":
+        hardware = f"{device.device_kind}; {hardware}"
+    return {
+        "hardware": hardware,
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=9"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def torch_version(folder: str) -> str:
+    """Of the PyTorch in a folder, or of the one that this Python finds; "" if there is none."""
+    path = [folder] if folder else None
+    found = importlib.metadata.distributions(name="torch", **({"path": path} if path else {}))
+    return next((distribution.version for distribution in found), "")
+
+
+class Peer:
+    """A process that runs PyTorch and does a step when it is asked to, to time beside ours.
+
+    It has as many threads as there are processors. Its waiting threads follow OMP_WAIT_POLICY
+    where that is set, so that a busy machine can be told not to let them spin.
+    """
+
+    def __init__(self, context: Context):
+        if not torch_version(context.torch):
+            raise SkippedError(HOW_TORCH)
+        self._process = subprocess.Popen(
+            [sys.executable, str(PEER), context.torch, str(cores()), context.platform],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def ask(self, do: str, **options: Any) -> Any:
+        """Has it do something and returns the answer.
+
+        Raises:
+          RuntimeError: with its traceback.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": do, "options": options}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"PyTorch's process ended with {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"in PyTorch's process:\n{answer['error']}")
+        return answer["result"]
+
+    def seconds(self, case: str, steps: int = 1) -> float:
+        """Mean time of so many steps of a case."""
+        return self.ask("time", case=case, steps=steps)

@@ -1,0 +1,90 @@
+"""The process that runs PyTorch: takes requests as lines of JSON, answers with lines of JSON.
+
+python torch_peer.py FOLDER THREADS cpu|gpu     FOLDER: where PyTorch is installed; "" for anywhere
+
+It makes cases, each a step on fixed data, checks them once, and times steps when asked to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+# What is printed by others goes to stderr: stdout holds the answers.
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+if sys.argv[1]:
+    sys.path.append(sys.argv[1])  # last: numpy and the like are those of this Python
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+
+class Server:
+    """Cases by name."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.cases: dict[str, Any] = {}
+
+    def make(self, case: str, kind: str, **options: Any) -> Any:
+        """Makes a case and returns what it says of itself."""
+        from benchmarks import torch_completion, torch_points, torch_yolo
+
+        kinds = {
+            "yolo": torch_yolo.Training,
+            "adapointr": torch_completion.Training,
+            "points": torch_points.Operation,
+        }
+        self.cases[case] = kinds[kind](self.device, **options)
+        return self.cases[case].facts()
+
+    def time(self, case: str, steps: int) -> float:
+        """Mean seconds of so many steps."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.cases[case].step()
+        self._wait()
+        return (time.perf_counter() - start) / steps
+
+    def result(self, case: str, path: str) -> None:
+        """Writes what a case computes, to compare."""
+        self.cases[case].write(path)
+
+    def drop(self, case: str) -> None:
+        del self.cases[case]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    threads, platform = int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(threads)
+    if platform == "gpu" and not torch.cuda.is_available():
+        server: Any = None
+    else:
+        server = Server("cuda" if platform == "gpu" else "cpu")
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if server is None:
+                raise RuntimeError("this PyTorch sees no GPU: install one that is built for CUDA")
+            answer = {"result": getattr(server, request["do"])(**request["options"])}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        ANSWERS.write(json.dumps(answer) + "\n")
+        ANSWERS.flush()
+
+
+if __name__ == "__main__":
+    main()
