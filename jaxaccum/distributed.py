@@ -135,11 +135,13 @@ class Peers:
         Args:
           signal: to be told to the others, if they do not know of it.
         """
+        if self.alone:
+            return
         with self._lock:
-            if self._stopping or self.alone:
-                return
-            self._stopping = True
-            self._client.key_value_set(f"jaxaccum/begun/{self.index}", str(self._begun))
+            if not self._stopping:
+                self._stopping = True
+                self._client.key_value_set(f"jaxaccum/begun/{self.index}", str(self._begun))
+        # Also if the main thread was quicker to stop for the same signal: it does not tell.
         if signal is not None:
             self._tell({"signal": int(signal)})
 

@@ -5,6 +5,7 @@ python tests/test_distributed.py JSON is one process of such a run, see `start`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -31,7 +32,19 @@ SMALL = {
     "optimizer.name": "sgd", "lr.base": 1e-4, "ema.decay": 0.9,
 }  # fmt: skip
 SHARED = {"devices": 0}
-CONFIGS = {"tiny": tiny_config}
+
+
+def quickstart(**changes):
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+CONFIGS = {"tiny": tiny_config, "quickstart": quickstart}
 
 
 def start(workdir: Path, changes: dict, number: int = 2, **more) -> list[subprocess.Popen]:
@@ -126,6 +139,22 @@ def test_two_processes_compute_what_one_does(one, two):
     assert_same_run(workdir, one)
     assert "update 20/20" in said[0][1] and "update" not in said[1][0] + said[1][1]
     assert not (workdir / "broken").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_recipe(tmp_path):
+    """At a hundredth of its rate: AdamW's first updates make of any rounding a step of full size.
+
+    A batch-norm group lies on two devices.
+    """
+    changes = {
+        "steps": 20, "lr.base": 2e-5, "log.every": 1, "log.images": 0, "log.tensorboard": False,
+        "eval.every": -1, "checkpoint.every": 20,
+    }  # fmt: skip
+    train.train(quickstart(**changes, devices=1), tmp_path / "one")
+    two = start(tmp_path / "two", changes | SHARED | {"microbatch": 4}, config="quickstart")
+    finish(two)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
