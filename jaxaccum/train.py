@@ -132,7 +132,7 @@ def _train(
     def due(name: str, step: int) -> bool:
         return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
 
-    # Every process holds the whole state, so the first alone can save and restore it.
+    # The first process alone saves and restores: what is divided it gets whole from the others.
     keep = config.checkpoint.keep
     with Checkpoints(workdir, keep) if peers.first else Elsewhere() as checkpoints:
         state = this.rule.init(params, stats)
