@@ -32,6 +32,8 @@ _TOLD = 128  # marks, for the watching thread, a signal that another process got
 class Preempted(SystemExit):
     """A signal ended the run, and what it had learned is kept; `code` is the exit status."""
 
+    code: int
+
 
 class Preemption:
     """Turns the signals in `STATUS` into `Preempted`, raised only where nothing gets lost.
@@ -184,10 +186,14 @@ class Preemption:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """Ends the process from any thread, whatever the others do, and its loader processes."""
+    """Ends the process from any thread, whatever the others do, and its loader processes.
+
+    Python's own end would wait for them, and complain of one that a thread is just starting.
+    """
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 

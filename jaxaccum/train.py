@@ -40,7 +40,7 @@ from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
 from jaxaccum.models.weights import WeightsError
-from jaxaccum.preemption import Preempted, Preemption
+from jaxaccum.preemption import Preempted, Preemption, end_at_once
 
 
 class TrainingError(RuntimeError):
@@ -481,8 +481,13 @@ if __name__ == "__main__":
         run.use_compilation_cache()
         file = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = Path(_WORKDIR.value or default_workdir(file))
-        with joined(_DISTRIBUTED.value) as peers:
-            train(_CONFIG.value, workdir, _OTHER.value, peers)
+        try:
+            with joined(_DISTRIBUTED.value) as peers:
+                train(_CONFIG.value, workdir, _OTHER.value, peers)
+        except Preempted as stopped:
+            if peers.alone:  # else JAX has to leave the other processes in order
+                end_at_once(stopped.code)
+            raise
         return 0
 
     main_with_clear_errors(main)

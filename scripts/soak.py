@@ -82,7 +82,7 @@ def train_here(order: dict[str, Any]) -> None:
     logging.set_verbosity(logging.ERROR)
 
     from jaxaccum import config as configs
-    from jaxaccum import tasks, train
+    from jaxaccum import preemption, tasks, train
 
     if order["x64"]:  # a run keeps its state in float32, whatever it computes in
         tasks.DetectionTask.initialise.__defaults__ = (np.float64,)
@@ -101,7 +101,10 @@ def train_here(order: dict[str, Any]) -> None:
             "log.images": 0, "log.tensorboard": False,
         }
     )  # fmt: skip
-    train.train(config.lock(), Path(order["workdir"]))
+    try:
+        train.train(config.lock(), Path(order["workdir"]))
+    except preemption.Preempted as stopped:  # as `python -m jaxaccum.train` does
+        preemption.end_at_once(stopped.code)
 
 
 class Life:

@@ -80,6 +80,7 @@ def _conv_backward(strides, pads, precision, residuals, dy):
                 jnp.dot(dy, kernel.T, precision=precision),
                 jnp.dot(flat[0].T, flat[1], precision=precision)[None, None],
             )
+        dy = _computed_once(dy, w)
         sizes = list(zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], strides, pads, strict=True))
         # dx: the dilated cotangent convolved with the flipped kernel.
         flipped = lax.transpose(lax.rev(w, (0, 1)), (0, 1, 3, 2))
@@ -104,6 +105,16 @@ def _conv_backward(strides, pads, precision, residuals, dy):
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _computed_once(value, other):
+    """value, which XLA's CPU backend then computes once, and not in each place that uses it.
+
+    It puts cheap arithmetic into every consumer; in one that transposes, arithmetic runs several
+    times slower. Divisions are not cheap in its eyes, and it cannot see that this is one by 1.
+    """
+    number = other.ravel()[0]
+    return value / jnp.where(number == number, 1, number)
 
 
 def _depthwise(x, w, strides, pads, precision):
