@@ -91,6 +91,7 @@ def _normalise_forward(x, scale, bias, weight, size, eps, silu):
     # A group of padding alone would be blown up by 1 / sqrt(eps) in every layer, to inf and NaN.
     inv = jnp.where(count > 0, jax.lax.rsqrt(var + eps), 0)
     y = (xg - _everywhere(mean)) * _everywhere(inv * scale) + bias
+    # As a division XLA's CPU backend computes it once, not again wherever it is used.
     y = y / (1 + jnp.exp(-y)) if silu else y
     out = (y.astype(x.dtype).reshape(x.shape), mean, var, here[:, 0])
     return out, (x, scale, bias, weight, mean, inv, divisor)
@@ -103,7 +104,7 @@ def _normalise_backward(size, eps, silu, residuals, cotangents):
     xhat = (xg - _everywhere(mean)) * _everywhere(inv)
     if silu:
         y = xhat * scale + bias
-        t = 1 / (1 + jnp.exp(y))
+        t = 1 / (1 + jnp.exp(y))  # 1 - sigmoid(y)
         dy = dy * ((1 - t) * (1 + y * t))
     # Nothing depends on a padded sample's y, so its dy is zero and needs no weight here.
     sum_dy = jnp.sum(dy, axis=(1, 2))
