@@ -28,6 +28,8 @@ from absl import app, flags
 from benchmarks import accumulation, harness, pieces, pipeline, report, startup, training
 from benchmarks.harness import Measure
 
+from jaxaccum import hugepages
+
 OUT = flags.DEFINE_string("out", "", "the document to write")
 RESULTS = flags.DEFINE_string("results", "", "folder of results; that of --out without .md")
 ONLY = flags.DEFINE_list("only", [], "measures or parts; all if empty")
@@ -75,8 +77,9 @@ def main(_) -> int:
         print(f"{key}: measuring", flush=True)
         start = time.perf_counter()
         command = [sys.executable, __file__, *sys.argv[1:], f"--inside={key}"]
-        # Two programs may share a GPU: each takes what it needs.
+        # Two programs may share a GPU: each takes what it needs. Both have huge pages.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment |= hugepages.setting(environment)
         status = subprocess.run(command, env=environment).returncode
         if status:
             failed.append(key)

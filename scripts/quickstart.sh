@@ -7,6 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 install
 
+# Memory in huge pages (docs/profiles.md); other systems take no notice.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 workdir=runs/quickstart
 "$python" -m jaxaccum.train --config=configs/quickstart.py --workdir="$workdir"
 metrics=$("$python" -m jaxaccum.evaluate --workdir="$workdir" | tail -n 1)

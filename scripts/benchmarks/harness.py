@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxaccum import hugepages
+
 PEER = Path(__file__).with_name("torch_peer.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
 HOW_TORCH = (
@@ -196,6 +198,8 @@ def circumstances(context: Context) -> dict[str, Any]:
         versions["torch"] = torch
     device = jax.devices()[0]
     hardware = f"{_processor()}, {cores()} cores"
+    if tunables := os.environ.get(hugepages.VARIABLE):
+        hardware += f", {hugepages.VARIABLE}={tunables}"
     if context.platform == "gpu":
         hardware = f"{device.device_kind}; {hardware}"
     return {
