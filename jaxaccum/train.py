@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import data, hugepages, plan, run, tasks
+from jaxaccum import data, host_memory, plan, run, tasks
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
 from jaxaccum.accumulate.noise import NoiseScale
 from jaxaccum.checkpoint import (
@@ -368,7 +368,7 @@ def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path
             f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
             f"{this.sizes.max()} samples, every microbatch normalised by itself"
         )
-    advice = hugepages.advice() if jax.default_backend() == "cpu" else []
+    advice = host_memory.advice() if jax.default_backend() == "cpu" else []
     for line in [*this.task.notes(config, source, int(this.sizes.sum())), *advice]:
         print(line)
     print(f"workdir {workdir}", flush=True)

@@ -28,7 +28,7 @@ from absl import app, flags
 from benchmarks import accumulation, harness, pieces, pipeline, report, startup, training
 from benchmarks.harness import Measure
 
-from jaxaccum import hugepages
+from jaxaccum import host_memory
 
 OUT = flags.DEFINE_string("out", "", "the document to write")
 RESULTS = flags.DEFINE_string("results", "", "folder of results; that of --out without .md")
@@ -79,7 +79,7 @@ def main(_) -> int:
         command = [sys.executable, __file__, *sys.argv[1:], f"--inside={key}"]
         # Two programs may share a GPU: each takes what it needs. Both have huge pages.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        environment |= hugepages.setting(environment)
+        environment |= host_memory.setting(environment)
         status = subprocess.run(command, env=environment).returncode
         if status:
             failed.append(key)

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
-import cv2
 import numpy as np
 
 from jaxaccum.data.augment import Augment, Sample, augmented, letterbox, resize_long
 from jaxaccum.data.base import DataError, Image, Source
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
+from jaxaccum.data.stream import Batch, Place, SampleStream, in_order, suit_process
 
 _GIB = 1 << 30
 
@@ -127,7 +126,7 @@ def eval_batches(
             f"2, 1 and 0."
         )
     rows = room(source, max_objects)
-    cv2.setNumThreads(0)
+    suit_process()
     return _evaluated(source, image_size, batch, rows, prefetch)
 
 

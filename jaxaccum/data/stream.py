@@ -27,6 +27,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaccum import host_memory
+
 Batch = dict[str, NDArray[Any]]
 Backend = Literal["auto", "grain", "threads"]
 
@@ -167,8 +169,7 @@ class SampleStream(abc.ABC):
             size = seen[0] if seen else 1
             checked = (_share_of(other, size, share) for other in chain(seen, checked))
             position = functools.partial(_shared_position, start, size, share)
-        # Many small calls run beside each other: threads inside OpenCV would only fight.
-        cv2.setNumThreads(0)
+        suit_process()
         if backend == "threads" or not installed:
             return self._threaded(position, checked, prefetch)
         return self._grained(position, checked, workers, prefetch)
@@ -319,8 +320,16 @@ def _shared_position(start: int, size: int, share: NDArray[np.integer], number: 
     return start + window * size + int(share[row])
 
 
+def suit_process() -> None:
+    """Suits this process to making samples: many small calls beside each other, in which threads
+    inside OpenCV would only fight, and many images that come and go."""
+    cv2.setNumThreads(0)
+    host_memory.keep_freed()
+
+
 def _end_with_parent(index: int, count: int) -> None:
     """In a worker process: leaves Ctrl-C to the parent, and ends soon after it, come what may."""
+    suit_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 

@@ -21,7 +21,7 @@ from jaxaccum.data.base import Image
 from jaxaccum.data.cache import ByteCache
 from jaxaccum.data.kitti import Objects3D, Source3D
 from jaxaccum.data.loader import room
-from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
+from jaxaccum.data.stream import Batch, Place, SampleStream, in_order, suit_process
 
 Matrix = NDArray[np.float64]
 Size = tuple[int, int]
@@ -286,7 +286,7 @@ def eval_batches3d(
             f"size {size}, batch {batch}, prefetch {prefetch}: expected at least 2 x 2, 1 and 0."
         )
     rows = room(source, max_objects)
-    cv2.setNumThreads(0)
+    suit_process()
     return _evaluated(source, size, batch, rows, prefetch)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxaccum import hugepages
+from jaxaccum import host_memory
 
 PEER = Path(__file__).with_name("torch_peer.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
@@ -198,8 +198,8 @@ def circumstances(context: Context) -> dict[str, Any]:
         versions["torch"] = torch
     device = jax.devices()[0]
     hardware = f"{_processor()}, {cores()} cores"
-    if tunables := os.environ.get(hugepages.VARIABLE):
-        hardware += f", {hugepages.VARIABLE}={tunables}"
+    if tunables := os.environ.get(host_memory.VARIABLE):
+        hardware += f", {host_memory.VARIABLE}={tunables}"
     if context.platform == "gpu":
         hardware = f"{device.device_kind}; {hardware}"
     return {

@@ -15,6 +15,7 @@ from benchmarks.harness import Context, Found, Row, cores, interleaved, ratio_ro
 from benchmarks.opencv_loader import Loader
 from jaxaccum import data
 from jaxaccum.data.scenes import Scenes
+from jaxaccum.data.stream import suit_process
 
 PARTS = ("core", "workers")
 
@@ -62,7 +63,7 @@ def _stream(folder: Path, size: int, cache: str) -> data.TrainStream:
 def _one_thread(context: Context, folder: Path, size: int) -> Found:
     rounds, count = context.choose((2, 4), (7, 24), (7, 64))
     before = cv2.getNumThreads()
-    cv2.setNumThreads(0)
+    suit_process()  # both: they share it
     rows = []
     try:
         for cache, words in (("none", "images from disk"), ("ram", "resized images in memory")):
