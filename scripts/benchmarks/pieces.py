@@ -52,7 +52,7 @@ def points_(context: Context, operation: str) -> Found:
     calls_: dict[str, Callable[[], float]] = {
         "ours": lambda: runs.seconds(ours, *placed, calls=calls)
     }
-    for name, function in _on_host(operation, number).items():
+    for name, function in _on_host(operation, number, context.platform).items():
         compare(name, function(*arguments))
         calls_[name] = functools.partial(_host_seconds, function, arguments)
     notes = []
@@ -126,8 +126,9 @@ def _host_seconds(function: Callable, arguments: tuple) -> float:
     return time.perf_counter() - start
 
 
-def _on_host(operation: str, number: int) -> dict[str, Callable[..., np.ndarray]]:
-    """Ways on the CPU without PyTorch: trees of SciPy, on all processors."""
+def _on_host(operation: str, number: int, platform: str) -> dict[str, Callable[..., np.ndarray]]:
+    """Ways without PyTorch: trees of SciPy, on all processors, and where that is a CPU the plain
+    way in JAX."""
     from scipy.spatial import cKDTree
 
     def nearest(a, b):
@@ -149,8 +150,14 @@ def _on_host(operation: str, number: int) -> dict[str, Callable[..., np.ndarray]
             pairs.append(np.concatenate([own + forth, other + back]))
         return np.stack(pairs)
 
+    @jax.jit
+    def of_all(a, b):
+        distance = jnp.square(a[:, :, None] - b[:, None]).sum(-1)
+        return jax.lax.top_k(-distance, number)[1]
+
     if operation == "nearest":
-        return {"SciPy cKDTree": nearest}
+        plain = {"JAX's top_k of all": lambda a, b: np.asarray(of_all(a, b))}
+        return {"SciPy cKDTree": nearest} | (plain if platform == "cpu" else {})
     return {"SciPy cKDTree": gradient} if operation == "chamfer" else {}
 
 
