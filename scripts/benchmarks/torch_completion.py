@@ -208,7 +208,7 @@ class Base(nn.Module):
         candidates = torch.cat([coarse, sample[:, : queries // 2]], 1)
         with torch.no_grad():
             ranks = self.query_ranking(candidates)[..., 0]
-            best = ranks.argsort(1, descending=True, stable=True)[:, :queries]
+            best = ranks.argsort(dim=1, descending=True, stable=True)[:, :queries]
         coarse = gather(candidates, best)
         jittered = sample[:, : noise.shape[1]] + noise
         tokens = torch.cat([coarse, jittered], 1)
