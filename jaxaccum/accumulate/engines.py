@@ -14,6 +14,7 @@ the sum of the gradients after it. Devices along the last one share batch-norm g
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -208,8 +209,14 @@ class _Engine:
             ["loss"] if objective.coupled else objective.floors, self.specs(params)
         )
 
-    def _sums(self, params, stats, batch, coupling=None) -> Sums:
-        return self.rule.objective.sums(self.forward, params, stats, batch, coupling)
+    @functools.cached_property
+    def _sums(self) -> Callable[..., Sums]:
+        """(params, stats, batch, coupling or None) -> Sums.
+
+        Jitted inside of the jitted programs, so that a model is traced once: for the shapes of the
+        accumulator, in the loop, and in each program of `multisteps`.
+        """
+        return jax.jit(functools.partial(self.rule.objective.sums, self.forward))
 
     def _features(self, params, stats, batch):
         return self.rule.objective.features(self.forward, params, stats, batch)
