@@ -40,6 +40,7 @@ def tiny_config(**changes):
             "data.image_size": 64, "data.max_objects": 32, "log.every": 1, "log.images": 1,
             "log.tensorboard": False, "eval.every": 6, "eval.batch": 64, "checkpoint.every": 3,
             "lr.warmup_epochs": 0.0, "optimizer.name": "adamw", "optimizer.momentum": 0.9,
+            "lr.base": 1e-3,  # at the default of 1e-2 rounding grows tenfold per update
         }
         | changes
     )  # fmt: skip
