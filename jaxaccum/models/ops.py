@@ -80,7 +80,7 @@ def _conv_backward(strides, pads, precision, residuals, dy):
                 jnp.dot(dy, kernel.T, precision=precision),
                 jnp.dot(flat[0].T, flat[1], precision=precision)[None, None],
             )
-        dy = _computed_once(dy, w)
+        dy = _computed_once(dy)
         sizes = list(zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], strides, pads, strict=True))
         # dx: the dilated cotangent convolved with the flipped kernel.
         flipped = lax.transpose(lax.rev(w, (0, 1)), (0, 1, 3, 2))
@@ -107,38 +107,72 @@ def _conv_backward(strides, pads, precision, residuals, dy):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _computed_once(value, other):
+def _computed_once(value):
     """value, which XLA's CPU backend then computes once, and not in each place that uses it.
 
-    It puts cheap arithmetic into every consumer; in one that transposes, arithmetic runs several
-    times slower. Divisions are not cheap in its eyes, and it cannot see that this is one by 1.
+    It puts cheap arithmetic into every consumer, and a consumer that transposes or shifts runs
+    several times slower for it. Divisions are not cheap in its eyes, and it cannot see that these
+    are by 1 (by one number for all it would make a multiplication, which is cheap again).
     """
-    number = other.ravel()[0]
-    return value / jnp.where(number == number, 1, number)
+    return value / jnp.where(value == value, 1, value)
 
 
 def _depthwise(x, w, strides, pads, precision):
     """One kernel per channel. On CPU as shifted multiply-adds."""
 
-    def cpu(x, w):
-        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        kh, kw = w.shape[:2]
-        out = [
-            (padded.shape[1 + a] - k) // s + 1
-            for a, (k, s) in enumerate(zip((kh, kw), strides, strict=True))
-        ]
-        total = None
-        for i in range(kh):
-            for j in range(kw):
-                end = i + (out[0] - 1) * strides[0] + 1, j + (out[1] - 1) * strides[1] + 1
-                part = padded[:, i : end[0] : strides[0], j : end[1] : strides[1]] * w[i, j, 0]
-                total = part if total is None else total + part
-        return total
-
     def default(x, w):
         return _plain(x, w, strides, pads, precision, groups=x.shape[-1])
 
-    return lax.platform_dependent(x, w, cpu=cpu, default=default)
+    return lax.platform_dependent(
+        x, w, cpu=lambda x, w: _shifted(x, w, strides, pads), default=default
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shifted(x, w, strides, pads):
+    # XLA would do all multiply-adds again in each part of batch norm and in each gradient, and
+    # the gradient of the input would do them once more for each place of the kernel.
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    total = functools.reduce(jnp.add, (a * w[i, j, 0] for i, j, a in _shifts(padded, w, strides)))
+    return _computed_once(total)
+
+
+def _shifted_forward(x, w, strides, pads):
+    return _shifted(x, w, strides, pads), (x, w)
+
+
+def _shifted_backward(strides, pads, residuals, dy):
+    x, w = residuals
+    dy = _computed_once(dy)
+    # dx: the dilated cotangent with the flipped kernel, padded to the size that gives x's.
+    edges = [
+        (k - 1 - lo, n + lo - (o - 1) * s - 1, s - 1)
+        for n, o, k, s, (lo, _) in zip(
+            x.shape[1:3], dy.shape[1:3], w.shape[:2], strides, pads, strict=True
+        )
+    ]
+    spread = lax.pad(dy, jnp.zeros([], dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    flipped = lax.rev(w, (0, 1))
+    dx = functools.reduce(jnp.add, (a * flipped[i, j, 0] for i, j, a in _shifts(spread, w, (1, 1))))
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    dw = jnp.stack([jnp.sum(a * dy, (0, 1, 2)) for _, _, a in _shifts(padded, w, strides)])
+    return _computed_once(dx), dw.reshape(w.shape)
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _shifts(padded, w, strides):
+    """(i, j, what element i, j of the kernel w meets) for each of its elements."""
+    kernel = w.shape[:2]
+    last = [(n - k) // s * s for n, k, s in zip(padded.shape[1:3], kernel, strides, strict=True)]
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            yield (
+                i,
+                j,
+                padded[:, i : i + last[0] + 1 : strides[0], j : j + last[1] + 1 : strides[1]],
+            )
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
