@@ -80,9 +80,7 @@ def trace(
 
 def _memory() -> optax.GradientTransformation:
     """Passes gradients on; its state is the last one."""
-    return optax.GradientTransformation(
-        lambda params: jax.tree.map(np.zeros_like, params), lambda g, s, p=None: (g, g)
-    )
+    return optax.GradientTransformation(optax.tree.zeros_like, lambda g, s, p=None: (g, g))
 
 
 def distance(a: PyTree, b: PyTree) -> float:

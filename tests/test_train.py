@@ -274,7 +274,9 @@ def test_a_broken_checkpoint_is_put_aside_and_the_run_goes_on(trained, tmp_path,
 
 
 def test_another_recipe_is_refused(trained):
-    with pytest.raises(checkpoint.CheckpointError, match=r"(?s)lr\.base: checkpoint 0\.01, config"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"(?s)lr\.base: checkpoint 0\.001, config"
+    ):
         train.train(tiny_config(**{"lr.base": 0.02}), trained)
 
 
