@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import computations
 from jax import lax
 
 from jaxaccum.models import ops
@@ -91,3 +92,22 @@ def test_what_is_not_provided_says_so():
         ops.conv_general_dilated(x, w, (1, 1), "SAME")
     with pytest.raises(ValueError, match="without dilation"):
         ops.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)), rhs_dilation=(2, 2))
+
+
+def test_a_depthwise_convolution_is_computed_once():
+    """On CPU, not again in each part of what follows it, nor nine times in its gradient."""
+
+    def loss(x, w):
+        for kernel in w:
+            y = ops.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), feature_group_count=8)
+            y = (y - y.mean((0, 1, 2))) * lax.rsqrt(y.var((0, 1, 2)) + 1e-3)
+            x = y / (1 + jnp.exp(-y))
+        return jnp.sum(x**2)
+
+    shapes = (
+        jax.ShapeDtypeStruct((2, 16, 16, 8), "float32"),
+        jax.ShapeDtypeStruct((2, 3, 3, 1, 8), "float32"),
+    )
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+    products = [body.count(" multiply(") for body in computations(text).values()]
+    assert 9 <= max(products) < 18
