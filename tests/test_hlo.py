@@ -70,6 +70,16 @@ def test_multisteps_reduces_only_when_it_closes_a_window():
     assert len(re.findall(r" all-reduce(?:-start)?\(", closing)) == 1
 
 
+def test_the_finite_marks_of_all_sums_meet_once():
+    """Not in every operation that asks whether all are finite: those take minutes to compile."""
+    made, state, batch = engine("multisteps", devices=1)
+    one = jax.tree.map(lambda a: a[0], made.window.split(batch))
+    sums = len(jax.tree.leaves(made._empty(state, one)))
+    for program in made.lowered(state, batch):
+        fusions = re.findall(r" fusion\((.*?)\), kind", program.compile().as_text())
+        assert len(fusions) > sums > max(operands.count("%") for operands in fusions)
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_state_is_donated(devices):
     made, state, batch = engine(devices=devices)
