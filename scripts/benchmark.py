@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
-from benchmarks import accumulation, harness, pieces, pipeline, report, startup, training
-from benchmarks.harness import Measure
+from benchmarks import harness, report
+from benchmarks.measures import MEASURES, flags_of_xla
 
 from jaxaccum import host_memory
 
@@ -38,19 +38,8 @@ AGAIN = flags.DEFINE_bool("again", False, "measure what has been measured before
 TORCH = flags.DEFINE_string("torch", "", "folder that PyTorch is installed in")
 LIST = flags.DEFINE_bool("list", False, "print the measures and end")
 INSIDE = flags.DEFINE_string("inside", "", "used by this script itself: the part to measure here")
-
-MEASURES = (
-    Measure("update", "An update of k microbatches", accumulation.update),
-    Measure("memory", "Memory of more microbatches", accumulation.memory),
-    Measure("state", "What is held between updates", accumulation.state),
-    Measure("yolo", "Training detectors, against PyTorch", training.yolo, training.YOLO),
-    Measure("adapointr", "Training AdaPoinTr, against PyTorch", training.adapointr),
-    Measure("geometries", "AdaPoinTr, 48 clouds in smaller parts", accumulation.geometries),
-    Measure("points", "Operations on clouds, against others", pieces.points_, pieces.OPERATIONS),
-    Measure("assigner", "The assigner, by objects", pieces.assigner),
-    Measure("startup", "The first update", startup.startup),
-    Measure("pipeline", "Samples, against an OpenCV loader", pipeline.pipeline, pipeline.PARTS),
-)
+WARM = flags.DEFINE_bool("warm", False, "with --inside: only compile, to fill the caches")
+PRECISION = flags.DEFINE_string("precision", "", "with --warm: the only precision to compile for")
 
 
 def main(_) -> int:
@@ -80,6 +69,7 @@ def main(_) -> int:
         # Two programs may share a GPU: each takes what it needs. Both have huge pages.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= host_memory.setting(environment)
+        environment |= flags_of_xla(key, environment)
         status = subprocess.run(command, env=environment).returncode
         if status:
             failed.append(key)
@@ -91,7 +81,7 @@ def main(_) -> int:
     return bool(failed)
 
 
-def is_wanted(measure: Measure, key: str) -> bool:
+def is_wanted(measure: harness.Measure, key: str) -> bool:
     """Whether --only names the measure or the part, or nothing at all."""
     return not ONLY.value or measure.name in ONLY.value or key in ONLY.value
 
@@ -118,7 +108,10 @@ def measure_here(results: Path, key: str) -> None:
 
     run.use_compilation_cache()
     backend = jax.default_backend()
-    context = harness.Context("cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value)
+    context = harness.Context(
+        "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, WARM.value,
+        PRECISION.value, results,
+    )  # fmt: skip
     name, _, part = key.partition(".")
     measure = next(m for m in MEASURES if m.name == name)
     start = time.perf_counter()
@@ -126,8 +119,14 @@ def measure_here(results: Path, key: str) -> None:
         found = measure.run(context, part)
     except harness.SkippedError as reason:
         print(f"{key}: skipped. {reason}", flush=True)
-        harness.save_skipped(results, key, context, str(reason))
+        if not WARM.value:
+            harness.save_skipped(results, key, context, str(reason))
         return
+    except harness.WarmedUp:
+        print(f"{key}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        return
+    if WARM.value:
+        return  # nothing in it was to be compiled first
     for row in found.rows:
         print(f"  {row.label}: {report.figure(row)}  {row.note}")
     harness.save(results, key, context, found, time.perf_counter() - start)

@@ -31,6 +31,10 @@ class SkippedError(Exception):
     """A measure that cannot be made here; the message says what it would need."""
 
 
+class WarmedUp(Exception):
+    """Everything that a measure compiles is compiled, and it was asked for no more than that."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """How a measure is to be made.
@@ -39,11 +43,26 @@ class Context:
       platform: what JAX computes on.
       quick: at tiny sizes, to see that it works; the figures mean nothing.
       torch: folder that PyTorch is installed in; "" if it is where this Python finds it.
+      warm: only compile, so that what is measured later finds its programs in the caches.
+      precision: the only one to compute in, of a measure that has several; "" for all.
+      keep: folder for more than figures, such as the text of a program; None to keep nothing.
     """
 
     platform: Platform
     quick: bool = False
     torch: str = ""
+    warm: bool = False
+    precision: str = ""
+    keep: Path | None = None
+
+    def compiled(self) -> None:
+        """Said by a measure when all its programs are compiled.
+
+        Raises:
+          WarmedUp: that was all that was asked for.
+        """
+        if self.warm:
+            raise WarmedUp
 
     def choose(self, quick: Any, cpu: Any, gpu: Any) -> Any:
         """A size, by how and where it is measured."""
@@ -103,12 +122,14 @@ class Measure:
       name: for the command line. title: for people.
       run: (context, part) -> Found.
       parts: names, such as those of models.
+      xla_flags: part -> flags of XLA that it is to be measured with.
     """
 
     name: str
     title: str
     run: Callable[[Context, str], Found]
     parts: tuple[str, ...] = ("",)
+    xla_flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -263,6 +284,8 @@ class Peer:
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if error[0] is not None:  # it may be in the middle of something long
+            self._process.kill()
         self._process.wait()
 
     def ask(self, do: str, **options: Any) -> Any:
@@ -271,10 +294,22 @@ class Peer:
         Raises:
           RuntimeError: with its traceback.
         """
+        self.begin(do, **options)
+        return self.answer()
+
+    def begin(self, do: str, **options: Any) -> None:
+        """Has it begin to do something, while we do something else; `answer` waits for it."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"do": do, "options": options}) + "\n")
         self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """What it says to the oldest thing that was begun.
+
+        Raises:
+          RuntimeError: with its traceback.
+        """
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"PyTorch's process ended with {self._process.wait()}")

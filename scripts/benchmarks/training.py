@@ -83,10 +83,8 @@ def _variants(context: Context, images: bool) -> list[tuple[str, list[dict[str, 
     compiled = {**last, "compiled": True}
     if context.platform == "cpu":
         return [("float32", [plain, last] if images and not context.quick else [plain])]
-    return [
-        ("tf32", [plain, last, compiled] if images else [plain, compiled]),
-        ("bfloat16", [last, compiled]),
-    ]
+    every = [("tf32", [last, compiled]), ("bfloat16", [last, compiled])]
+    return [(name, ways) for name, ways in every if context.precision in ("", name)]
 
 
 def _words(variant: dict[str, Any]) -> str:
@@ -103,21 +101,30 @@ def _compare(
     unit = this.task.unit
     names = {_words(variant): variant for variant in variants}
     with Peer(context) as peer, tempfile.TemporaryDirectory() as folder:
-        ours = runs.Updates(this)
-        params, stats = ours.start
+        params, stats = this.task.initialise(0)
+        batch = runs.random_batch(this)
         file = Path(folder) / "case.npz"
         given = weights.to_reference(params) | weights.to_reference(stats)
         np.savez(
-            file, **arrays, **ours.batch, **{f"weight:{key}": a for key, a in given.items()}
+            file, **arrays, **batch, **{f"weight:{key}": a for key, a in given.items()}
         )  # fmt: skip
-        own = [ours.first[f"loss/{term}"] for term in terms]
-        parameters = sum(a.size for a in jax.tree.leaves(params))
-        apart = 0.0
-        for name, variant in names.items():
-            facts = peer.ask(
+        for name, variant in names.items():  # both sides compile at once
+            peer.begin(
                 "make", case=name, kind=kind, file=str(file), precision=precision,
                 **variant, **options,
             )  # fmt: skip
+        ours = runs.Updates(this, batch)
+        own = [ours.first[f"loss/{term}"] for term in terms]
+        parameters = sum(a.size for a in jax.tree.leaves(params))
+        apart = 0.0
+        failed = {}
+        for name in list(names):
+            try:
+                facts = peer.answer()
+            except RuntimeError as error:
+                failed[name] = str(error).strip().splitlines()[-1][:200]
+                del names[name]
+                continue
             if facts["parameters"] != parameters:
                 raise RuntimeError(f"PyTorch has {facts['parameters']} parameters, we {parameters}")
             differences = [abs(a - b) / abs(a) for a, b in zip(own, facts["losses"], strict=True)]
@@ -127,6 +134,9 @@ def _compare(
                     f"PyTorch ({name}) computes something else: {terms} are {own} with us and "
                     f"{facts['losses']} there"
                 )
+        if not names:
+            raise RuntimeError(f"no form of PyTorch's step works here: {failed}")
+        context.compiled()
         tried = {name: min(peer.seconds(name, steps) for _ in range(2)) for name in names}
         best = min(tried, key=lambda name: tried[name])
         for name in set(names) - {best}:
@@ -146,4 +156,6 @@ def _compare(
         f"{this.config.model}, {precision}: {parameters} parameters on both sides, terms of the "
         f"loss within {apart:.0e}; PyTorch's step {others}"
     )
+    for name, error in failed.items():
+        note += f"; {name}: failed with {error}"
     return [row], [note]
