@@ -39,7 +39,6 @@ TORCH = flags.DEFINE_string("torch", "", "folder that PyTorch is installed in")
 LIST = flags.DEFINE_bool("list", False, "print the measures and end")
 INSIDE = flags.DEFINE_string("inside", "", "used by this script itself: the part to measure here")
 WARM = flags.DEFINE_bool("warm", False, "with --inside: only compile, to fill the caches")
-PRECISION = flags.DEFINE_string("precision", "", "with --warm: the only precision to compile for")
 
 
 def main(_) -> int:
@@ -53,11 +52,12 @@ def main(_) -> int:
     if INSIDE.value:
         measure_here(results, INSIDE.value)
         return 0
-    wanted = [key for m in MEASURES for key in m.keys if is_wanted(m, key)]
+    here = platform()
+    wanted = [key for m in MEASURES for key in m.keys_on(here) if is_wanted(m, key)]
     unknown = set(ONLY.value) - {m.name for m in MEASURES} - {k for m in MEASURES for k in m.keys}
     if unknown:
         raise app.UsageError(f"no measure {', '.join(sorted(unknown))}; see --list")
-    context = harness.Context(platform(), QUICK.value, TORCH.value)
+    context = harness.Context(here, QUICK.value, TORCH.value)
     failed = []
     for key in wanted:
         if not AGAIN.value and harness.is_done(results, key, context):
@@ -109,8 +109,7 @@ def measure_here(results: Path, key: str) -> None:
     run.use_compilation_cache()
     backend = jax.default_backend()
     context = harness.Context(
-        "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, WARM.value,
-        PRECISION.value, results,
+        "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, WARM.value, results
     )  # fmt: skip
     name, _, part = key.partition(".")
     measure = next(m for m in MEASURES if m.name == name)

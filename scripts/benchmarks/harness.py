@@ -44,7 +44,6 @@ class Context:
       quick: at tiny sizes, to see that it works; the figures mean nothing.
       torch: folder that PyTorch is installed in; "" if it is where this Python finds it.
       warm: only compile, so that what is measured later finds its programs in the caches.
-      precision: the only one to compute in, of a measure that has several; "" for all.
       keep: folder for more than figures, such as the text of a program; None to keep nothing.
     """
 
@@ -52,7 +51,6 @@ class Context:
     quick: bool = False
     torch: str = ""
     warm: bool = False
-    precision: str = ""
     keep: Path | None = None
 
     def compiled(self) -> None:
@@ -123,6 +121,7 @@ class Measure:
       run: (context, part) -> Found.
       parts: names, such as those of models.
       xla_flags: part -> flags of XLA that it is to be measured with.
+      gpu_only: parts that say nothing on a CPU.
     """
 
     name: str
@@ -130,11 +129,17 @@ class Measure:
     run: Callable[[Context, str], Found]
     parts: tuple[str, ...] = ("",)
     xla_flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gpu_only: tuple[str, ...] = ()
 
     @property
     def keys(self) -> list[str]:
         """Names of the parts' results."""
         return [f"{self.name}.{part}" if part else self.name for part in self.parts]
+
+    def keys_on(self, platform: Platform) -> list[str]:
+        """Names of the results of the parts that are measured on a platform."""
+        pairs = zip(self.keys, self.parts, strict=True)
+        return [k for k, part in pairs if platform == "gpu" or part not in self.gpu_only]
 
 
 def interleaved(

@@ -19,18 +19,22 @@ from benchmarks import runs
 from benchmarks.harness import Context, Found, Peer, Row, interleaved, ratio_row
 from jaxaccum.models import weights
 
-YOLO = (
+MODELS = (
     "yolov8-n", "yolov8-s", "yolov8-m", "yolo11-n", "yolo11-s", "yolo11-m", "yolo12-n",
 )  # fmt: skip
+# float32 on a CPU and bfloat16 on a GPU; there also with products that may be rounded.
+TF32 = tuple(f"{model}.tf32" for model in MODELS)
+YOLO = MODELS + TF32
 AGREE = {"float32": 1e-3, "tf32": 2e-2, "bfloat16": 1e-1}  # largest relative difference of a loss
 
 
-def yolo(context: Context, model: str) -> Found:
+def yolo(context: Context, part: str) -> Found:
     """Images per second of a detector."""
+    model, _, given = part.partition(".")
     size, count = context.choose((64, 2), (320, 4), (640, 16))
     rounds = context.choose(2, {"n": 7, "s": 5, "m": 4}[model[-1]], 7)
     rows, notes = [], []
-    for precision, variants in _variants(context, images=True):
+    for precision, variants in _variants(context, images=True, only=given or "bfloat16"):
         this = runs.prepare(
             "detection", model, nbs=count, microbatch=count, bn_group=count, dtype=precision,
             data__image_size=size, data__max_objects=16, ema__decay=0.0, lr__base=1e-4,
@@ -76,7 +80,9 @@ def adapointr(context: Context, part: str) -> Found:
     return Found(f"{model}, {points} points, batch {count}, AdamW", rows, notes)
 
 
-def _variants(context: Context, images: bool) -> list[tuple[str, list[dict[str, Any]]]]:
+def _variants(
+    context: Context, images: bool, only: str = ""
+) -> list[tuple[str, list[dict[str, Any]]]]:
     """Precisions, and for each how PyTorch is run; formats of images only where some are."""
     plain: dict[str, Any] = {}
     last = {"channels_last": True} if images else {}
@@ -84,7 +90,7 @@ def _variants(context: Context, images: bool) -> list[tuple[str, list[dict[str, 
     if context.platform == "cpu":
         return [("float32", [plain, last] if images and not context.quick else [plain])]
     every = [("tf32", [last, compiled]), ("bfloat16", [last, compiled])]
-    return [(name, ways) for name, ways in every if context.precision in ("", name)]
+    return [(name, ways) for name, ways in every if only in ("", name)]
 
 
 def _words(variant: dict[str, Any]) -> str:
