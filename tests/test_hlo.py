@@ -160,3 +160,27 @@ def test_every_device_holds_its_part_and_donates_it(all_leaves):
     after, _ = made.update(state, batch)
     kept = [a.sharding for a in jax.tree.leaves(after)]
     assert kept == jax.tree.leaves(made.shardings(after))
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}", "{{0,1},{2,3}}"),
+        ("mesh['data'=1,'a'=2,'b'=2] {'b'}", "{{0,1},{2,3}}"),
+        ("mesh['data'=1,'a'=2,'b'=2] {'a'}", "{{0,2},{1,3}}"),
+        ("mesh['data'=1,'a'=2,'b'=2] {'a','b'}", "{{0,1,2,3}}"),
+        ("mesh['data'=2,'a'=2] {'data','a'}", "{{0,1,2,3}}"),
+    ],
+)
+def test_both_ways_to_write_groups_are_read(written, groups):
+    assert [c.groups for c in collectives(reduction(written))] == [groups]
+
+
+def test_groups_of_one_device_each_are_no_collective():
+    assert collectives(reduction("mesh['data'=1,'a'=2] {'data'}")) == []
+
+
+def reduction(groups: str) -> str:
+    """The text of a program that adds over groups of devices."""
+    line = f"  %r = f32[] all-reduce(%x), replica_groups={groups}, to_apply=%add"
+    return f"ENTRY %main (x: f32[]) -> f32[] {{\n{line}\n}}\n"

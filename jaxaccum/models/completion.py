@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import Groups
+from jaxaccum.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models import point_blocks as blocks
 from jaxaccum.models.blocks import rematerialised
-from jaxaccum.models.point_blocks import Dense, chain, gelu, largest, leaky, normed_pair, wide
+from jaxaccum.models.point_blocks import Dense, chain, largest, leaky, normed_pair, wide
 
 PyTree = Any
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import GroupBatchNorm, Groups
+from jaxaccum.jax_stand_ins import gelu
 from jaxaccum.models import points
 
 Dtype = Any
@@ -35,9 +36,6 @@ def wide(dtype: Dtype) -> Dtype:
 
 def leaky(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, SLOPE * x)
-
-
-gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

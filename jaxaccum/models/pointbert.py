@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models.blocks import rematerialised
 from jaxaccum.models.point_blocks import (
@@ -26,7 +27,6 @@ from jaxaccum.models.point_blocks import (
     LayerNorm,
     SelfAttention,
     chain,
-    gelu,
     largest,
     norm_points,
     settled,

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from jaxaccum import jax_stand_ins
 from jaxaccum.models.weights import WeightsError
 
 Vectors = NDArray[np.float32]
@@ -129,7 +130,7 @@ _BATCH = 32
 _DEFAULTS = {"num_attention_heads": 8, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": jax_stand_ins.gelu,
 }
 
 
