@@ -68,7 +68,7 @@ TOGETHER = (
     Part("plans.8", 300),
     Part("plans.16", 300),
     Part("plans.32", 300),
-    Part("plans.16:remat", 300),
+    Part("plans.16-remat", 300),
     Part("law.float32-deterministic", 400),
     Part("law.float32-tried", 400),
     Part("law.bfloat16-exact", 400),
@@ -115,6 +115,7 @@ class Check:
         self.start = time.monotonic()
         self.limit = 60 * minutes
         self.failed: list[str] = []
+        self.left: list[str] = []
 
     @property
     def now(self) -> float:
@@ -137,22 +138,26 @@ class Check:
             for kind in ("cpu", "gpu")
         )
 
-    def begin(self, part: Part) -> subprocess.Popen:
-        """Starts a part in a process group of its own."""
+    def command(self, part: Part) -> list[str]:
+        """What computes a part."""
         command = [
             sys.executable, str(Path(__file__).with_name("benchmark.py")),
             f"--out={self.out / 'page.md'}", f"--results={self.results}", f"--inside={part.key}",
             f"--torch={TORCH.value}",
         ]  # fmt: skip
-        command += ["--quick"] if QUICK.value else []
-        command += ["--warm"] if part.warm else []
+        return command + ["--quick"] * QUICK.value + ["--warm"] * part.warm
+
+    def begin(self, part: Part) -> subprocess.Popen:
+        """Starts a part in a process group of its own."""
+        # Several programs share the device: each takes what it needs.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         environment |= flags_of_xla(part.key, environment)
-        log = (self.out / "logs" / f"{part.name}.log").open("w")
         self.say(part, "began")
-        return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with (self.out / "logs" / f"{part.name}.log").open("w") as log:
+            return subprocess.Popen(
+                self.command(part), env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
 
     def end(self, part: Part, status: int | None, took: float) -> None:
         """Notes what has become of a part; None: it was ended for lack of time."""
@@ -160,6 +165,8 @@ class Check:
         self.say(part, words, took)
         if status == 0 and part.warm:
             (self.out / "logs" / f"{part.name}.done").touch()
+        if status is None:
+            self.left.append(part.name)
         if status:
             self.failed.append(part.name)
             log = (self.out / "logs" / f"{part.name}.log").read_text(errors="replace")
@@ -186,6 +193,7 @@ class Check:
             if not running:
                 for part in waiting:
                     self.say(part, "NOT BEGUN for lack of time")
+                    self.left.append(part.name)
                 return
             for part, (process, began) in list(running.items()):
                 status = process.poll()
@@ -211,6 +219,8 @@ def main(_) -> int:
     check.run(together, width, SHARE * check.limit if timed else check.limit)
     check.run(timed, 1, check.limit)
     print(f"{check.now:6.0f} s  results in {check.out}; the page is {check.out / 'page.md'}")
+    if check.left:
+        print(f"the same command goes on with what is left: {', '.join(check.left)}")
     if check.failed:
         print(f"failed: {', '.join(check.failed)}", file=sys.stderr)
     return bool(check.failed)

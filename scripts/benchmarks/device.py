@@ -43,7 +43,7 @@ LAWS = {
     "bfloat16-exact": f"{UNTRIED} {EXACT}",
 }  # fmt: skip
 TRAININGS = ("five", "whole")
-PLANS = ("8", "16", "32", "16:remat", "largest")
+PLANS = ("8", "16", "32", "16-remat", "largest")
 PROGRAMS = {
     "yolov8-n.bfloat16": "", "yolov8-n.bfloat16.untried": UNTRIED, "yolov8-n.tf32": "",
     "yolo11-n.bfloat16": "", "yolov8-m.bfloat16": "",
@@ -170,7 +170,7 @@ def plans(context: Context, part: str) -> Found:
         microbatch, geometry["remat"] = config.microbatch, config.remat
         geometry["engine"] = config.engine
     else:
-        microbatch, lines = int(part.partition(":")[0]), []
+        microbatch, lines = int(part.partition("-")[0]), []
         geometry["remat"] = part.endswith("remat")
     if context.warm:
         Planner(this.config, names=names, samples=10_000, target=plan.here(), cache=None).compiled(
@@ -218,7 +218,7 @@ def program(context: Context, part: str) -> Found:
             file.write(text)
     rows = [Row(f"{part}: {name}", n) for name, n in counted(text).items()]
     rows.append(
-        Row(f"{part}: first update", took, "s", note="compiled, or read from the cache if it was")
+        Row(f"{part}: first update", took, "s", note="its program compiled, or found in the cache")
     )
     cost = compiled.cost_analysis() or {}
     if isinstance(cost, list):
