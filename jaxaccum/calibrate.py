@@ -142,7 +142,7 @@ def main(_) -> int:
     entry = calibration.keep(kind, pairs)
     print(
         f"kept for {kind}: {entry['factor']:.3f} of a plan is used, margin {entry['margin']:.1%} "
-        f"({calibration.folder() / 'calibration.json'})"
+        f"({calibration.file()})"
     )
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import optim, tasks
+from jaxaccum import optim, tasks, user_cache
 from jaxaccum.accumulate import Geometry, GeometryError, Recipe, UpdateRule, Window
 
 
@@ -174,6 +173,5 @@ def use_compilation_cache() -> None:
     environment variable."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(base / "jaxaccum" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from jaxaccum import user_cache
 from jaxaccum.plan.targets import Target
 
 # Without a calibration: convolution libraries and allocators take what no plan shows.
 UNCALIBRATED = 0.1
 
 
-def folder() -> Path:
-    """The user's cache folder of this package."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxaccum"
+def file() -> Path:
+    """Where calibrations are kept."""
+    return user_cache.folder() / "calibration.json"
 
 
 def of(target: Target) -> tuple[float, float]:
@@ -27,8 +27,7 @@ def of(target: Target) -> tuple[float, float]:
 
 def known() -> dict[str, dict]:
     """Device kind -> calibration."""
-    file = folder() / "calibration.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file().read_text()) if file().exists() else {}
 
 
 def keep(kind: str, pairs: list[tuple[int, int]]) -> dict:
@@ -44,6 +43,6 @@ def keep(kind: str, pairs: list[tuple[int, int]]) -> dict:
         "margin": round(max(ratios[-1] / factor - 1, 0.0) + 0.02, 4),
         "pairs": [list(p) for p in pairs],
     }
-    folder().mkdir(parents=True, exist_ok=True)
-    (folder() / "calibration.json").write_text(json.dumps(known() | {kind: entry}, indent=1))
+    file().parent.mkdir(parents=True, exist_ok=True)
+    file().write_text(json.dumps(known() | {kind: entry}, indent=1))
     return entry

@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import run
+from jaxaccum import run, user_cache
 from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.plan import calibration
@@ -423,7 +423,7 @@ def settle(
 
 def cache_folder() -> Path:
     """Where accounts of compiled programs are kept."""
-    return calibration.folder() / "plans"
+    return user_cache.folder() / "plans"
 
 
 def _key(m: Measure) -> tuple[str, bool, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import data
+from jaxaccum import data, user_cache
 from jaxaccum.accumulate import Coupled
 from jaxaccum.data.captions import TextEncoder, Texts
 from jaxaccum.losses import alignment
@@ -121,8 +120,7 @@ def text_encoder(name: str) -> TextEncoder:
 
 def cache_folder() -> Path:
     """Where vectors of captions are kept."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "jaxaccum" / "text"
+    return user_cache.folder() / "text"
 
 
 @dataclasses.dataclass(frozen=True)
