@@ -39,7 +39,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 import jaxaccum
-from jaxaccum import compare_plots, compare_report, models, optim, run, tasks
+from jaxaccum import compare_plots, compare_report, known_answers, models, optim, run, tasks
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
 from jaxaccum.convert import identities, load_initial
@@ -131,6 +131,7 @@ def compare(
     most: int = 64,
     check_updates: int = 5,
     command: Sequence[str] = (),
+    allow_wrong_numbers: bool = False,
 ) -> dict[str, Any]:
     """Plans, trains what is not trained yet, and writes report.md, results.json and plots.
 
@@ -144,6 +145,8 @@ def compare(
       most: largest effective batch of Phase 1, even if more fits.
       check_updates: first updates to run on other geometries; 0 for no check.
       command: arguments to show in the report.
+      allow_wrong_numbers: only warn where JAX computes wrong numbers, see
+        jaxaccum/known_answers.py.
     Returns:
       what results.json holds.
     Raises:
@@ -183,9 +186,9 @@ def compare(
     for line in dict.fromkeys(rules.values()):
         print(f"learning rate: {line}", flush=True)
     first = cells[found[0].name, shared, seeds[0]]
-    check = check_geometries(first, check_updates, out / "check.json")
+    check = check_geometries(first, check_updates, out / "check.json", allow_wrong_numbers)
     for number, each in enumerate(cells.values(), start=1):
-        train(each, f"{number}/{len(cells)}")
+        train(each, f"{number}/{len(cells)}", allow_wrong_numbers)
 
     results = {
         "command": [_without_places(word) for word in command],
@@ -435,7 +438,9 @@ def make_cell(model: Model, planned: Mapping[str, Any], nbs: int, seed: int, fol
 # --- The check that geometry changes nothing. ---
 
 
-def check_geometries(cell: Cell, updates: int, file: Path) -> dict[str, Any]:
+def check_geometries(
+    cell: Cell, updates: int, file: Path, allow_wrong_numbers: bool = False
+) -> dict[str, Any]:
     """Losses of the first updates of a run on its own geometry, on the smallest microbatch, and
     by the other engine; also the hardware. Kept in `file`."""
     window = cell.run.window
@@ -451,7 +456,7 @@ def check_geometries(cell: Cell, updates: int, file: Path) -> dict[str, Any]:
         if updates:
             print(f"checking {updates} updates of {cell.model.name} on other geometries")
         asks = (cell.model.file, dict(cell.overrides), geometries if updates else [], updates)
-        kept = {"asked": asked, **in_child(first_losses, *asks)}
+        kept = {"asked": asked, **in_child(first_losses, *asks, allow_wrong_numbers)}
         _write(file, kept)
     titles = [f"microbatch {m}, {e}" for m, e in geometries]
     apart = [
@@ -472,10 +477,15 @@ def in_child(function: Callable, *args) -> Any:
 
 
 def first_losses(
-    file: str, overrides: dict[str, str], geometries: list[tuple[int, str]], updates: int
+    file: str,
+    overrides: dict[str, str],
+    geometries: list[tuple[int, str]],
+    updates: int,
+    allow_wrong_numbers: bool = False,
 ) -> dict[str, Any]:
     """{"losses": of the first updates, by geometry, "hardware": ...}, by JAX's own device."""
     run.use_compilation_cache()
+    known_answers.require(allow_wrong_numbers)
     losses: list[list[float]] = []
     for microbatch, engine_name in geometries:
         changes = {"microbatch": str(microbatch), "engine": engine_name}
@@ -505,7 +515,7 @@ def first_losses(
 # --- The runs. ---
 
 
-def train(cell: Cell, number: str) -> None:
+def train(cell: Cell, number: str, allow_wrong_numbers: bool = False) -> None:
     """Trains a run, or what is left of it.
 
     Raises:
@@ -518,7 +528,7 @@ def train(cell: Cell, number: str) -> None:
             print(f"{number} {name}: done before", flush=True)
             return
         print(f"{number} {name}: {this.window}, {this.steps} updates", flush=True)
-        code = _train_in_child(cell, log)
+        code = _train_in_child(cell, log, allow_wrong_numbers)
     if code:
         raise TrainingError(
             f"{name} failed ({code}); the last lines of {cell.log}:\n{_last_lines(cell.log)}"
@@ -543,13 +553,14 @@ def _own(log: BinaryIO, name: str) -> None:
         fcntl.flock(log, fcntl.LOCK_EX)
 
 
-def _train_in_child(cell: Cell, log: BinaryIO) -> int:
+def _train_in_child(cell: Cell, log: BinaryIO, allow_wrong_numbers: bool) -> int:
     """The exit status of training; adds what it used to the run's usage."""
     kept = json.loads(cell.usage.read_text()) if cell.usage.exists() else {}
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxaccum.train", f"--config={cell.model.file}",
-         f"--workdir={cell.workdir}", *_as_flags(cell.overrides)],
+         f"--workdir={cell.workdir}", f"--allow_wrong_numbers={allow_wrong_numbers}",
+         *_as_flags(cell.overrides)],
         stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     ended, status, used = 0, 0, None
@@ -641,6 +652,7 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", ["0"], "seeds, each a repetition")
     _MOST = flags.DEFINE_integer("most", 64, "largest effective batch of Phase 1")
     _CHECK = flags.DEFINE_integer("check_updates", 5, "updates to check on other geometries")
+    _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
@@ -653,7 +665,7 @@ if __name__ == "__main__":
         compare(
             _CONFIGS.value, Path(_OUT.value), settings=_SET.value, memory=_MEMORY.value,
             nbs=_NBS.value, seeds=list(dict.fromkeys(map(int, _SEEDS.value))), most=_MOST.value,
-            check_updates=_CHECK.value, command=sys.argv[1:],
+            check_updates=_CHECK.value, command=sys.argv[1:], allow_wrong_numbers=_ALLOW.value,
         )  # fmt: skip
         return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from jaxaccum import run
+from jaxaccum import known_answers, run
 from jaxaccum.config import ConfigError
 from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.evaluation import recompute_statistics
@@ -90,10 +90,12 @@ if __name__ == "__main__":
     _DRAWN = flags.DEFINE_string("drawn", "", "a file for a picture of samples and predictions")
     _PICTURES = flags.DEFINE_integer("pictures", 4, "samples in it, of each set", lower_bound=1)
     _REFERENCES = flags.DEFINE_string("references", "", "PCN folder, for the MMD of real scans")
+    _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
+        known_answers.require(_ALLOW.value)
         drawn = Path(_DRAWN.value) if _DRAWN.value else None
         found = evaluate(
             Path(_WORKDIR.value), _DATA.value, _PRECISE.value, _REFERENCES.value, drawn,

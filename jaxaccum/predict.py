@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from jaxaccum import data, draw, draw_boxes3d, draw_clouds, run
+from jaxaccum import data, draw, draw_boxes3d, draw_clouds, known_answers, run
 from jaxaccum.config import ConfigError
 from jaxaccum.inference import Trained, load
 from jaxaccum.metrics import detection as metrics
@@ -322,10 +322,12 @@ if __name__ == "__main__":
         "normalise", "auto", ["auto", "yes", "no"],
         "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
     )  # fmt: skip
+    _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
     def main(_) -> int:
         logging.set_verbosity(logging.ERROR)
         run.use_compilation_cache()
+        known_answers.require(_ALLOW.value)
         source, out = Path(_SOURCE.value), Path(_OUT.value)
         trained = load(Path(_WORKDIR.value))
         if trained.config.task == "completion":

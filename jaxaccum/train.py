@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import data, host_memory, plan, run, tasks
+from jaxaccum import data, host_memory, known_answers, plan, run, tasks
 from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
 from jaxaccum.accumulate.noise import NoiseScale
 from jaxaccum.checkpoint import (
@@ -396,7 +396,7 @@ def default_workdir(config_argument: str) -> Path:
 
 USER_ERRORS = (
     configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError,
-    WeightsError, DistributedError, plan.PlanError,
+    WeightsError, DistributedError, plan.PlanError, known_answers.WrongNumbersError,
 )  # fmt: skip
 
 
@@ -475,6 +475,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
     _OTHER = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
     _DISTRIBUTED = flags.DEFINE_string("distributed", "", FLAG_HELP)
+    _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
     flags.mark_flag_as_required("config")
 
     def main(_) -> int:
@@ -484,6 +485,7 @@ if __name__ == "__main__":
         workdir = Path(_WORKDIR.value or default_workdir(file))
         try:
             with joined(_DISTRIBUTED.value) as peers:
+                known_answers.require(_ALLOW.value)
                 train(_CONFIG.value, workdir, _OTHER.value, peers)
         except Preempted as stopped:
             if peers.alone:  # else JAX has to leave the other processes in order
