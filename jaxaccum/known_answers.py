@@ -298,8 +298,9 @@ def wrong(case: Case, dtype: Any = np.float32) -> str | None:
         off = np.abs(got - value)
         bad = ~(off <= allowed)  # so that NaN is wrong
         if bad.any():
-            worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(off, nan=np.inf), -1)),
-                                     bad.shape)  # fmt: skip
+            worst = np.unravel_index(
+                np.where(bad, np.nan_to_num(off, nan=np.inf), -1).argmax(), bad.shape
+            )
             place = ", ".join(map(str, worst))
             return (
                 f'"{case.name}" in {np.dtype(dtype)}: {name}[{place}] is {got[worst]:.9g} and '
@@ -329,16 +330,16 @@ def require(allow_wrong: bool = False) -> None:
     if _is_remembered(file, circumstances):
         return
     with ThreadPoolExecutor() as pool:  # compiling takes nearly all of the time
-        answers = list(pool.map(lambda each: wrong(*each), itertools.product(CASES, _dtypes())))
-    found = [text for text in answers if text]
+        asked = itertools.product(CASES, _dtypes(device))
+        found = [text for text in pool.map(lambda each: wrong(*each), asked) if text]
     if not found:
         _remember(file, circumstances)
         return
-    flags = os.environ.get("XLA_FLAGS", "")
+    kind = f"{device.platform} ({_processor() if device.platform == 'cpu' else device.device_kind})"
     message = (
-        f"jaxlib {jaxlib.__version__} computes wrong numbers on {device.device_kind} "
-        f"({device.platform}) here: {'; '.join(found)}. Install another version of jax and jaxlib, "
-        f"or change what it runs with (XLA_FLAGS is {flags!r})"
+        f"jaxlib {jaxlib.__version__} computes wrong numbers on this {kind}: {'; '.join(found)}. "
+        "Install another version of jax and jaxlib, or change what it runs with (XLA_FLAGS is "
+        f"{os.environ.get('XLA_FLAGS', '')!r})"
     )
     if not allow_wrong:
         raise WrongNumbersError(
@@ -348,8 +349,10 @@ def require(allow_wrong: bool = False) -> None:
         print(f"warning: {message}. Going on as asked to", file=sys.stderr, flush=True)
 
 
-def _dtypes() -> Sequence[Any]:
-    return (np.float32, np.float64) if jax.config.read("jax_enable_x64") else (np.float32,)
+def _dtypes(device: jax.Device) -> Sequence[Any]:
+    """What training may compute in here; a TPU's float64 is not that of numpy."""
+    both = jax.config.read("jax_enable_x64") and device.platform != "tpu"
+    return (np.float32, np.float64) if both else (np.float32,)
 
 
 def _circumstances(device: jax.Device) -> dict[str, Any]:
@@ -365,7 +368,7 @@ def _circumstances(device: jax.Device) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "runtime": device.client.platform_version,
         "machine": [platform.node(), platform.machine(), _processor(), os.cpu_count()],
-        "dtypes": [np.dtype(dtype).name for dtype in _dtypes()],
+        "dtypes": [np.dtype(dtype).name for dtype in _dtypes(device)],
         "environment": {
             name: os.environ.get(name, "")
             for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import models
+from jaxaccum import known_answers, models
 from jaxaccum.accumulate import Sums
 from jaxaccum.accumulate.terms import add
 from jaxaccum.data import Augment, Scenes, TrainStream
@@ -190,6 +190,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
     use_compilation_cache()
+    known_answers.require()
 
     if args.workdir:
         trained = load(args.workdir)

@@ -1,7 +1,7 @@
 """Trains the point encoder that judges whether a completed cloud fits its caption.
 
 python scripts/train_point_encoder.py --config=FILE --out=ENCODER.safetensors [--updates=400]
-    [--nbs=48] [--lr=1e-3] [--config.key=value ...]
+    [--nbs=48] [--lr=1e-3] [--allow_wrong_numbers] [--config.key=value ...]
 
 For a data set without weights of ULIP-2: complete clouds of the training split against their
 captions, by InfoNCE over the whole effective batch in microbatches (accumulate.coupled). The config
@@ -21,15 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from safetensors.numpy import save_file
+
+from jaxaccum import known_answers
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "of a run with captions", lock_config=True)
 OUT = flags.DEFINE_string("out", None, "the file to write, *.safetensors", required=True)
 UPDATES = flags.DEFINE_integer("updates", 400, "updates", lower_bound=1)
 NBS = flags.DEFINE_integer("nbs", 48, "effective batch: clouds that are each other's negatives")
 RATE = flags.DEFINE_float("lr", 1e-3, "peak learning rate of AdamW, cosine to 0")
+ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 flags.mark_flag_as_required("config")
 
 
@@ -52,6 +55,7 @@ def main(_) -> int:
     from jaxaccum.tasks import captioned
 
     run.use_compilation_cache()
+    known_answers.require(ALLOW.value)
     config = CONFIG.value
     if not (config.text.encoder and config.text.point_encoder):
         raise SystemExit("the config needs text.encoder and text.point_encoder")
@@ -129,4 +133,6 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    from jaxaccum.train import main_with_clear_errors
+
+    main_with_clear_errors(main)
