@@ -228,24 +228,26 @@ VERBS = {
 }  # fmt: skip
 
 
-def start(verb: str, *arguments: str) -> subprocess.CompletedProcess:
+def start(cache: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A verb in a process of its own, where one answer is wrong and nothing is remembered."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, f"jaxaccum.{verb}", *arguments], cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "verb", ["evaluate", *(pytest.param(v, marks=pytest.mark.slow) for v in ("predict", "train"))]
 )
-def test_a_verb_refuses_and_goes_on_if_told_to(verb):
+def test_a_verb_refuses_and_goes_on_if_told_to(verb, tmp_path):
     arguments, next_error = VERBS[verb]
-    done = start(verb, *arguments)
+    done = start(tmp_path, verb, *arguments)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert '"the largest of many"' in line and "--allow_wrong_numbers" in line
     assert next_error not in done.stderr
-    done = start(verb, *arguments, "--allow_wrong_numbers")
+    done = start(tmp_path, verb, *arguments, "--allow_wrong_numbers")
     assert done.returncode == 1, done.stderr
     assert "warning: jaxlib" in done.stderr and '"the largest of many"' in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -260,9 +262,9 @@ def test_a_training_goes_on_to_its_end_if_told_to(tmp_path):
         "--config.data.workers=0", "--config.nbs=4", "--config.microbatch=2", "--config.bn_group=2",
         "--config.log.images=0", "--config.data.max_objects=20",
     ]  # fmt: skip
-    assert start("train", *arguments).returncode == 1
+    assert start(tmp_path, "train", *arguments).returncode == 1
     assert not (tmp_path / "run").exists()
-    done = start("train", *arguments, "--allow_wrong_numbers")
+    done = start(tmp_path, "train", *arguments, "--allow_wrong_numbers")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 2
