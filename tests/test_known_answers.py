@@ -230,7 +230,10 @@ VERBS = {
 
 def start(cache: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess:
     """A verb in a process of its own, where one answer is wrong and nothing is remembered."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(user_cache.folder() / "xla"),
+    }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, f"jaxaccum.{verb}", *arguments], cwd=ROOT,
         env=environment, capture_output=True, text=True, check=False,
