@@ -1,13 +1,14 @@
 """Interrupts a run at random, again and again, and proves that it is the uninterrupted one.
 
 python scripts/soak.py [--kills=30] [--updates=60] [--change_geometry] [--x64] [--seed=0]
-    [--workdir=DIR]
+    [--workdir=DIR] [--platform=cpu|gpu|tpu]
 
 A small detector learns generated images. Its process gets SIGKILL or SIGTERM in updates, saves,
 evaluations and start-ups, or loses a data-loader process, and is started again, with
 --change_geometry on another geometry each time. At the end, metrics.jsonl and every array of the
 state are compared with those of a run that nothing disturbed. Exit status 1 if they differ: in any
 bit on one geometry; with --change_geometry by more than 1e-4 in float32 or 1e-10 in float64.
+Geometries with more devices than a GPU or TPU machine has are left out; a CPU's are made.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hardware
 import numpy as np
 import small  # noqa: F401 registers the model "small-t"
 from absl import app, flags, logging
@@ -36,6 +38,7 @@ UPDATES = flags.DEFINE_integer("updates", 60, "updates of a run", lower_bound=10
 CHANGE = flags.DEFINE_bool("change_geometry", False, "another geometry after each interruption")
 X64 = flags.DEFINE_bool("x64", False, "compute, and keep the state, in float64")
 SEED = flags.DEFINE_integer("seed", 0, "of the interruptions")
+PLATFORM = flags.DEFINE_enum("platform", None, hardware.PLATFORMS, hardware.PLATFORM_HELP)
 WORKDIR = flags.DEFINE_string("workdir", None, "where the runs live; a temporary folder by default")
 
 # Microbatch, devices, engine, loader processes. An update of 20 samples leaves a tail on all.
@@ -69,14 +72,9 @@ def make_images(folder: Path) -> None:
 
 def train_here(order: dict[str, Any]) -> None:
     """What the interrupted process does."""
-    devices = order["geometry"][1]
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    )
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_x64", order["x64"])
+    hardware.choose(order["platform"], order["geometry"][1], order["x64"])
     jax.config.update("jax_compilation_cache_dir", order["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     logging.set_verbosity(logging.ERROR)
@@ -307,6 +305,16 @@ def compare(disturbed: Path, whole: Path, tolerance: float | None) -> bool:
 
 def main(_) -> int:
     logging.set_verbosity(logging.ERROR)
+    # The runs have the devices; this process, which compares them, takes none.
+    platform, there = hardware.look(PLATFORM.value)
+    # On a CPU compiling is most of a life.
+    faster = "--xla_backend_optimization_level=0"
+    said = hardware.tell_xla([faster if platform == "cpu" else hardware.DETERMINISTIC])
+    geometries = [g for g in GEOMETRIES if platform == "cpu" or g[1] <= there]
+    left_out = len(GEOMETRIES) - len(geometries)
+    devices = "devices are made" if platform == "cpu" else f"{there} devices"
+    left = f", {left_out} geometries need more" if left_out else ""
+    print(f"on {platform}, {devices}{left}; {said}", flush=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
     folder = Path(WORKDIR.value or tempfile.mkdtemp(prefix="soak-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,12 +326,12 @@ def main(_) -> int:
         return {
             "workdir": str(folder / name), "data": str(folder / "data" / "data.yaml"),
             "cache": str(folder / "cache"), "geometry": geometry, "x64": X64.value,
-            "updates": UPDATES.value,
+            "updates": UPDATES.value, "platform": platform,
         }  # fmt: skip
 
     if any((folder / name).exists() for name in ("whole", "run-1")):
         raise SystemExit(f"{folder} holds runs of an earlier soak: give another --workdir")
-    status, said, _ = Life(order("whole", GEOMETRIES[0])).end()
+    status, said, _ = Life(order("whole", geometries[0])).end()
     if status:
         raise SystemExit(f"the undisturbed run failed with status {status}:\n{said}")
     losses = [r["loss"] for r in load(folder / "whole")[1] if r["kind"] == "train"]
@@ -335,7 +343,7 @@ def main(_) -> int:
 
     happened, wrong, kills, orphans, lives, number = Counter(), [], 0, 0, Counter(), 1
     while True:
-        geometry = rng.choice(GEOMETRIES) if CHANGE.value else GEOMETRIES[0]
+        geometry = rng.choice(geometries) if CHANGE.value else geometries[0]
         lives[geometry] += 1
         life = Life(order(f"run-{number}", geometry))
         event = interrupt(life, rng) if kills < KILLS.value else None

@@ -158,6 +158,67 @@ def test_the_check_notices(x64, name, geometry):
     assert found["gradient"] > 1e-3
 
 
+def in_bfloat16(forward):
+    """The task with a network that computes in bfloat16."""
+    return lambda params, stats, batch: forward(
+        params, stats, batch | {"x": batch["x"].astype(jnp.bfloat16)}
+    )
+
+
+def rounded(nbs, bn_group, forward=None, **options):
+    """(the task in bfloat16, its run as one microbatch, how far geometries may be from that)."""
+    forward = forward or toy.make_forward(Recipe(nbs, bn_group).group)
+    task = in_bfloat16(forward)
+    whole = run(Geometry(nbs), nbs, bn_group, forward=task, **options)
+    exact = run(Geometry(nbs), nbs, bn_group, forward=forward, **options)
+    found = equivalence.differences(whole, exact)
+    assert found["gradient"] < 0.02  # else nothing could be told from rounding
+    return task, whole, equivalence.Tolerance.of_rounding("bfloat16", found)
+
+
+@functools.cache
+def rounded_once():
+    return rounded(8, 4)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(4), Geometry(4, 2), Geometry(4, 1, "multisteps"), Geometry(1, 4), Geometry(2, 4)],
+    ids=str,
+)
+def test_one_run_bfloat16(geometry):
+    """To the rounding of a microbatch's gradient, which is more than float32 would allow."""
+    task, whole, tolerance = rounded_once()
+    found = equivalence.differences(run(geometry, forward=task), whole)
+    assert equivalence.within(found, tolerance), (found, tolerance)
+    assert not equivalence.within(found, equivalence.Tolerance.of(False)), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["divide per microbatch", "mean instead of sum", "statistics per microbatch"]
+)
+def test_the_check_notices_in_bfloat16(name):
+    options, nbs, bn_group = BROKEN[name]
+    task, whole, tolerance = rounded(nbs, bn_group, **options)
+    broken = run(Geometry(4, 2), nbs, bn_group, **options | {"forward": task})
+    found = equivalence.differences(broken, whole)
+    assert not equivalence.within(found, tolerance)
+    assert found["gradient"] > 1.5 * tolerance.gradient, (found, tolerance)
+
+
+def test_the_tolerance_of_rounding():
+    """Half as much again as from float32, and never less than float32 has."""
+    found = {"gradient": 0.01, "first loss": 0.5, "parameters": 0.5}
+    tolerance = equivalence.Tolerance.of_rounding("bfloat16", found)
+    assert tolerance == equivalence.Tolerance(0.015, None, 2**-6)
+    assert equivalence.within({"gradient": 0.014, "first loss": 0.01, "parameters": 9}, tolerance)
+    assert not equivalence.within({"gradient": 0.016, "first loss": 0.01}, tolerance)
+    assert not equivalence.within({"gradient": 0.014, "first loss": 0.02}, tolerance)
+    exact = equivalence.Tolerance.of_rounding("tf32", {"gradient": 0.0})
+    assert exact == equivalence.Tolerance(1e-5, None, 2**-9)
+
+
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_the_check_notices_a_double_reduction(x64, monkeypatch, engine):
     expected, once = reference(True), jax.lax.psum
