@@ -43,7 +43,7 @@ class Tolerance:
     turns the rounding of an activation now and then, the next layers turn more, and the gradient of
     every microbatch is rounded by itself. A small detector's gradients are 2e-3 apart, half a
     rounding of bfloat16 (2^-8); those of a new YOLOv8n at 64 px with groups of 2, which magnifies
-    rounding a hundredfold in every dtype, 0.3. So the law is: two geometries are no farther apart
+    rounding about a hundredfold, 0.3. So the law is: two geometries are no farther apart
     than two independent roundings of one gradient would be, which is sqrt(2) times the distance of
     bfloat16 (or tf32) from float32 on one geometry; `of_rounding`. The loss has too few numbers for
     that, and gets 4 roundings. What several updates leave is not judged.
