@@ -181,7 +181,7 @@ def tube(path: Sequence[Vector], radius: float | Sequence[float], sides: int = 8
     """A tube along a path, with one radius or one for each point."""
     points = np.asarray(path, np.float64)
     radii = np.broadcast_to(radius, len(points))
-    along = np.gradient(points, axis=0)
+    along: NDArray[np.float64] = np.asarray(np.gradient(points, axis=0))
     along /= np.linalg.norm(along, axis=1, keepdims=True)
     # Any direction that is nowhere along the path spans the rings.
     side = np.eye(3)[np.argmin(np.abs(along).max(axis=0))]
@@ -415,6 +415,7 @@ def _bed(r: random.Random, say: Say = _unsaid) -> list[Part]:
         if name:
             say(f"with a {rise}{'barred' if barred else 'solid'} {name}")
         if barred:
+            x: float
             for x in np.linspace(-w / 2, w / 2, r.randint(6, 10)):
                 parts.append(tube([(x, 0.1, z), (x, high, z)], 0.015, 6))
             parts.append(tube([(-w / 2, high, z), (w / 2, high, z)], 0.025, 8))
@@ -658,6 +659,8 @@ def _boat(r: random.Random, say: Say = _unsaid) -> list[Part]:
     d, w, high = r.uniform(3, 5), r.uniform(1.0, 1.5), r.uniform(0.5, 0.8)
     stern, bow = r.uniform(0.6, 0.95), r.uniform(1.15, 1.5)
     rings = []
+    t: float
+    z: float
     for t in np.linspace(0, 1, 9):
         half = (
             w / 2 * (stern + (1 - stern) * min(t * 3, 1)) * max(1 - max(t - 0.45, 0) ** 2 * 3.3, 0)
@@ -762,6 +765,7 @@ def _skateboard(r: random.Random, say: Say = _unsaid) -> list[Part]:
     say(f"with {'big' if radius > 0.034 else 'small' if radius < 0.029 else 'medium'} wheels")
     high = 2 * radius + 0.035
     rings = []
+    z: float
     for t in np.linspace(-1, 1, 25):
         half = w / 2 * math.sqrt(max(1 - max(abs(t) - 0.72, 0) ** 2 / 0.28**2, 0.0009))
         y, z = high + kick * max(abs(t) - 0.6, 0) / 0.4, t * d / 2
