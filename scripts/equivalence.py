@@ -46,6 +46,9 @@ UPDATES = flags.DEFINE_integer("updates", 3, "updates to compare", lower_bound=1
 REPEAT = flags.DEFINE_bool("repeat", False, "run the first geometry again, to compare its bits")
 PLATFORM = flags.DEFINE_enum("platform", None, hardware.PLATFORMS, hardware.PLATFORM_HELP)
 TIMEOUT = flags.DEFINE_float("timeout", 1800, "seconds that a geometry of several processes has")
+ALLOW = flags.DEFINE_bool(
+    "allow_wrong_numbers", False, "only warn where JAX computes wrong numbers here"
+)
 PART = flags.DEFINE_string("part", None, "set by this script for the processes that it starts")
 flags.mark_flag_as_required("config")
 
@@ -180,9 +183,13 @@ def main(_) -> int:
     hardware.require_devices(geometries, jax.default_backend(), there, hardware.described())
     logging.set_verbosity(logging.ERROR)
 
-    from jaxaccum import equivalence, run
+    from jaxaccum import equivalence, known_answers, run
 
     run.use_compilation_cache()
+    try:
+        known_answers.require(ALLOW.value)
+    except known_answers.WrongNumbersError as error:
+        raise SystemExit(f"error: {error}") from None
     config = settle(geometries)
     train_set = run.open_source(config, "train")
     tolerance = equivalence.Tolerance.of(config.dtype == "float64")

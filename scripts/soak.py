@@ -80,7 +80,9 @@ def train_here(order: dict[str, Any]) -> None:
     logging.set_verbosity(logging.ERROR)
 
     from jaxaccum import config as configs
-    from jaxaccum import preemption, tasks, train
+    from jaxaccum import known_answers, preemption, tasks, train
+
+    known_answers.require()
 
     if order["x64"]:  # a run keeps its state in float32, whatever it computes in
         tasks.DetectionTask.initialise.__defaults__ = (np.float64,)
