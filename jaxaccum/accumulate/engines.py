@@ -186,8 +186,13 @@ class _Engine:
 
     def _require_room(self, batch: PyTree, steps: int | None) -> None:
         """Refuses to leave out samples."""
-        if self.share is not None:
-            return  # `split_share` knows how many it wants
+        if self.share is not None:  # `split_share` knows how many samples it wants
+            if steps not in (None, self.window.steps):
+                raise GeometryError(
+                    f"{steps} microbatches of a window of {self.window.steps}: several processes "
+                    "compute whole windows only"
+                )
+            return
         width = self._width
         samples, room = len(batch["weight"]), (steps or self.window.steps) * width
         if samples > room or (steps or 1) > self.window.steps:
@@ -330,9 +335,8 @@ class ScanEngine(_Engine):
             return kept, jax.lax.psum(sums, AXES)
 
         features, denominators = local(params, stats, microbatches, steps)
-        # Microbatches that a shorter window leaves out count for nothing.
-        real = jnp.arange(len(microbatches["weight"]))[:, None] < steps
-        return features, jnp.where(real, microbatches["weight"], 0), denominators
+        # Microbatches that a shorter window leaves out are filling, of weight 0: see `split`.
+        return features, microbatches["weight"], denominators
 
     def _accumulate(self, params, stats, rate, microbatches, steps, coupling):
         whole: Any = () if coupling is None else coupling._replace(pulls=())
