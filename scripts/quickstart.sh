@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small detector on generated scenes, evaluates it and draws what it finds; needs only
-# Python 3.11 or later. Started again, it continues where it was.
+# Python 3.11 to 3.14, best 3.12 or later (scripts/setup_env.sh). Started again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh

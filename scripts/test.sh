@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Checks the format, the style and the types, then runs the tests; needs only Python 3.11 or later.
+# Checks the format, the style and the types, then runs the tests on every processor that this
+# process may use; needs only Python 3.11 to 3.14, best 3.12 or later (scripts/setup_env.sh).
 #
 #   scripts/test.sh [arguments of pytest]
 #   scripts/test.sh -m "slow or not slow"     all tests
+#   scripts/test.sh -n 1, -p no:xdist         in one process of their own, in this one
 #
 # Exit status 0 only if everything passed. The last line is pytest's summary.
 set -euo pipefail
@@ -18,5 +20,10 @@ status=0
 if ((status)); then
   echo "format, style or types: FAILED (above); the tests follow"
 fi
+# A file stays in one process, which forgets its programs when the file ends (tests/conftest.py).
+case "$*" in
+  *no:xdist*) ;;
+  *) set -- -n auto --dist loadfile "$@" ;;
+esac
 "$python" -m pytest "$@" || status=$?
 exit "$status"

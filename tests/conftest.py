@@ -20,6 +20,13 @@ from jaxaccum import run
 run.use_compilation_cache()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Processes of `-n auto`: the processors that this process may use (xdist would take the cores
+    of the machine); None, where the system does not tell, leaves it to xdist."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of development data; a test that needs it skips where it is absent."""
