@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-SHELL = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch"])
+SHELL = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch", SCRIPTS.parent / ".ci/run"])
 TRY_AGAIN = 75
 
 # Ends with the first status of its queue; "TERM" waits for that signal and ends with 75.

@@ -351,3 +351,73 @@ def test_auto_is_the_processors_this_process_may_use(monkeypatch, request):
         pytest.skip("without pytest-xdist")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert request.config.hook.pytest_xdist_auto_num_workers(config=request.config) == 3
+
+
+@pytest.fixture
+def lane(machine):
+    """Starts scripts/lane.sh."""
+    shutil.copy(ROOT / "scripts/lane.sh", machine.repo / "scripts")
+    return lambda *args, **env: machine.run("scripts/lane.sh", *args, **env)
+
+
+def test_the_lane_of_python_3_11(machine, lane):
+    machine.python("bin", "3.13.1")
+    done = lane("3.11")
+    assert done.returncode == 0 and done.stdout == "lane 3.11: SKIPPED, Python 3.11 is not here\n"
+    machine.python("miniconda3/envs/old/bin", "3.11.9")
+    done = lane("3.11")
+    assert done.returncode == 0 and done.stdout.endswith("- 3.11 0\n"), done.stderr
+    logged = machine.logged()
+    assert all(line.startswith(".venv-3.11/bin/python -m ") for line in logged)
+    assert "constraints/py311.txt" in logged[0]
+    tests, training = logged[-2:]
+    assert "-m pytest -n auto" in tests and "-m jaxaccum.train" in training
+    files = re.findall(r"tests/\S+", tests)
+    assert files and all((ROOT / file).exists() for file in files)
+    for part in ("pytest", "jaxaccum.train"):
+        done = lane("3.11", FAKE_FAILS=part)
+        assert done.returncode == 1 and done.stdout.endswith("- 3.11 1\n")
+        assert "-m jaxaccum.train" in machine.logged()[-1]
+
+
+def test_the_lane_of_the_newest_jax(machine, lane):
+    machine.python("bin", "3.13.1")
+    done = lane("pre", FAKE_NEWEST="0.12.0")
+    said = "lane pre: SKIPPED, no JAX newer than 0.12.0 is to be had"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == said
+    assert not (machine.repo / ".venv-pre").exists()
+    machine.logged()
+    done = lane("pre", FAKE_NEWEST="0.13.0rc1")
+    assert done.returncode == 0 and done.stdout.endswith("- pre 0\n"), done.stderr
+    logged = [line for line in machine.logged() if line.startswith(".venv-pre")]
+    (newest,) = [line for line in logged if "--upgrade jax" in line]
+    assert "--pre" in newest and "constraints" not in newest
+    assert "-m pytest" in logged[-2]
+
+
+def test_an_unknown_lane_is_an_error(lane):
+    for args in ((), ("3.9",)):
+        done = lane(*args)
+        assert done.returncode == 1 and "usage: scripts/lane.sh 3.11|pre" in done.stderr
+
+
+@pytest.mark.parametrize("failing", [(), ("3.11",), ("pre",), ("all",), ("3.11", "pre", "all")])
+def test_ci_fails_with_the_main_and_the_older_lane(machine, failing):
+    (machine.repo / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", machine.repo / ".ci")
+    (machine.home / "bin/timeout").symlink_to(shutil.which("timeout"))
+    statuses = {name: int(name in failing) for name in ("3.11", "pre", "all")}
+    for name, lane in {"lane.sh": "$1", "test.sh": "all"}.items():
+        cases = " ".join(f"{name}) exit {status} ;;" for name, status in statuses.items())
+        machine.program(
+            f"repo/scripts/{name}",
+            f'#!/usr/bin/env bash\necho "summary of {lane}"\ncase {lane} in {cases} esac\n',
+        )
+    done = machine.run(".ci/run")
+    assert done.returncode == int("3.11" in failing or "all" in failing)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("summary")] == [
+        "summary of 3.11", "summary of pre", "summary of all"
+    ] and lines[-1] == "summary of all"  # fmt: skip
+    assert ("lane 3.11: FAILED (above); all tests follow" in lines) == ("3.11" in failing)
+    assert any("lane pre: FAILED" in line for line in lines) == ("pre" in failing)
