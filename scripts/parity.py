@@ -1,23 +1,31 @@
-"""Runs every reference fixture in a folder against our models and losses.
+"""Runs reference fixtures against our models and losses.
 
-python scripts/parity.py FOLDER [--x64] prints a line per fixture with its largest relative
-errors and ends with "N passed, M failed"; exit status 1 if any failed. The format: NAME.json
-(facts) with NAME.npz (numbers) for a model whose weights follow from its state-dict keys, or
-loss_NAME.npz for a loss on given head outputs. Facts with `points` are of a completion network.
+python scripts/parity.py PATH... [--x64] takes fixtures and folders of them, prints a line per
+fixture and ends with "N passed, M failed"; exit status 1 if any failed or none ran. The format:
+NAME.json (facts) with NAME.npz (numbers) for a model whose weights follow from its state-dict keys,
+or loss_NAME.npz for a loss on given head outputs. Facts with `points` are of a completion network.
+
+One rule judges every value: it is within 1e-4 of the fixture, or within four times the distance
+between our float32 and our float64 run, which is what rounding does to this network. The float64
+run is made where the first half does not do (or with --x64), and the line says what it decided.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import re
 import sys
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,85 +37,223 @@ from jaxaccum.accumulate import Groups, batchnorm
 from jaxaccum.losses import detection
 from jaxaccum.losses import solids as solid_losses
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
-from jaxaccum.models import completion, init, points, solids, weights, yolo
+from jaxaccum.models import blocks, completion, init, points, solids, weights, yolo
+
+Numbers = dict[str, np.ndarray]
 
 TOLERANCE = 1e-4
-# A training pass goes through a hundred and more batch norms over as few as 32 values and amplifies
-# rounding, on both sides: against a float64 run of ours the fixture of yolov8-p2-m itself is off by
-# 8e-5 in a gradient's norm, 1.2e-4 in the probes' root mean square and 4.3e-4 in one probe. So
-# outputs and norms are held to the tolerance in root mean square, and single values (of several
-# hundred to a hundred thousand), and probes, to more; all are reported.
-LOOSE = {
-    "train_boxes_max": 5e-4,
-    "train_scores_max": 5e-4,
-    "grad_norm_max": 5e-4,
-    "grad_probe_rms": 5e-4,
-    "grad_probe_max": 5e-3,
-}
+ROUNDINGS = 4
+# Rounding excuses a value only if it is rounding of float32: that of the fixture is as far from our
+# float64 run as ours is, give or take some small factor. Half precision would be thousands of times
+# as far, and would excuse itself.
+COARSE = 100
 # A completion network decides some 10^5 times: which neighbours are nearest, which is the largest,
 # on which side of its kink an activation is. Decisions that rounding can turn (float32 leaves
-# 1e-6 after the encoder) change outputs and gradients by jumps. In float64, other weights by 1e-6
-# to 3e-6 of each change the gradients of the fixtures of pointr-shapenet55 and adapointr-projected
-# by up to 7e-4 (norms, root mean square), 5e-3 (one norm), 4e-3 (probes) and 4e-2 (one probe), and
-# so far are the fixtures from our float64. What a turned neighbour moves is judged in float64.
-LOOSE_COMPLETION = {
-    "eval_coarse_sorted": 5e-3,
-    "eval_fine_sorted": 5e-3,
-    "grad_norm_median": 5e-4,
-    "grad_norm_rms": 1e-3,
-    "grad_norm_max": 1e-2,
-    "grad_probe_rms": 5e-3,
-    "grad_probe_max": 5e-2,
-}
+# 1e-6 after the encoder) change these values by jumps, in one run and not in another: no measure
+# of how coarse our rounding is. In float64, other weights by 1e-6 to 3e-6 of each change the
+# gradients of the fixtures of pointr-shapenet55 and adapointr-projected by up to 7e-4 (norms, root
+# mean square), 5e-3 (one norm), 4e-3 (probes) and 4e-2 (one probe), and so far are the fixtures
+# from our float64.
+JUMPS = re.compile("eval_(coarse|fine)(_sorted)?|grad_(norm|probe)_(rms|max)")
 
 
-class Comparison:
-    """Collects the largest relative error of each named quantity.
+class UnknownFamily(Exception):
+    """A fixture of a family that is not built yet; the message says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One value of a fixture, and which half of the rule decided.
 
     Attributes:
-      errors: by name. loose: limits other than `TOLERANCE`.
-      judged: names whose error does not count, since float64 decides (NAME_f64).
-      notes: for people.
+      error: of our float32 run, relative to the fixture as the value's measure has it.
+      rounding: from our float32 to our float64 run, in the same measure; None without the latter.
+      exact: of our float64 run, as `error`.
+      jumps: decisions that rounding can turn move it, so it says nothing of coarseness.
     """
 
-    def __init__(self, loose=LOOSE):
-        self.errors: dict[str, float] = {}
-        self.loose = loose
-        self.judged: set[str] = set()
-        self.notes: list[str] = []
-
-    def limit(self, name: str) -> float:
-        return self.loose.get(name.removesuffix("_f64"), TOLERANCE)
-
-    def add(self, name: str, ours, theirs, scale=None) -> None:
-        """Relative to the largest magnitude of the reference array, or to `scale` elementwise."""
-        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        if ours.shape != theirs.shape:
-            raise ValueError(f"{name}: shape {ours.shape}, the fixture has {theirs.shape}")
-        if theirs.size == 0:
-            error = 0.0
-        else:
-            base = np.maximum(np.abs(theirs).max() if scale is None else scale, 1e-12)
-            error = float(np.max(np.abs(ours - theirs) / base))
-        if not np.isfinite(error):
-            error = float("inf")
-        self.errors[name] = max(self.errors.get(name, 0.0), error)
+    error: float
+    rounding: float | None = None
+    exact: float | None = None
+    jumps: bool = False
 
     @property
-    def beyond(self) -> list[str]:
-        """What is beyond its limit."""
-        return [name for name, e in self.errors.items()
-                if e > self.limit(name) and name not in self.judged]  # fmt: skip
+    def close(self) -> bool:
+        """Within 1e-4 of the fixture."""
+        return self.error <= TOLERANCE
+
+    @property
+    def coarse(self) -> bool:
+        """Our rounding is far more than the fixture's, so not that of float32."""
+        if self.rounding is None or self.exact is None or self.jumps:
+            return False
+        return self.rounding > COARSE * self.exact
 
     @property
     def passed(self) -> bool:
-        return not self.beyond
+        if self.close or self.rounding is None:
+            return self.close
+        finite = np.isfinite(self.error) and np.isfinite(self.rounding)
+        return bool(finite and self.error <= ROUNDINGS * self.rounding and not self.coarse)
 
     def __str__(self) -> str:
-        return " ".join(
-            f"({name} {error:.1e})" if name in self.judged else f"{name} {error:.1e}"
-            for name, error in self.errors.items()
-        ) + "".join(f"; {note}" for note in self.notes)
+        if self.close or self.rounding is None:
+            return f"{self.error:.1e}"
+        text = f"{self.error:.1e} against {ROUNDINGS} x {self.rounding:.1e}"
+        far = f"float64 {self.exact:.1e} from the fixture"
+        return f"{text} ({far}{', so not rounding of float32' if self.coarse else ''})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The verdicts on a fixture by the name of the value, and notes for people."""
+
+    verdicts: Mapping[str, Verdict]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def beyond(self) -> list[str]:
+        """What neither half of the rule allows."""
+        return [name for name, verdict in self.verdicts.items() if not verdict.passed]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.verdicts) and not self.beyond
+
+    def __str__(self) -> str:
+        parts: dict[str, list[str]] = {}
+        for name, verdict in self.verdicts.items():
+            half = "within rounding" if verdict.passed else "BEYOND"
+            parts.setdefault("within 1e-4" if verdict.close else half, []).append(
+                f"{name} {verdict}"
+            )
+        order = ("BEYOND", "within rounding", "within 1e-4")
+        return "; ".join(
+            [f"{half}: {', '.join(parts[half])}" for half in order if half in parts]
+            + list(self.notes)
+        )
+
+
+class Fixture:
+    """Facts and numbers of the reference, and how to compute and compare ours.
+
+    Attributes:
+      facts: of the json; {} of a loss. data: the numbers by name.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], data: Mapping[str, Any]):
+        self.facts, self.data = facts, data
+        self.notes: list[str] = []
+
+    def numbers(self, dtype: Any) -> Numbers:
+        """Ours by the fixture's names, and `decisions`, which rounding can turn."""
+        raise NotImplementedError
+
+    def distances(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
+        """By the name of the value; relative to the fixture's sizes, whatever is compared."""
+        raise NotImplementedError
+
+    def jumps(self, a: Numbers, b: Numbers) -> set[str]:
+        """Values that decisions move which are not the same in a and b."""
+        if np.array_equal(a["decisions"], b["decisions"]):
+            return set()
+        return {name for name in self.distances(a, b) if not name.startswith(("eval", "train"))}
+
+    def compare(self, x64: bool = False) -> Comparison:
+        """By the rule; `x64`: with a float64 run even if none is needed."""
+        with quick_compiler():
+            single = self.numbers(jnp.float32)
+            errors = self.distances(single, self.data)
+            if not x64 and all(error <= TOLERANCE for error in errors.values()):
+                return Comparison({name: Verdict(error) for name, error in errors.items()})
+            with jax.enable_x64(True):
+                double = self.numbers(jnp.float64)
+        roundings = self.distances(single, double)
+        exact = self.distances(double, self.data)
+        jumps = self.jumps(single, double)
+        if jumps and not self.notes:
+            self.notes.append("float32 and float64 decide differently")
+        return Comparison(
+            {name: Verdict(error, roundings[name], exact[name], name in jumps)
+             for name, error in errors.items()},
+            tuple(self.notes),
+        )  # fmt: skip
+
+
+def distance(ours, theirs, scale=None, how: Callable = np.max) -> float:
+    """`how` of |ours - theirs|, relative to `scale` or else to the largest of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shape {ours.shape}, the fixture has {theirs.shape}")
+    if not theirs.size:
+        return 0.0
+    base = np.maximum(np.abs(theirs).max() if scale is None else scale, 1e-12)
+    error = float(how(np.abs(ours - theirs) / base))
+    return error if np.isfinite(error) else float("inf")
+
+
+def rms(values) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@contextlib.contextmanager
+def quick_compiler() -> Iterator[None]:
+    """Compiles with little effort, which halves the time of a check: most of it is compiling.
+
+    Matrix products are whole: a GPU would round to tf32. Programs of earlier checks are dropped
+    before they reach the number of memory maps that Linux allows a process, 65530.
+    """
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+        jax.clear_caches()
+    jax.config.update(name, True)
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+_UNITS = (blocks.Conv, nn.Conv)
+_within: list[bool] = []
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _unit(module, size, variables, x, weight):
+    groups = None if size is None else Groups(size, weight)
+    _within.append(True)
+    try:
+        inputs = (x,) if isinstance(module, nn.Conv) else (x, groups)
+        return module.apply(variables, *inputs, mutable=["moments"])
+    finally:
+        _within.pop()
+
+
+def _by_units(call, args, kwargs, context):
+    module = context.module
+    if type(module) not in _UNITS or context.method_name != "__call__" or _within:
+        return call(*args, **kwargs)
+    groups = args[1] if len(args) > 1 else None
+    variables = {k: module.variables[k] for k in ("params", "batch_stats") if k in module.variables}
+    y, written = _unit(
+        module.clone(parent=None, name=None), groups and groups.size, variables, args[0],
+        groups and groups.weight,
+    )  # fmt: skip
+    for collection, values in written.items():
+        for name, value in values.items():
+            module.scope.put_variable(collection, name, value)
+    return y
+
+
+def by_units() -> Any:
+    """Inside, a detector's convolutions are programs of their own, each compiled once.
+
+    A network as one program takes minutes to compile; its layers repeat, and so do other networks'.
+    """
+    return nn.intercept_methods(_by_units)
 
 
 def rule_weight(key: str, shape: list[int]) -> np.ndarray:
@@ -188,144 +334,196 @@ def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=Non
     return jnp.sum(items), (items, total, assignment)
 
 
-def check_loss(path: Path, dtype) -> Comparison:
-    """A fixture of the loss alone."""
-    data = np.load(path)
-    height, width = (int(v) for v in data["image_hw"])
-    anchors = yolo.anchors(height, width, tuple(int(s) for s in data["strides"]))
-    predictions = yolo.Predictions(
-        *(jnp.asarray(np.swapaxes(data[k], 1, 2), dtype) for k in ("boxes", "scores"))
-    )
-    targets = padded_targets(
-        data["batch_idx"], data["cls"], data["bboxes"], len(data["boxes"]), height, width
-    )
-    (_, (items, total, assignment)), gradient = jax.jit(
-        jax.value_and_grad(lambda p: loss_of(p, anchors, targets), has_aux=True)
-    )(predictions)
-    result = Comparison()
-    result.add("loss", items, data["loss_box_cls_dfl"], np.abs(data["loss_box_cls_dfl"]))
-    result.add("target_scores", total, data["target_scores_sum"], max(data["target_scores_sum"], 1))
-    result.add("foreground", assignment.foreground, data["foreground"])
-    result.add("grad_boxes", np.swapaxes(gradient.boxes, 1, 2), data["grad_boxes"])
-    result.add("grad_scores", np.swapaxes(gradient.scores, 1, 2), data["grad_scores"])
-    return result
+class LossFixture(Fixture):
+    """A loss on given head outputs."""
 
-
-def check_model(path: Path, dtype) -> Comparison:
-    """A fixture of a whole detector: evaluation, training forward, loss, gradients, statistics."""
-    facts, data = json.loads(path.with_suffix(".json").read_text()), np.load(path)
-    seed = int(data["seed"])
-    model = models.create(facts["variant"], num_classes=facts["nc"], dtype=dtype)
-    params, stats = init.initialise(
-        model, jax.ShapeDtypeStruct((1, 64, 64, 3), dtype), 0, dtype=np.dtype(dtype)
-    )
-    state = {k: rule_weight(k, s).astype(np.float32) for k, s in facts["state"].items()}
-    params, stats = weights.from_reference(state, params, stats)
-    fixed = [k for k in facts["state"] if k.endswith("dfl.conv.weight")]
-    result = Comparison()
-    result.add("parameters", init.count(params) + 16 * len(fixed), facts["parameters"], 1e-12)
-
-    def draw(offset, *shape):
-        values = np.random.default_rng(seed + offset).random(shape, np.float32)
-        return jnp.asarray(np.transpose(values, (0, 2, 3, 1)), dtype)
-
-    def channels_first(a, step):
-        return np.swapaxes(a, 1, 2)[..., ::step]
-
-    @jax.jit
-    def evaluate(params, stats, image):
-        out = model.apply({"params": params, "batch_stats": stats}, image)
-        anchors = yolo.anchors(*image.shape[1:3], model.strides)
-        return out, yolo.decode(out, anchors)
-
-    out, (boxes, scores) = evaluate(params, stats, draw(1, 1, 3, 64, 96))
-    centre_size = np.concatenate(
-        [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], axis=-1
-    )
-    channels = [centre_size, scores]
-    if out.solids is not None:
-        boxes_3d = solids.decode(out.solids, solids.ORIGINAL)
-        channels += [boxes_3d.locations, boxes_3d.sizes, boxes_3d.headings[..., None]]
-    decoded = channels_first(np.concatenate(channels, axis=-1), 3)
-    if "eval_boxes" in data:
-        result.add("eval_boxes", channels_first(out.boxes, 3), data["eval_boxes"])
-        result.add("eval_scores", channels_first(out.scores, 3), data["eval_scores"])
-    classes = 4 + facts["nc"]
-    result.add("eval_decoded_boxes", decoded[:, :4], data["eval_decoded"][:, :4])
-    result.add("eval_decoded_scores", decoded[:, 4:classes], data["eval_decoded"][:, 4:classes])
-    for i, name in enumerate(("x", "y", "z", "height", "width", "length", "heading")):
-        if out.solids is not None:
-            ours, theirs = (d[:, classes + i] for d in (decoded, data["eval_decoded"]))
-            result.add(f"eval_decoded_{name}", ours, theirs)
-
-    images = draw(2, 2, 3, 128, 128)
-    # Fixtures of the older trainer name their targets so, and know no enlarged small objects.
-    older = "target_cls" in data
-    flat = (data[f"target_{k}" if older else k] for k in ("batch_idx", "cls", "bboxes"))
-    batch_idx, cls, bboxes = flat
-    targets = padded_targets(batch_idx, cls.ravel(), bboxes, 2, 128, 128)
-    # Fixtures of the 2D network beside it hold these targets, too.
-    solid_targets = padded_solids(data, batch_idx) if out.solids is not None else None
-    groups = Groups(2, jnp.ones(2, dtype))
-    anchors = yolo.anchors(128, 128, model.strides)
-
-    def train_loss(params):
-        out, moments = model.apply(
-            {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
+    def numbers(self, dtype) -> Numbers:
+        data = self.data
+        height, width = (int(v) for v in data["image_hw"])
+        anchors = yolo.anchors(height, width, tuple(int(s) for s in data["strides"]))
+        predictions = yolo.Predictions(
+            *(jnp.asarray(np.swapaxes(data[k], 1, 2), dtype) for k in ("boxes", "scores"))
         )
-        loss, aux = loss_of(out, anchors, targets, not older, solid_targets)
-        return 2 * loss, (out, moments["moments"], aux)
+        targets = padded_targets(
+            data["batch_idx"], data["cls"], data["bboxes"], len(data["boxes"]), height, width
+        )
+        (_, (items, total, assignment)), gradient = jax.jit(
+            jax.value_and_grad(lambda p: loss_of(p, anchors, targets), has_aux=True)
+        )(predictions)
+        return {
+            "loss_box_cls_dfl": np.asarray(items),
+            "target_scores_sum": np.asarray(total),
+            "foreground": np.asarray(assignment.foreground),
+            "grad_boxes": np.swapaxes(gradient.boxes, 1, 2),
+            "grad_scores": np.swapaxes(gradient.scores, 1, 2),
+            "decisions": decisions_of(assignment),
+        }
 
-    (total, (out, moments, (items, _, _))), gradient = jax.jit(
-        jax.value_and_grad(train_loss, has_aux=True)
-    )(params)
-    if "train_boxes" in data:
-        for name, ours in (("train_boxes", out.boxes), ("train_scores", out.scores)):
-            ours, theirs = channels_first(ours, 7), data[name]
-            result.add(f"{name}_max", ours, theirs)
-            error, scale = np.sqrt(np.mean(np.square(ours - theirs))), np.abs(theirs).max()
-            result.add(f"{name}_rms", error, 0.0, scale)
-    if "loss_total_times_batch" in data:
-        result.add("loss_total", total, data["loss_total_times_batch"])
-    result.add("loss", items, data["loss_items"], np.abs(data["loss_items"]))
-
-    add_gradient(result, gradient, facts, data)
-    if "stat_norm" not in data:
-        return result
-    moved = weights.to_reference(batchnorm.move_statistics(stats, moments, 0.03))
-    ours = np.asarray([np.linalg.norm(moved[k]) for k in facts["stat_names"]])
-    result.add("stat_norm", ours, data["stat_norm"], data["stat_norm"])
-    return result
+    def distances(self, ours, theirs) -> dict[str, float]:
+        fixed = self.data
+        sizes = {
+            "loss_box_cls_dfl": np.abs(fixed["loss_box_cls_dfl"]),
+            "target_scores_sum": max(fixed["target_scores_sum"], 1),
+            "foreground": 1.0,
+            "grad_boxes": np.abs(fixed["grad_boxes"]).max(),
+            "grad_scores": np.abs(fixed["grad_scores"]).max(),
+        }
+        names = {"loss_box_cls_dfl": "loss", "target_scores_sum": "target_scores"}
+        # Of the foreground the number of anchors.
+        return {
+            names.get(k, k): distance(
+                ours[k], theirs[k], size, np.sum if k == "foreground" else np.max
+            )
+            for k, size in sizes.items()
+        }
 
 
-def add_gradient(result: Comparison, gradient, facts, data, suffix: str = "") -> None:
+def decisions_of(assignment: detection.Assignment) -> np.ndarray:
+    """(N, A) the object that each anchor is to predict, -1 for none."""
+    return np.where(assignment.foreground, assignment.object, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _detector_loss(out, strides, targets, enlarge_small, solid_targets):
+    return loss_of(out, yolo.anchors(128, 128, strides), targets, enlarge_small, solid_targets)
+
+
+class DetectorFixture(Fixture):
+    """A whole detector: evaluation, training forward, loss, gradients, statistics."""
+
+    def numbers(self, dtype) -> Numbers:
+        facts, data = self.facts, self.data
+        seed = int(data["seed"])
+        model = models.create(facts["variant"], num_classes=facts["nc"], dtype=dtype)
+        example = jax.ShapeDtypeStruct((1, 64, 64, 3), dtype)
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, dtype),
+            jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example),
+        )
+        state = {k: rule_weight(k, s).astype(np.float32) for k, s in facts["state"].items()}
+        params, stats = weights.from_reference(state, shapes["params"], shapes["batch_stats"])
+        fixed = [k for k in facts["state"] if k.endswith("dfl.conv.weight")]
+        found: Numbers = {"parameters": np.asarray(init.count(params) + 16 * len(fixed))}
+
+        def draw(offset, *shape):
+            values = np.random.default_rng(seed + offset).random(shape, np.float32)
+            return jnp.asarray(np.transpose(values, (0, 2, 3, 1)), dtype)
+
+        def channels_first(a, step):
+            return np.swapaxes(a, 1, 2)[..., ::step]
+
+        with by_units():
+            out = model.apply({"params": params, "batch_stats": stats}, draw(1, 1, 3, 64, 96))
+        boxes, scores = yolo.decode(out, yolo.anchors(64, 96, model.strides))
+        channels = [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores]
+        if out.solids is not None:
+            boxes_3d = solids.decode(out.solids, solids.ORIGINAL)
+            channels += [boxes_3d.locations, boxes_3d.sizes, boxes_3d.headings[..., None]]
+        found["eval_decoded"] = channels_first(np.concatenate(channels, axis=-1), 3)
+        found["eval_boxes"] = channels_first(out.boxes, 3)
+        found["eval_scores"] = channels_first(out.scores, 3)
+
+        images = draw(2, 2, 3, 128, 128)
+        # Fixtures of the older trainer name their targets so, and know no enlarged small objects.
+        older = "target_cls" in data
+        flat = (data[f"target_{k}" if older else k] for k in ("batch_idx", "cls", "bboxes"))
+        batch_idx, cls, bboxes = flat
+        targets = padded_targets(batch_idx, cls.ravel(), bboxes, 2, 128, 128)
+        # Fixtures of the 2D network beside it hold these targets, too.
+        solid_targets = padded_solids(data, batch_idx) if out.solids is not None else None
+        groups = Groups(2, jnp.ones(2, dtype))
+
+        def train_loss(params):
+            with by_units():
+                out, moments = model.apply(
+                    {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
+                )
+            loss, aux = _detector_loss(out, model.strides, targets, not older, solid_targets)
+            return 2 * loss, (out, moments["moments"], aux)
+
+        (total, (out, moments, (items, _, assignment))), gradient = jax.value_and_grad(
+            train_loss, has_aux=True
+        )(params)
+        moved = weights.to_reference(batchnorm.move_statistics(stats, moments, 0.03))
+        names = facts.get("stat_names", ())
+        return found | gradient_numbers(gradient, facts) | {
+            "train_boxes": channels_first(out.boxes, 7),
+            "train_scores": channels_first(out.scores, 7),
+            "loss_total_times_batch": np.asarray(total),
+            "loss_items": np.asarray(items),
+            "stat_norm": np.asarray([np.linalg.norm(moved[k]) for k in names]),
+            "decisions": decisions_of(assignment),
+        }  # fmt: skip
+
+    def distances(self, ours, theirs) -> dict[str, float]:
+        fixed = self.data
+        total = np.asarray(theirs.get("parameters", self.facts["parameters"]))
+        found = {"parameters": distance(ours["parameters"], total, 1e-12)}
+
+        def add(name, key, part=(), **options):
+            if key in fixed:
+                scale = np.abs(fixed[key][part]).max()
+                found[name] = distance(
+                    ours[key][part], theirs[key][part], **{"scale": scale, **options}
+                )
+
+        if np.shape(ours["eval_decoded"]) != np.shape(theirs["eval_decoded"]):
+            raise ValueError(f"eval_decoded: {np.shape(ours['eval_decoded'])} here, "
+                             f"{np.shape(theirs['eval_decoded'])} in the fixture")  # fmt: skip
+        add("eval_boxes", "eval_boxes")
+        add("eval_scores", "eval_scores")
+        classes = 4 + self.facts["nc"]
+        add("eval_decoded_boxes", "eval_decoded", np.s_[:, :4])
+        add("eval_decoded_scores", "eval_decoded", np.s_[:, 4:classes])
+        more = np.shape(fixed["eval_decoded"])[1] - classes
+        for i, name in enumerate(("x", "y", "z", "height", "width", "length", "heading")[:more]):
+            add(f"eval_decoded_{name}", "eval_decoded", np.s_[:, classes + i])
+        for key in ("train_boxes", "train_scores"):
+            add(f"{key}_max", key)
+            add(f"{key}_rms", key, how=rms)
+        add("loss_total", "loss_total_times_batch")
+        add("loss", "loss_items", scale=np.abs(fixed["loss_items"]))
+        found |= gradient_distances(fixed, ours, theirs)
+        if "stat_norm" in fixed:
+            add("stat_norm", "stat_norm", scale=fixed["stat_norm"])
+        return found
+
+
+def gradient_numbers(gradient, facts) -> Numbers:
     """Norms and probes of all gradients that the reference has; ours of the others are zero."""
     gradient = weights.to_reference(jax.tree.map(np.float64, gradient))
     names = facts["grad_names"]
     extra = {k for k, g in gradient.items() if k not in names and np.any(g)}
     if missing := extra | (set(names) - set(gradient)):
         raise ValueError(f"gradients on one side only: {sorted(missing)[:4]}")
-    norms = np.asarray([np.linalg.norm(gradient[k]) for k in names])
-    probes = np.asarray(
-        [
-            np.sum(gradient[k] * np.random.default_rng(zlib.crc32(f"{k}#probe".encode()))
-                   .standard_normal(gradient[k].shape))
-            for k in names
-        ]
-    )  # fmt: skip
+
+    def probe(key):
+        rng = np.random.default_rng(zlib.crc32(f"{key}#probe".encode()))
+        return np.sum(gradient[key] * rng.standard_normal(gradient[key].shape))
+
+    return {
+        "grad_norm": np.asarray([np.linalg.norm(gradient[k]) for k in names]),
+        "grad_probe": np.asarray([probe(k) for k in names]),
+    }
+
+
+def gradient_distances(fixed, ours, theirs, median: bool = False) -> dict[str, float]:
+    """Of norms and probes, each relative to the norm of its parameter's gradient."""
     # A probe is a dot product with unit normals: its natural size is the gradient's norm. Some
     # gradients are zero by symmetry (a bias in front of a batch norm, or of keys) and float32 noise
     # in the fixture, 1e-7 of the largest: those are compared with 1e-4 of the largest.
-    largest = data["grad_norm"].max()
-    size = np.where(data["grad_norm"] < 5e-7 * largest, 1e-4 * largest, data["grad_norm"])
-    for name, errors in (
-        ("grad_norm", (norms - data["grad_norm"]) / size),
-        ("grad_probe", (probes - data["grad_probe"]) / size),
-    ):
-        if name == "grad_norm" and result.loose is LOOSE_COMPLETION:
-            result.add(f"{name}_median{suffix}", np.median(np.abs(errors)), 0.0, 1.0)
-        result.add(f"{name}_rms{suffix}", np.sqrt(np.mean(np.square(errors))), 0.0, 1.0)
-        result.add(f"{name}_max{suffix}", np.abs(errors).max(), 0.0, 1.0)
+    largest = fixed["grad_norm"].max()
+    size = np.where(fixed["grad_norm"] < 5e-7 * largest, 1e-4 * largest, fixed["grad_norm"])
+    measures: dict[str, Callable] = {"rms": rms, "max": np.max}
+    found = {}
+    if median:
+        found["grad_norm_median"] = distance(
+            ours["grad_norm"], theirs["grad_norm"], size, np.median
+        )
+    for key in ("grad_norm", "grad_probe"):
+        for name, how in measures.items():
+            found[f"{key}_{name}"] = distance(ours[key], theirs[key], size, how)
+    return found
 
 
 class Turned:
@@ -502,82 +700,126 @@ class CompletionFixture:
         return [jnp.asarray(t & (best[1] <= TOLERANCE)) for t in turned]
 
 
-def check_completion(path: Path, dtype) -> Comparison:
-    """A fixture of a completion network: evaluation, losses, gradients, statistics."""
-    return compare_completion(
-        json.loads(path.with_suffix(".json").read_text()), np.load(path), dtype
-    )
+class CompletionNumbers(Fixture):
+    """A completion network: evaluation, losses, gradients, statistics."""
+
+    def numbers(self, dtype) -> Numbers:
+        """Ours; in float64 by the fixture's choices of neighbours, where rounding can turn them."""
+        ours, turned = CompletionFixture(self.facts, self.data, dtype), None
+        if dtype == jnp.float64:
+            turned = ours.turns()
+            self.notes.append(f"{sum(int(t.sum()) for t in turned)} neighbours turned in float64")
+        clouds, _ = ours.evaluate(turned)
+        coarse, fine = aligned(clouds, self.data["eval_coarse"], ours.model.table)
+        l1, l2 = ours.distances(clouds)
+        items, moments, gradient = ours.train(turned)
+        moved = weights.to_reference(batchnorm.move_statistics(ours.stats, moments, 0.1))
+        return gradient_numbers(gradient, self.facts) | {
+            "parameters": np.asarray(init.count(ours.params)),
+            "eval_coarse": coarse,
+            "eval_fine": fine[:, ::16],
+            "sets": (np.asarray(clouds.coarse), np.asarray(clouds.fine)[:, ::16]),
+            "eval_cdl1": np.asarray(l1),
+            "eval_cdl2": np.asarray(l2),
+            "train_losses": np.asarray(items),
+            "stat_norm": np.asarray([np.linalg.norm(moved[k]) for k in self.facts["stat_names"]]),
+        }
+
+    def distances(self, ours, theirs) -> dict[str, float]:
+        fixed = self.data
+        total = np.asarray(theirs.get("parameters", self.facts["parameters"]))
+        found = {"parameters": distance(ours["parameters"], total, 1e-12)}
+        for i, name in enumerate(("eval_coarse", "eval_fine")):
+            size = np.abs(fixed[name]).max()
+            found[name] = distance(ours[name], theirs[name], size)
+            found[f"{name}_median"] = distance(ours[name], theirs[name], size, np.median)
+            # Beside the points in the fixture's order: each coordinate's values in their own.
+            unordered = theirs["sets"][i] if "sets" in theirs else theirs[name]
+            a, b = (np.sort(values, axis=1) for values in (ours["sets"][i], unordered))
+            found[f"{name}_sorted"] = distance(a, b, size)
+        for key in ("eval_cdl1", "eval_cdl2", "train_losses", "stat_norm"):
+            found[key] = distance(ours[key], theirs[key], fixed[key])
+        return found | gradient_distances(fixed, ours, theirs, median=True)
+
+    def jumps(self, a, b) -> set[str]:
+        return set(filter(JUMPS.fullmatch, self.distances(a, b)))
 
 
-def compare_completion(facts, data, dtype) -> Comparison:
-    """The same of facts and numbers in memory."""
-    ours = CompletionFixture(facts, data, dtype)
-    result = Comparison(LOOSE_COMPLETION)
-    result.add("parameters", init.count(ours.params), facts["parameters"], 1e-12)
-    clouds, _ = ours.evaluate()
-    for name, cloud in (("eval_coarse", clouds.coarse), ("eval_fine", clouds.fine[:, ::16])):
-        theirs, errors = data[name], ours.errors(clouds)[name]
-        result.add(name, errors, np.zeros_like(errors), 1.0)
-        result.add(f"{name}_median", np.median(errors), 0.0, 1.0)
-        sets = (np.sort(np.asarray(a), axis=1) for a in (cloud, theirs))
-        result.add(f"{name}_sorted", *sets)
-    l1, l2 = ours.distances(clouds)
-    result.add("eval_cdl1", l1, data["eval_cdl1"], data["eval_cdl1"])
-    result.add("eval_cdl2", l2, data["eval_cdl2"], data["eval_cdl2"])
-    items, moments, gradient = ours.train()
-    result.add("train_losses", items, data["train_losses"], data["train_losses"])
-    moved = weights.to_reference(batchnorm.move_statistics(ours.stats, moments, 0.1))
-    norms = np.asarray([np.linalg.norm(moved[k]) for k in facts["stat_names"]])
-    result.add("stat_norm", norms, data["stat_norm"], data["stat_norm"])
-    add_gradient(result, gradient, facts, data)
+def load(path: Path) -> Fixture:
+    """The fixture of that name, NAME.npz or NAME.json.
 
-    jumps = {"eval_coarse", "eval_fine", *(k for k in result.errors if k.startswith("grad_"))}
-    if jumps & set(result.beyond):
-        with jax.enable_x64(True):
-            judge = CompletionFixture(facts, data, jnp.float64)
-            turned = judge.turns()
-            for name, errors in judge.errors(judge.evaluate(turned)[0]).items():
-                result.add(f"{name}_f64", errors, np.zeros_like(errors), 1.0)
-            add_gradient(result, judge.train(turned)[2], facts, data, "_f64")
-            result.notes.append(f"{sum(int(t.sum()) for t in turned)} neighbours turned")
-        result.judged |= jumps
-    return result
-
-
-def check_of(path: Path):
-    """The check for a fixture, by what it holds."""
+    Raises:
+      UnknownFamily: it is of a network that is not built yet.
+      FileNotFoundError: one of its files is missing.
+    """
+    numbers, facts_file = path.with_suffix(".npz"), path.with_suffix(".json")
+    if not numbers.is_file():
+        raise FileNotFoundError(
+            f"{numbers.name} is missing: the numbers that belong to {path.name}"
+        )
+    data = dict(np.load(numbers))
     if path.stem.startswith("loss_"):
-        return check_loss
-    facts = json.loads(path.with_suffix(".json").read_text())
-    return check_completion if "points" in facts else check_model
+        branches = sorted(k.removeprefix("boxes_") for k in data if k.startswith("boxes_"))
+        if "boxes" not in data and branches:
+            raise UnknownFamily(f"no such family yet: a loss of branches {', '.join(branches)}")
+        return LossFixture({}, data)
+    if not facts_file.is_file():
+        raise FileNotFoundError(f"{facts_file.name} is missing: the facts of {path.name}")
+    facts = json.loads(facts_file.read_text())
+    if "points" in facts:
+        return CompletionNumbers(facts, data)
+    variant = facts["variant"]
+    if variant.rpartition("-")[0] not in yolo.FAMILIES:
+        raise UnknownFamily(f"no such family yet: {variant}")
+    return DetectorFixture(facts, data)
 
 
-def run(folder: Path, x64: bool) -> tuple[int, int]:
-    """Checks every fixture below `folder`; returns (passed, failed)."""
-    passed = failed = 0
-    dtype = jnp.float64 if x64 else jnp.float32
-    for path in sorted(folder.rglob("*.npz")):
-        try:
-            result = check_of(path)(path, dtype)
-            ok, text = result.passed, str(result)
-        except Exception as error:  # a fixture that cannot run is a failed fixture
-            ok, text = False, f"{type(error).__name__}: {error}"
-        passed, failed = passed + ok, failed + (not ok)
-        print(f"{'ok    ' if ok else 'FAILED'} {path.relative_to(folder)}: {text}", flush=True)
-    return passed, failed
+def check(path: Path, x64: bool = False) -> Comparison:
+    """Judges one fixture; errors as of `load`, or of a network that cannot have been the same."""
+    return load(path).compare(x64)
 
 
-def main() -> int:
+def found_in(folder: Path) -> list[Path]:
+    """Every fixture below a folder, by its numbers; also those that lack one of their files."""
+    files = (p for p in folder.rglob("*") if p.suffix in (".npz", ".json"))
+    return sorted({p.with_suffix(".npz") for p in files})
+
+
+def run(paths: Sequence[Path], x64: bool = False) -> tuple[int, int, int]:
+    """Checks fixtures and all those below folders; returns how many (passed, failed, skipped)."""
+    counts = dict.fromkeys(("ok", "FAILED", "skipped"), 0)
+    for given in paths:
+        for path in found_in(given) if given.is_dir() else [given]:
+            start = time.monotonic()
+            try:
+                if path.suffix not in (".npz", ".json"):
+                    raise UnknownFamily("not a fixture: neither .npz nor .json")
+                result = check(path, x64)
+                word, text = "ok" if result.passed else "FAILED", str(result)
+            except UnknownFamily as reason:
+                word, text = "skipped", str(reason)
+            except Exception as error:  # a fixture that cannot run is a failed fixture
+                word, text = "FAILED", f"{type(error).__name__}: {error}"
+            counts[word] += 1
+            seconds = time.monotonic() - start
+            name = Path(given.name) / path.relative_to(given) if given.is_dir() else path
+            print(f"{word:<7} {name} ({seconds:.0f} s): {text}", flush=True)
+    passed, failed, skipped = counts.values()
+    return passed, failed, skipped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--x64", action="store_true", help="compute in float64")
-    args = parser.parse_args()
-    if not args.folder.is_dir():
-        parser.error(f"no folder {args.folder}")
-    jax.config.update("jax_enable_x64", args.x64)
-    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would round to tf32
-    passed, failed = run(args.folder, args.x64)
-    print(f"{passed} passed, {failed} failed")
+    parser.add_argument("paths", type=Path, nargs="+", help="fixtures, or folders of them")
+    parser.add_argument("--x64", action="store_true", help="the float64 run for every fixture")
+    args = parser.parse_args(arguments)
+    if missing := [str(p) for p in args.paths if not p.exists()]:
+        parser.error(f"no such folder or fixture: {', '.join(missing)}")
+    passed, failed, skipped = run(args.paths, args.x64)
+    if not passed + failed:
+        print(f"no fixture of a network we know in {', '.join(map(str, args.paths))}")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return int(failed > 0 or passed == 0)
 
 

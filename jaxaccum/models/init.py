@@ -42,6 +42,8 @@ def initialise(
       dtype: of the parameters and statistics.
     Returns:
       (params, stats), nested dicts of numpy arrays.
+    Raises:
+      KeyError: a parameter that is none of these and has no constant, or a constant of none.
     """
     inputs = example if isinstance(example, tuple) else (example,)
     shapes = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
@@ -56,6 +58,8 @@ def initialise(
             params[path] = np.ones(leaf.shape, dtype)
         elif path[-1] == "bias" and (*path[:-1], "kernel") not in flat:
             params[path] = np.zeros(leaf.shape, dtype)
+        elif (*path[:-1], "kernel") not in flat:
+            raise KeyError(f"{name!r} has no initial value; give it one in `constants`")
         else:
             kernel = flat[(*path[:-1], "kernel")].shape
             bound = 1 / np.sqrt(np.prod(kernel[:-1]))
