@@ -112,15 +112,15 @@ def test_a_rehearsal_without_what_is_absent_there(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Hidden:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {ABSENT!r}:\n"
-        "            raise ModuleNotFoundError(f'{name} is hidden', name=name)\n"
-        "sys.meta_path.insert(0, Hidden())\n"
+        "from importlib.machinery import PathFinder\n"
+        "plain = PathFinder.find_spec\n"
+        "def find_spec(name, path=None, target=None):\n"
+        f"    absent = name.partition('.')[0] in {ABSENT!r}\n"
+        "    return None if absent else plain(name, path, target)\n"
+        "PathFinder.find_spec = find_spec\n"
     )
     parts = [
-        "train.five", "law.float64", "law.bfloat16-exact", "plans.8",
+        "train.five", "law.float64", "plans.8",
         "program.yolov8-n.bfloat16", "depthwise", "assigner", "yolo.yolov8-n",
     ]  # fmt: skip
     out = tmp_path / "found"
