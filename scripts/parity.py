@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxaccum import models
+from jaxaccum import known_answers, models
 from jaxaccum.accumulate import Groups, batchnorm
 from jaxaccum.losses import detection
 from jaxaccum.losses import solids as solid_losses
@@ -816,6 +816,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if missing := [str(p) for p in args.paths if not p.exists()]:
         parser.error(f"no such folder or fixture: {', '.join(missing)}")
+    try:
+        known_answers.require()
+    except known_answers.WrongNumbersError as error:
+        raise SystemExit(f"error: {error}") from None
     passed, failed, skipped = run(args.paths, args.x64)
     if not passed + failed:
         print(f"no fixture of a network we know in {', '.join(map(str, args.paths))}")
