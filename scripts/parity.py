@@ -43,9 +43,9 @@ Numbers = dict[str, np.ndarray]
 
 TOLERANCE = 1e-4
 ROUNDINGS = 4
-# Rounding excuses a value only if it is rounding of float32: that of the fixture is as far from our
-# float64 run as ours is, give or take some small factor. Half precision would be thousands of times
-# as far, and would excuse itself.
+# Rounding excuses a value only if it is that of float32: as far as the fixture is from our float64
+# run, or as another float64 run with every weight off by float32's resolution, give or take some
+# factor. Half precision is thousands of times as far, and would excuse itself.
 COARSE = 100
 # A completion network decides some 10^5 times: which neighbours are nearest, which is the largest,
 # on which side of its kink an activation is. Decisions that rounding can turn (float32 leaves
@@ -69,12 +69,14 @@ class Verdict:
       error: of our float32 run, relative to the fixture as the value's measure has it.
       rounding: from our float32 to our float64 run, in the same measure; None without the latter.
       exact: of our float64 run, as `error`.
+      grain: what weights off by float32's resolution do to our float64 run; None if not asked.
       jumps: decisions that rounding can turn move it, so it says nothing of coarseness.
     """
 
     error: float
     rounding: float | None = None
     exact: float | None = None
+    grain: float | None = None
     jumps: bool = False
 
     @property
@@ -87,7 +89,7 @@ class Verdict:
         """Our rounding is far more than the fixture's, so not that of float32."""
         if self.rounding is None or self.exact is None or self.jumps:
             return False
-        return self.rounding > COARSE * self.exact
+        return self.rounding > COARSE * max(self.exact, self.grain or 0.0)
 
     @property
     def passed(self) -> bool:
@@ -144,6 +146,16 @@ class Fixture:
     def __init__(self, facts: Mapping[str, Any], data: Mapping[str, Any]):
         self.facts, self.data = facts, data
         self.notes: list[str] = []
+        self.jitter = 0.0  # relative, of every weight
+
+    def state(self) -> Numbers:
+        """The weights by the rule, and off by `jitter` of each."""
+        rng = np.random.default_rng(0)
+        return {
+            key: rule_weight(key, shape).astype(np.float32)
+            * (1 + self.jitter * rng.standard_normal(shape))
+            for key, shape in self.facts["state"].items()
+        }
 
     def numbers(self, dtype: Any) -> Numbers:
         """Ours by the fixture's names, and `decisions`, which rounding can turn."""
@@ -168,16 +180,32 @@ class Fixture:
                 return Comparison({name: Verdict(error) for name, error in errors.items()})
             with jax.enable_x64(True):
                 double = self.numbers(jnp.float64)
-        roundings = self.distances(single, double)
-        exact = self.distances(double, self.data)
-        jumps = self.jumps(single, double)
-        if jumps and not self.notes:
-            self.notes.append("float32 and float64 decide differently")
-        return Comparison(
-            {name: Verdict(error, roundings[name], exact[name], name in jumps)
-             for name, error in errors.items()},
-            tuple(self.notes),
-        )  # fmt: skip
+            roundings = self.distances(single, double)
+            exact = self.distances(double, self.data)
+            jumps = self.jumps(single, double)
+            if jumps and not self.notes:
+                self.notes.append("float32 and float64 decide differently")
+            verdicts = {
+                name: Verdict(error, roundings[name], exact[name], jumps=name in jumps)
+                for name, error in errors.items()
+            }
+            if any(not verdict.close and verdict.coarse for verdict in verdicts.values()):
+                # Or the fixture is nearer to float64 than float32 can be.
+                with jax.enable_x64(True):
+                    grains = self.distances(double, self.jittered())
+                verdicts = {
+                    name: dataclasses.replace(verdict, grain=grains[name])
+                    for name, verdict in verdicts.items()
+                }
+        return Comparison(verdicts, tuple(self.notes))
+
+    def jittered(self) -> Numbers:
+        """Ours in float64, every weight off by what float32 cannot tell."""
+        self.jitter = float(np.finfo(np.float32).eps) / 2
+        try:
+            return self.numbers(jnp.float64)
+        finally:
+            self.jitter = 0.0
 
 
 def distance(ours, theirs, scale=None, how: Callable = np.max) -> float:
@@ -400,8 +428,9 @@ class DetectorFixture(Fixture):
             lambda a: jax.ShapeDtypeStruct(a.shape, dtype),
             jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example),
         )
-        state = {k: rule_weight(k, s).astype(np.float32) for k, s in facts["state"].items()}
-        params, stats = weights.from_reference(state, shapes["params"], shapes["batch_stats"])
+        params, stats = weights.from_reference(
+            self.state(), shapes["params"], shapes["batch_stats"]
+        )
         fixed = [k for k in facts["state"] if k.endswith("dfl.conv.weight")]
         found: Numbers = {"parameters": np.asarray(init.count(params) + 16 * len(fixed))}
 
@@ -591,6 +620,7 @@ class CompletionFixture:
     facts: dict[str, Any]
     data: Any
     dtype: Any
+    state: Numbers | None = None
 
     def __post_init__(self):
         facts, data = self.facts, self.data
@@ -605,7 +635,7 @@ class CompletionFixture:
         if self.model.num_points != facts["points"]:
             raise ValueError(f"{names[0]} has {self.model.num_points} points, the fixture "
                              f"{facts['points']}")  # fmt: skip
-        state = {k: rule_weight(k, s).astype(np.float32) for k, s in facts["state"].items()}
+        state = self.state or Fixture(facts, data).state()
         initial = completion.initialise(self.model, 0, np.dtype(self.dtype))
         self.params, self.stats = weights.from_reference(state, *initial)
         rng = np.random.default_rng(int(data["seed"]) + 1)
@@ -705,10 +735,10 @@ class CompletionNumbers(Fixture):
 
     def numbers(self, dtype) -> Numbers:
         """Ours; in float64 by the fixture's choices of neighbours, where rounding can turn them."""
-        ours, turned = CompletionFixture(self.facts, self.data, dtype), None
+        ours, turned = CompletionFixture(self.facts, self.data, dtype, self.state()), None
         if dtype == jnp.float64:
             turned = ours.turns()
-            self.notes.append(f"{sum(int(t.sum()) for t in turned)} neighbours turned in float64")
+            self.notes = [f"{sum(int(t.sum()) for t in turned)} neighbours turned in float64"]
         clouds, _ = ours.evaluate(turned)
         coarse, fine = aligned(clouds, self.data["eval_coarse"], ours.model.table)
         l1, l2 = ours.distances(clouds)

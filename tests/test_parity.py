@@ -68,6 +68,7 @@ def test_the_rule_at_its_edges():
     # A run of less precision than float32 is no measure of rounding.
     assert passed(1e-2, 1e-2, 1e-4) and not passed(1e-2, 1e-2, 0.99e-4)
     assert passed(1e-2, 1e-2, 1e-6, jumps=True)
+    assert passed(1e-2, 1e-2, 1e-9, 1e-4) and not passed(1e-2, 1e-2, 1e-9, 0.99e-4)
     assert not parity.Comparison({}).passed
 
 
@@ -153,6 +154,7 @@ def test_half_precision_does_not_excuse_itself(tiny_fixture):
     result = Half(*tiny_fixture).compare()
     verdict = result.verdicts["eval_boxes"]
     assert verdict.error <= 4 * verdict.rounding and verdict.coarse, str(result)
+    assert verdict.grain is not None
     assert "eval_boxes" in result.beyond and "not rounding of float32" in str(result)
 
 
