@@ -117,7 +117,7 @@ def in_one_pass(bn_group, terms):
 
 
 @pytest.mark.parametrize("bn_group", [4, "frozen"])
-@pytest.mark.parametrize("terms", ["contrast", "both"])
+@pytest.mark.parametrize("terms", [pytest.param("contrast", marks=pytest.mark.slow), "both"])
 def test_the_gradient_of_one_pass(x64, bn_group, terms):
     value, gradient = in_one_pass(bn_group, terms)
     for geometry in (Geometry(4, 2), Geometry(4, 1, "multisteps")):

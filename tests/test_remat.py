@@ -91,6 +91,7 @@ def test_the_same_gradients_and_moments(x64, group):
     assert bool(ours[0][1].moments) == (group is not None)
 
 
+@pytest.mark.slow
 def test_the_same_update_on_two_devices(x64):
     plain, remat, start, images = make(jnp.float64, 32)
     batch = {"image": images[:3], "weight": np.ones(3)}
