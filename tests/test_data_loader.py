@@ -192,6 +192,7 @@ if __name__ == "__main__":
 
 
 @needs_grain
+@pytest.mark.slow
 def test_worker_processes_give_the_same_boxes_in_space_and_captions():
     """As above, of the streams of 3D detection and of clouds with captions."""
     program = """
