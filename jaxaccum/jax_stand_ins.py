@@ -1,7 +1,7 @@
-"""What stands in for pieces of JAX that are broken in a version that we support; nothing else.
+"""Stand-ins for pieces of JAX that are broken in a version we support; nothing else lives here.
 
-Each names the versions, what goes wrong, and JAX's issue if there is one;
-tests/test_jax_stand_ins.py fails when a piece works again and its stand-in can go.
+Each says what is broken, since when, and where it is reported. A test runs the plain form, and
+fails on the first JAX that computes it: then the stand-in can go.
 """
 
 from __future__ import annotations
@@ -11,15 +11,22 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Broken: `jax.lax.polynomial` of an argument that varies over a mesh, by coefficients that do
+# not: "Primitive polynomial requires varying manual axes to match". It is within the derivatives
+# of erf and erfc, and so of the exact GELU, inside of `jax.shard_map`.
+# Since: JAX 0.12.0. Not reported, as far as we found; a minimal program:
+#
+#   mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+#   f = jax.shard_map(lambda x: jax.lax.polynomial(x, [1.0, 2.0]), mesh=mesh,
+#                     in_specs=jax.P("data"), out_specs=jax.P("data"))
+#   f(jax.numpy.ones(len(jax.devices())))
+
 
 @jax.custom_jvp
 def erfc(x: jax.Array) -> jax.Array:
-    """Complementary error function, elementwise; the value is that of `jax.lax.erfc`.
+    """1 - erf(x), as `jax.lax.erfc`, of any shape and floating dtype.
 
-    jax 0.12.0: the derivative of `erf` or `erfc` of a value that varies over the devices of a
-    `jax.shard_map` ends with "Primitive polynomial requires varying manual axes to match". No
-    issue of JAX's was found for it; the program in the test is the smallest that shows it. Here
-    JAX does not differentiate it: d erfc(x) / dx = -2 / sqrt(pi) exp(-x^2).
+    The derivative is -2 / sqrt(pi) exp(-x^2) as JAX wrote it before 0.12.
     """
     return jax.lax.erfc(x)
 
@@ -27,10 +34,27 @@ def erfc(x: jax.Array) -> jax.Array:
 @erfc.defjvp
 def _erfc_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    return erfc(x), dx * (-2 / math.sqrt(math.pi)) * jnp.exp(-jnp.square(x))
+    return erfc(x), -2 / math.sqrt(math.pi) * jnp.exp(-jnp.square(x)) * dx
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, elementwise: x Phi(x) = x erfc(-x / sqrt(2)) / 2, as
-    `jax.nn.gelu(x, approximate=False)` (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    return 0.5 * x * erfc(-x * jnp.asarray(math.sqrt(0.5), x.dtype))
+    """x Phi(x), the exact GELU, as `jax.nn.gelu(x, approximate=False)`.
+
+    Hendrycks and Gimpel 2016, arXiv:1606.08415. The derivative, Phi(x) + x phi(x), is computed
+    with the value, so that one array is kept for the backward pass, where JAX keeps three.
+
+    Args:
+      x: any shape, a floating dtype.
+    Returns:
+      The shape and dtype of x.
+    """
+    return 0.5 * x * erfc(-x * math.sqrt(0.5))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    below = erfc(-x * math.sqrt(0.5))  # 2 Phi(x)
+    density = jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+    return 0.5 * x * below, (0.5 * below + x * density) * dx
