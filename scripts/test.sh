@@ -3,7 +3,7 @@
 # process may use; needs only Python 3.11 to 3.14, best 3.12 or later (scripts/setup_env.sh).
 #
 #   scripts/test.sh [arguments of pytest]
-#   scripts/test.sh -m "slow or not slow"     all tests
+#   scripts/test.sh -m "slow or not slow"     all tests; -m "not long" those of CI
 #   scripts/test.sh -n 1, -p no:xdist         in one process of their own, in this one
 #
 # Exit status 0 only if everything passed. The last line is pytest's summary.

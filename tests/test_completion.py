@@ -59,7 +59,14 @@ def test_one_run(x64, model):
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 @pytest.mark.parametrize(
     ("bn_group", "microbatch", "devices"),
-    [("frozen", 1, 1), ("frozen", 2, 2), ("frozen", 4, 4), ("frozen", 8, 1), (2, 2, 4), (2, 4, 1)],
+    [
+        ("frozen", 2, 2),
+        (2, 2, 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [("frozen", 1, 1), ("frozen", 4, 4), ("frozen", 8, 1), (2, 4, 1)]
+        ),
+    ],
 )
 def test_every_geometry_is_one_run(x64, whole, bn_group, microbatch, devices, engine):
     found = equivalence.differences(

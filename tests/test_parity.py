@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -27,6 +28,7 @@ SHARED = Path(os.environ.get("JAXACCUM_SHARED", Path(__file__).parents[2] / "sha
 FIXTURES = [str(path.relative_to(SHARED)) for path in parity.found_in(SHARED / "parity")]
 LOSSES = [name for name in FIXTURES if "/loss_" in name]
 NETWORKS = [name for name in FIXTURES if "/loss_" not in name]
+LONG = re.compile(r"-m\.npz$|-shapenet55\.npz$")  # minutes each
 
 
 def checked(path):
@@ -44,7 +46,10 @@ def test_losses(shared, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if LONG.search(name) else ()) for name in NETWORKS],
+)
 def test_networks(shared, name):
     result = checked(shared / name)
     assert result.passed, str(result)
