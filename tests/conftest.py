@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +26,17 @@ def pytest_xdist_auto_num_workers() -> int | None:
     """Processes of `-n auto`: the processors that this process may use (xdist would take the cores
     of the machine); None, where the system does not tell, leaves it to xdist."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+START = time.monotonic()
+MINUTES = float(os.environ.get("JAXACCUM_TEST_MINUTES", "inf"))
+
+
+def pytest_runtest_setup(item):
+    """Where time is limited (JAXACCUM_TEST_MINUTES), what has not begun by then is skipped, and
+    said to be."""
+    if time.monotonic() - START > 60 * MINUTES:
+        pytest.skip(f"not run: the {MINUTES:g} minutes of JAXACCUM_TEST_MINUTES are over")
 
 
 @pytest.fixture(scope="session")
