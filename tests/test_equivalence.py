@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxaccum import equivalence
-from jaxaccum.accumulate import Geometry, Objective, Recipe, engines, make_engine, update
+from jaxaccum.accumulate import (
+    Geometry,
+    GeometryError,
+    Objective,
+    Recipe,
+    engines,
+    make_engine,
+    update,
+)
 from jaxaccum.accumulate.recipe import Window
 
 UPDATES = 3
@@ -288,6 +296,21 @@ def test_a_ramp_of_the_effective_batch(x64, engine):
     machine.update(ramped, batch)
     if engine == "scan":
         assert machine._jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_several_processes_compute_whole_windows_only(engine):
+    """A shorter window would leave out the last samples of every process's share."""
+    machine = make_engine(
+        toy.make_forward(4), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
+    )
+    state = machine.init(*toy.initial(np.float32))
+    batch = next(toy.make_batches(8, np.float32)())
+    machine.share, machine._own = np.arange(8), range(1)  # as one of several processes has it
+    with pytest.raises(GeometryError, match="1 microbatches of a window of 2: .*whole windows"):
+        machine.update(state, batch, steps=1)
+    state, _ = machine.update(state, batch, steps=2)
+    assert int(state.step) == 1
 
 
 def test_the_gradient_is_that_of_the_ratio(x64):
