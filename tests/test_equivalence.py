@@ -307,7 +307,7 @@ def test_several_processes_compute_whole_windows_only(engine):
     state = machine.init(*toy.initial(np.float32))
     batch = next(toy.make_batches(8, np.float32)())
     machine.share, machine._own = np.arange(8), range(1)  # as one of several processes has it
-    with pytest.raises(GeometryError, match="1 microbatches of a window of 2: .*whole windows"):
+    with pytest.raises(GeometryError, match=r"1 microbatches of a window of 2: .*whole windows"):
         machine.update(state, batch, steps=1)
     state, _ = machine.update(state, batch, steps=2)
     assert int(state.step) == 1

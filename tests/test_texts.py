@@ -44,7 +44,7 @@ def test_the_encoding_of_the_system_is_read_and_said(file, monkeypatch, capsys):
 def test_other_encodings_are_refused_with_their_place(file, monkeypatch, system):
     monkeypatch.setattr(texts.locale, "getencoding", lambda: system)
     file.write_bytes(b"a: 1\nb: " + "\u4e2d".encode("gbk"))
-    with pytest.raises(DataError, match=r"given.txt:2: byte 8 \(0xc3\) is not utf-8") as caught:
+    with pytest.raises(DataError, match=r"given.txt:2: byte 8 \(0xd6\) is not utf-8") as caught:
         texts.read_text(file)
     assert (caught.value.file, caught.value.line) == (str(file), 2)
 
