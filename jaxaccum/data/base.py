@@ -14,6 +14,8 @@ Boxes = NDArray[np.float32]
 Classes = NDArray[np.int32]
 Image = NDArray[np.uint8]
 
+_LONGEST_NAME = 4096  # characters; Linux and others have no longer path
+
 
 class DataError(ValueError):
     """Data that cannot be used as given.
@@ -67,10 +69,12 @@ class Findings:
     Attributes:
       where: the data set and split, for people.
       skipped: reason -> the (file, line or None) of everything left out for it.
+      notes: what else a person should know of how the data was read, a sentence each.
     """
 
     where: str
     skipped: dict[str, list[tuple[str, int | None]]] = field(default_factory=dict, kw_only=True)
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
     def skip(self, reason: str, file: str, line: int | None = None) -> None:
         """Counts one thing left out."""
@@ -81,13 +85,21 @@ class Findings:
         raise NotImplementedError
 
     def lines(self, examples: int = 3) -> list[str]:
-        """A summary for people: one line of totals, then one for each reason to skip."""
+        """A summary for people: a line of totals, one for each reason to skip, one for each note.
+
+        File names are made printable, and cut where they are longer than any file's.
+        """
+        from jaxaccum.data.texts import shown_path  # that module needs this one's errors
+
         summary = [f"{self.where}: {self.summary()}"]
         for reason, places in self.skipped.items():
-            shown = [f if line is None else f"{f}:{line}" for f, line in places[:examples]]
+            shown = [
+                shown_path(file[:_LONGEST_NAME]) + ("" if line is None else f":{line}")
+                for file, line in places[:examples]
+            ]
             more = ", ..." if len(places) > examples else ""
             summary.append(f"  skipped {len(places)} x {reason}: {', '.join(shown)}{more}")
-        return summary
+        return [*summary, *(f"  {note}" for note in self.notes)]
 
 
 @dataclass
@@ -160,9 +172,11 @@ def identify(names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], 
       names: class names.
       images: for each image its name relative to the split, its (height, width), its objects.
     """
-    digest = hashlib.sha256("\0".join(names).encode())
+    # A file name that is not UTF-8 has surrogates in it, which plain UTF-8 refuses.
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass"))
     for name, (height, width), objects in images:
-        digest.update(f"\0{name}\0{height}x{width}\0{len(objects)}\0".encode())
+        told = f"\0{name}\0{height}x{width}\0{len(objects)}\0"
+        digest.update(told.encode("utf-8", "surrogatepass"))
         digest.update(np.ascontiguousarray(objects.boxes, "<f4").tobytes())
         digest.update(np.ascontiguousarray(objects.classes, "<i4").tobytes())
     return digest.hexdigest()[:12]
@@ -188,7 +202,7 @@ def normalised_objects(
     """
     height, width = size
     seen: set[tuple[float, ...]] = set()
-    boxes, classes = [], []
+    boxes, classes, kept = [], [], []
     for row, line in zip(rows.tolist(), lines, strict=True):
         label, x, y, w, h = row
         if tuple(row) in seen:
@@ -200,11 +214,14 @@ def normalised_objects(
             continue
         left, right = max(x - w / 2, 0.0) * width, min(x + w / 2, 1.0) * width
         top, bottom = max(y - h / 2, 0.0) * height, min(y + h / 2, 1.0) * height
-        if right <= left or bottom <= top:
+        if min(x + w / 2, y + h / 2) <= 0 or max(x - w / 2, y - h / 2) >= 1:
             report.skip("box outside the image", file, line)
             continue
         boxes.append((left, top, right, bottom))
         classes.append(label)
-    return Objects(
-        np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, np.int32).reshape(-1)
-    )
+        kept.append(line)
+    found = np.array(boxes, np.float32).reshape(-1, 4)
+    solid = (found[:, 2:] > found[:, :2]).all(axis=1)  # in the numbers that are learned from
+    for i in np.flatnonzero(~solid):
+        report.skip("box without area", file, kept[i])
+    return Objects(found[solid], np.array(classes, np.int32).reshape(-1)[solid])

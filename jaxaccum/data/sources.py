@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from jaxaccum.data.base import DataError, Objects, Report, Source
 from jaxaccum.data.coco import open_coco
 from jaxaccum.data.packed import PREFIX, open_packed
 from jaxaccum.data.scenes import Scenes
+from jaxaccum.data.texts import shown, shown_path
 from jaxaccum.data.tfds import open_tfds
 from jaxaccum.data.yolo import open_yolo
 
@@ -65,14 +67,20 @@ def open_source(
         source = open_coco(
             path, split, val_path=val_path, images=images, names=names, on_error=on_error
         )
+    elif os.path.isfile(os.path.join(path, "data.yaml")):
+        raise DataError(
+            f"{shown(path, 300)}: a folder. Give the data.yaml in it: "
+            f"{shown(os.path.join(path, 'data.yaml'), 300)}."
+        )
     else:
         raise DataError(
-            f"{path!r}: no known data set. Expected a YOLO data.yaml (*.yaml), a COCO json "
-            f"(*.json), tfds:NAME, packed:DIR, or '' for the embedded scenes."
+            f"{shown(path, 300)}: no known data set. Expected a YOLO data.yaml (*.yaml), a COCO "
+            f"json (*.json), tfds:NAME, packed:DIR, or '' for the embedded scenes."
         )
     if names is not None and tuple(names) != source.names:
         raise DataError(
-            f"{path or 'embedded scenes'}: has the classes {list(source.names)}, expected "
-            f"{list(names)}. Use the data set that the model was made for."
+            f"{shown_path(path) or 'embedded scenes'}: has the classes "
+            f"{shown(list(source.names), 2000)}, expected {shown(list(names), 2000)}. Use the data "
+            f"set that the model was made for."
         )
     return source

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from jaxaccum.data.base import DataError
 
@@ -208,7 +209,38 @@ def read_json(file: str | Path) -> Any:
 
 class _AsWritten(yaml.SafeLoader):
     """YAML whose plain scalars stay the strings that they are written as, but for null: a class
-    called no, 007 or 2024-02-31 keeps its name."""
+    called no, 007 or 2024-02-31 keeps its name. What YAML would drop or multiply is refused."""
+
+    merged = 0
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuses a key that is there twice, of which the last would stay; and numbers by their
+        tag, of which many can have one hash."""
+        node = super().compose_mapping_node(anchor)
+        places: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            word = (key.tag, key.value)
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if key.tag.endswith((":int", ":float")):
+                raise ComposerError(None, None, "a key with the tag of a number", key.start_mark)
+            if word in places:
+                problem = f"the key {shown(key.value)} is in line {places[word]} already"
+                raise ComposerError(None, None, problem, key.start_mark)
+            places[word] = key.start_mark.line + 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges what `<<` names; refuses what multiplies by it."""
+        for key, value in node.value:
+            if key.tag.endswith(":merge"):
+                for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(part, yaml.MappingNode):
+                        self.flatten_mapping(part)
+                        self.merged += len(part.value)
+        if self.merged > _MOST_NODES:
+            raise ComposerError(None, None, f"over {_MOST_NODES:,} merged keys", node.start_mark)
+        super().flatten_mapping(node)
 
 
 _AsWritten.yaml_implicit_resolvers = {
@@ -226,7 +258,7 @@ def read_yaml(file: str | Path) -> Any:
       DataError: it cannot be read, is not valid YAML, or grows beyond reason by its aliases.
     """
     name = shown_path(file)
-    text = read_text(file, limit=1 << 24)
+    text = read_text(file, limit=1 << 21)  # seconds of parsing
     try:
         content = yaml.load(text, _AsWritten)  # a SafeLoader
         nodes = _nodes(content, {})
