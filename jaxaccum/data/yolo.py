@@ -84,6 +84,9 @@ def open_yolo(path: str, split: str, *, on_error: str = "raise") -> FileSource:
         records.append(Record(image.name, str(image.file), header, objects))
     if long_rows is not None:
         long_rows.refuse(path)
+    again = len(found) - len({image.file for image in found})
+    if again:
+        report.notes.append(f"{again} images are named again in `{split}`, and are read again")
     if elsewhere:
         report.notes.append(f"labels of {elsewhere} images read where a link to a folder leads")
     if records and len(unlabelled) == len(records):
@@ -303,7 +306,7 @@ def _folder_images(folder: Path, report: Report) -> Iterator[_Found]:
     """
     top = os.path.realpath(folder)
     linked: list[str] = []
-    led_to: set[str] = set()  # real folders that were read through links
+    led_to = {top}  # and the real folders that were read through links
     images = others = 0
     pending = [("", "", True)]  # name below the folder, real path if behind a link, is a folder
     while pending:
@@ -323,7 +326,11 @@ def _folder_images(folder: Path, report: Report) -> Iterator[_Found]:
                 target = os.path.join(real, entry.name) if real else ""
                 if entry.is_symlink():
                     target = os.path.realpath(entry.path)
-                problem = _why_not_again(target, top, led_to) if target else ""
+                problem = ""
+                if entry.is_symlink() and _holds(target, top):
+                    problem = "link to a folder around it, a loop"
+                elif target in led_to or (entry.is_symlink() and _is_read(target, led_to)):
+                    problem = "folder that is read by another path"
                 if problem:
                     report.skip(problem, entry.path)
                     continue
@@ -379,19 +386,18 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "link that leads nowhere"
 
 
-def _why_not_again(target: str, top: str, led_to: set[str]) -> str:
-    """The reason not to read a real folder that a link has led to; "" if there is none."""
-    if _holds(target, top):
-        return "link to a folder around it, a loop"
-    hidden = any(part.startswith(".") for part in os.path.relpath(target, top).split(os.sep))
-    if (_holds(top, target) and not hidden) or target in led_to:
-        return "link to a folder that is read already"
-    return ""
-
-
 def _holds(folder: str, other: str) -> bool:
     """Whether a real path is a folder's or lies in it."""
     return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_read(target: str, led_to: set[str]) -> bool:
+    """Whether a real folder lies in one of these, and is not hidden there."""
+    while target not in led_to:
+        target, name = os.path.split(target)
+        if not name or name.startswith("."):
+            return False
+    return True
 
 
 def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[_Found]:
