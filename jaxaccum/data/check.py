@@ -166,7 +166,7 @@ def _decodes(source: FileSource, index: int, large: threading.Lock) -> tuple[str
     height, width = source.header(index).size
     try:
         with large if height * width > _LARGE else contextlib.nullcontext():
-            source.image(index)
+            source.image(index, strict=True)
     except DataError as error:
         return str(error), getattr(error.__cause__, "errno", None) is None
     return "", True

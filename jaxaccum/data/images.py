@@ -33,6 +33,13 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
+# MemoryError is Pillow's for sizes that it does not believe.
+_WHAT_DECODERS_RAISE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, SyntaxError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+
+
 class Unreadable(Exception):
     """An image that cannot be used; str() is the reason, worded for a report."""
 
@@ -69,7 +76,9 @@ def read_header(file: str | Path | io.BytesIO) -> Header:
     except FileNotFoundError:
         raise Unreadable("image missing") from None
     except library.DecompressionBombError as error:
-        pixels = next((int(word) for word in str(error).split("(")[-1].split() if word.isdigit()), 0)
+        pixels = next(
+            (int(word) for word in str(error).split("(")[-1].split() if word.isdigit()), 0
+        )
         raise Unreadable(_too_large(f"{pixels:,}")) from error
     except Exception as error:  # whatever Pillow's parsers fail with on bytes that are no image
         if isinstance(error, OSError) and error.strerror:
@@ -139,7 +148,7 @@ def _told_orientation(image: Any) -> tuple[int, str]:
     return 1, "" if unknown else "EXIF orientation that is none of 1 to 8 (image taken as upright)"
 
 
-def decode(data: bytes, name: str, orientation: int = 1) -> Image:
+def decode(data: bytes, name: str, orientation: int = 1, *, strict: bool = False) -> Image:
     """Decodes an image to (H, W, 3) uint8 RGB, upright.
 
     Greyscale is repeated over the channels, alpha is dropped, 16 bits become 8. How much memory
@@ -149,13 +158,16 @@ def decode(data: bytes, name: str, orientation: int = 1) -> Image:
       data: the file's bytes.
       name: its name, for messages.
       orientation: EXIF orientation to undo.
+      strict: for bytes that nobody has decoded before: also finds damage in the midst of them.
 
     Raises:
       DataError: the bytes are damaged or cut off.
     """
     try:
         whole = _require_whole(data)
-    except (ValueError, struct.error, SyntaxError, OSError) as error:
+        if strict:
+            _require_decodable(data)
+    except _WHAT_DECODERS_RAISE as error:
         raise _damaged(name, str(error)) from error
     pixels = None
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -164,12 +176,12 @@ def decode(data: bytes, name: str, orientation: int = 1) -> Image:
     except cv2.error as error:
         raise _damaged(name, str(error.err or error)) from error
     if pixels is None:
-        raise _damaged(name, _why(data))
+        raise _damaged(name, f"no image could be decoded from its {len(data)} bytes")
     return _upright(np.asarray(pixels, np.uint8), orientation)
 
 
 def decode_upright(data: bytes, name: str) -> Image:
-    """As `decode`, with size and orientation from the bytes' own header.
+    """As `decode`, of bytes that nobody has looked at before.
 
     Raises:
       DataError: they are no image, too large, damaged or cut off.
@@ -178,7 +190,7 @@ def decode_upright(data: bytes, name: str) -> Image:
         header = read_header(io.BytesIO(data))
     except Unreadable as reason:
         raise DataError(f"{name}: {reason}", file=name) from reason
-    return decode(data, name, header.orientation)
+    return decode(data, name, header.orientation, strict=True)
 
 
 def read_image(file: str | Path) -> Image:
@@ -188,14 +200,23 @@ def read_image(file: str | Path) -> Image:
       DataError: it is missing, no image, too large, or damaged.
     """
     try:
-        header = read_header(file)
+        _stamp(file)
+        data = Path(file).read_bytes()
     except Unreadable as reason:
         raise DataError(f"{file}: {reason}", file=str(file)) from reason
-    try:
-        data = Path(file).read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}).", file=str(file)) from error
-    return decode(data, str(file), header.orientation)
+    return decode_upright(data, str(file))
+
+
+def _require_decodable(data: bytes) -> None:
+    """Decodes with Pillow what OpenCV fills up with grey, or with what lay in memory before, where
+    its library comes upon an error. PNGs have checksums instead, BMPs nothing to be damaged."""
+    if data.startswith((_PNG, b"BM")):
+        return
+    with _pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
+        image.draft("L", (1, 1))  # of a JPEG, all of it is read and an eighth computed
+        image.load()
 
 
 def _require_whole(data: bytes) -> bytes:
@@ -205,14 +226,13 @@ def _require_whole(data: bytes) -> bytes:
       The bytes to decode: a TIFF's say that it is upright, as OpenCV would turn it.
 
     Raises:
-      ValueError, struct.error, SyntaxError, OSError: bytes are missing or damaged.
+      One of `_WHAT_DECODERS_RAISE`: bytes are missing or damaged.
     """
     if data.startswith(_PNG):
         _require_chunks(data)
     elif data.startswith(b"\xff\xd8"):
         if not data.endswith(b"\xff\xd9"):  # cut off, or with something behind its end
-            with _pillow().open(io.BytesIO(data), formats=("JPEG",)) as image:
-                image.load()
+            _require_decodable(data)
     elif data.startswith(b"BM"):
         _require_rows(data)
     elif data.startswith(b"RIFF"):
@@ -248,49 +268,50 @@ def _require_rows(data: bytes) -> None:
 
 
 def _tiff_to_decode(data: bytes) -> bytes:
-    """A TIFF whose first page is there to its end, without its orientation."""
+    """A TIFF whose first page is there to its end, without its orientation, and with strips that
+    are no longer than the image: OpenCV takes memory for all of a strip."""
     order = "<" if data.startswith(b"II") else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     places = "Q" if big else "I"
     (at,) = struct.unpack_from(order + places, data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    first, step, value = (at + 8, 20, 12) if big else (at + 2, 12, 8)
+    first, step, head = (at + 8, 20, 12) if big else (at + 2, 12, 8)
     tags: dict[int, list[int]] = {}
-    whole: bytes | bytearray = data
+    entries: dict[int, int] = {}
     for entry in range(first, first + count * step, step):
         tag, kind, number = struct.unpack_from(f"{order}HH{places}", data, entry)
-        if tag == _ORIENTATION:
-            whole = bytearray(data)
-            struct.pack_into(f"{order}HH{places}H", whole, entry, tag, 3, 1, 1)
-        elif tag in _TIFF_EXTENTS and kind in _TIFF_KINDS:
-            letter = _TIFF_KINDS[kind]
-            inside = number * struct.calcsize(letter) <= (8 if big else 4)
-            where = entry + value
-            if not inside:
-                (where,) = struct.unpack_from(order + places, data, where)
-            if where + number * struct.calcsize(letter) > len(data):
-                raise ValueError(f"its tag {tag} ends after the file does")
-            tags[tag] = list(struct.unpack_from(f"{order}{number}{letter}", data, where))
-    for starts, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
+        if tag not in _TIFF_TAGS or kind not in _TIFF_KINDS:
+            continue
+        where, length = entry + head, number * struct.calcsize(_TIFF_KINDS[kind])
+        if length > step - head:
+            (where,) = struct.unpack_from(order + places, data, where)
+        if where + length > len(data):
+            raise ValueError(f"its tag {tag} ends after the file does")
+        tags[tag] = list(struct.unpack_from(f"{order}{number}{_TIFF_KINDS[kind]}", data, where))
+        entries[tag] = entry
+    if max(tags.get(_BITS, []), default=1) > 16:
+        raise ValueError(f"they have {max(tags[_BITS])} bits; save it with 8 bits per channel")
+    wide, long = (max(tags.get(tag, []), default=0) for tag in _TILE)
+    if wide * long > _MOST_TILE:
+        raise ValueError(f"tiles of {wide:,} x {long:,} pixels")
+    for starts, lengths in _TIFF_EXTENTS:
         for start, length in zip(tags.get(starts, []), tags.get(lengths, []), strict=False):
             if start + length > len(data):
                 raise ValueError(f"pixels up to byte {start + length:,} of {len(data):,}")
+    whole = bytearray(data)
+    height = max(tags.get(_TIFF_SIZE[1], []), default=1)
+    for tag, kind, told in ((_ORIENTATION, 3, 1), (_ROWS, 4, height)):
+        if max(tags.get(tag, []), default=0) > told:
+            entry, letter = entries[tag], _TIFF_KINDS[kind]
+            struct.pack_into(f"{order}HH{places}{letter}", whole, entry, tag, kind, 1, told)
     return bytes(whole)
 
 
-_TIFF_EXTENTS = (273, 279, 324, 325)
+_BITS, _ROWS, _TILE = 258, 278, (322, 323)  # per sample; per strip; width and length
+_TIFF_EXTENTS = ((273, 279), (324, 325))  # starts and lengths of strips, of tiles
+_TIFF_TAGS = {_ORIENTATION, _TIFF_SIZE[1], _BITS, _ROWS, *_TILE, *sum(_TIFF_EXTENTS, ())}
 _TIFF_KINDS = {3: "H", 4: "I", 16: "Q"}
-
-
-def _why(data: bytes) -> str:
-    """Why OpenCV decoded nothing."""
-    try:
-        with _pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.mode in ("F", "I"):
-                return "they have 32 bits; save it with 8 bits per channel"
-    except Exception:  # as in read_header
-        pass
-    return f"no image could be decoded from its {len(data)} bytes"
+_MOST_TILE = 1 << 24  # pixels
 
 
 def _damaged(name: str, detail: str) -> DataError:
@@ -380,8 +401,8 @@ class FileSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def image(self, index: int) -> Image:
-        """(H, W, 3) uint8 RGB; DataError if the file is gone or damaged."""
+    def image(self, index: int, *, strict: bool = False) -> Image:
+        """(H, W, 3) uint8 RGB; DataError if the file is gone or damaged. strict: as in `decode`."""
         record = self._records[index]
         try:
             with open(record.file, "rb") as opened:
@@ -394,7 +415,7 @@ class FileSource:
                 file=record.file,
             ) from error
         if (told.st_size, told.st_mtime_ns) == record.header.stamp:
-            pixels = decode(data, record.file, record.header.orientation)
+            pixels = decode(data, record.file, record.header.orientation, strict=strict)
         else:  # another file than the one whose header was checked
             pixels = decode_upright(data, record.file)
         if pixels.shape[:2] != record.header.size:

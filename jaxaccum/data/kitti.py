@@ -369,8 +369,9 @@ class KittiSource(FileSource):
     def keep(self, indices: Sequence[int]) -> None:
         """As `FileSource.keep`."""
         super().keep(indices)
-        for parallel in (self._labels, self._cameras, self._objects):
-            parallel[:] = [parallel[i] for i in indices]
+        self._labels = [self._labels[i] for i in indices]
+        self._cameras = [self._cameras[i] for i in indices]
+        self._objects = [self._objects[i] for i in indices]
         assert isinstance(self.report, KittiReport)
         regions = (labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
         self.report.regions = sum(regions)
