@@ -1,4 +1,4 @@
-"""One pass over a data set decodes every image before training, once; what breaks later weighs 0."""
+"""One pass over a data set decodes every image before training, and only once."""
 
 import json
 import os

@@ -159,7 +159,7 @@ def exif_jpeg(kind, value):
     ],
 )
 def test_an_orientation_that_is_none_is_upright_and_counted(
-    tmp_path, kind, value, orientation, noted
+    tmp_path, capsys, kind, value, orientation, noted
 ):
     file = tmp_path / "images" / "train" / "a.jpg"
     file.parent.mkdir(parents=True)
@@ -169,6 +169,8 @@ def test_an_orientation_that_is_none_is_upright_and_counted(
     assert source.image(0).shape == ((60, 40, 3) if orientation == 6 else (40, 60, 3))
     (*reasons,) = source.report.skipped
     assert [("taken as upright" in reason) for reason in reasons] == [True] * noted
+    read_image(file)
+    assert capsys.readouterr().err == "".join(f"note: {file}: {reason}\n" for reason in reasons)
 
 
 # --- memory ---
@@ -227,6 +229,15 @@ def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: no image but a folder, a pipe or a device"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    file = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(file, "wb") as opened:
+        opened.write(grey_png(20, 20)[:-20])
+    with pytest.raises(DataError, match=r"/\\xff\.png: the image's header is readable") as caught:
+        read_image(os.fsdecode(file))
+    str(caught.value).encode()
 
 
 MEASURE = """

@@ -7,9 +7,10 @@ import io
 import os
 import stat
 import struct
+import sys
 import warnings
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import cv2
 import numpy as np
 
 from jaxaccum.data.base import DataError, Image, Objects, Report, identify
+from jaxaccum.data.texts import shown_path
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SMALLEST_SIDE = 10  # pixels; anything less is no picture to learn from
@@ -189,24 +191,28 @@ def decode_upright(data: bytes, name: str) -> Image:
     try:
         header = read_header(io.BytesIO(data))
     except Unreadable as reason:
-        raise DataError(f"{name}: {reason}", file=name) from reason
+        raise DataError(f"{shown_path(name)}: {reason}", file=name) from reason
     return decode(data, name, header.orientation, strict=True)
 
 
 def read_image(file: str | Path) -> Image:
-    """An image file as (H, W, 3) uint8 RGB, upright.
+    """An image file as (H, W, 3) uint8 RGB, upright. What is wrong with its header though it can
+    be used is said on stderr.
 
     Raises:
       DataError: it is missing, no image, too large, or damaged.
     """
+    name = shown_path(file)
     try:
-        _stamp(file)
+        header = read_header(file)
         data = Path(file).read_bytes()
     except Unreadable as reason:
-        raise DataError(f"{file}: {reason}", file=str(file)) from reason
+        raise DataError(f"{name}: {reason}", file=str(file)) from reason
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}).", file=str(file)) from error
-    return decode_upright(data, str(file))
+        raise DataError(f"{name}: cannot be read ({error.strerror}).", file=str(file)) from error
+    if header.note:
+        print(f"note: {name}: {header.note}", file=sys.stderr)
+    return decode(data, str(file), header.orientation, strict=True)
 
 
 def _require_decodable(data: bytes) -> None:
@@ -316,7 +322,7 @@ _MOST_TILE = 1 << 24  # pixels
 
 def _damaged(name: str, detail: str) -> DataError:
     return DataError(
-        f"{name}: the image's header is readable but its pixels are not ({detail}). "
+        f"{shown_path(name)}: the image's header is readable but its pixels are not ({detail}). "
         f"Replace the file with a whole copy, or remove it and its labels from the data set.",
         file=name,
     )
@@ -410,8 +416,8 @@ class FileSource:
                 data = opened.read(MOST_BYTES)
         except OSError as error:
             raise DataError(
-                f"{record.file}: the image was there when the data set was opened and cannot be "
-                f"read now ({error.strerror}). Restore it, or start again without it.",
+                f"{shown_path(record.file)}: the image was there when the data set was opened and "
+                f"cannot be read now ({error.strerror}). Restore it, or start again without it.",
                 file=record.file,
             ) from error
         if (told.st_size, told.st_mtime_ns) == record.header.stamp:
@@ -420,9 +426,9 @@ class FileSource:
             pixels = decode_upright(data, record.file)
         if pixels.shape[:2] != record.header.size:
             raise DataError(
-                f"{record.file}: decoded to {pixels.shape[:2]} (height, width), but its header "
-                f"said {record.header.size} when the data set was opened, and the boxes belong to "
-                f"that size. Save the image again in an ordinary format.",
+                f"{shown_path(record.file)}: decoded to {pixels.shape[:2]} (height, width), but its "
+                f"header said {record.header.size} when the data set was opened, and the boxes "
+                f"belong to that size. Save the image again in an ordinary format.",
                 file=record.file,
             )
         return pixels
