@@ -159,7 +159,7 @@ def detection() -> ml_collections.ConfigDict:
             "images": "",  # of a COCO set: the folder of its images; "" to guess
             "image_size": 640,
             "max_objects": 300,  # room for objects per training sample
-            "on_error": "raise",  # bad label rows: "raise" or "skip" (counted)
+            "on_error": "raise",  # bad labels and images: "raise" or "skip" (counted)
             "cache": "ram",  # keep resized images: "ram" or "none"
             "cache_gib": 4.0,  # most memory for that, the least recently used go first
             "workers": 0,  # loader processes; 0: threads

@@ -245,6 +245,8 @@ def _train(
             """Reads the log of an update while the next one runs; whether it was one."""
             log: dict[str, Any] = {k: v.item() for k, v in jax.device_get(values).items()}
             console.update(int(log["ok"]), samples=this.size_of(number))
+            for line in stream.news():
+                console.line(line) if peers.first else print(line, file=sys.stderr)
             if not log["ok"]:
                 indices = stream.indices(this.samples_before(number), this.size_of(number))
                 _skipped(console, number, indices, log, train_set, config.max_skipped)

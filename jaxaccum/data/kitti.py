@@ -366,6 +366,18 @@ class KittiSource(FileSource):
             ((r.name, r.header.size, r.objects) for r in records), self._labels, self._cameras
         )
 
+    def keep(self, indices: Sequence[int]) -> None:
+        """As `FileSource.keep`."""
+        super().keep(indices)
+        self._labels = [self._labels[i] for i in indices]
+        self._cameras = [self._cameras[i] for i in indices]
+        self._objects = [self._objects[i] for i in indices]
+        assert isinstance(self.report, KittiReport)
+        regions = (labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
+        self.report.regions = sum(regions)
+        images = ((r.name, r.header.size, r.objects) for r in self._records)
+        self.identity = _identify(images, self._labels, self._cameras)
+
     def objects(self, index: int) -> Objects3D:
         """The labelled objects of image `index`; DontCare regions are left out."""
         return self._objects[index]

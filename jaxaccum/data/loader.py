@@ -12,7 +12,7 @@ import numpy as np
 from jaxaccum.data.augment import Augment, Sample, augmented, letterbox, resize_long
 from jaxaccum.data.base import DataError, Image, Source
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.stream import Batch, Place, SampleStream, in_order, suit_process
+from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order, suit_process
 
 _GIB = 1 << 30
 
@@ -39,6 +39,7 @@ class TrainStream(SampleStream):
         close_mosaic_at: int | None = None,
         cache: Literal["ram", "none"] = "ram",
         cache_bytes: int = 2 * _GIB,
+        on_error: OnError = "raise",
     ) -> None:
         """Describes a run's samples; reads nothing yet.
 
@@ -53,6 +54,7 @@ class TrainStream(SampleStream):
           cache: "ram" keeps resized images in memory.
           cache_bytes: most bytes to keep, the least recently used go first; each worker process
             keeps its own share.
+          on_error: as in `SampleStream`; a sample is lost if any image of its mosaic is.
 
         Raises:
           ValueError: an argument is out of range.
@@ -68,7 +70,7 @@ class TrainStream(SampleStream):
                 raise ValueError(f"{name} is {value}, expected at least {lowest}.")
         if cache not in ("ram", "none"):
             raise ValueError(f"cache is {cache!r}, expected 'ram' or 'none'.")
-        super().__init__(len(source), seed)
+        super().__init__(len(source), seed, on_error)
         self._source = source
         self._size = image_size
         self._rows = max_objects
@@ -100,6 +102,7 @@ def eval_batches(
     batch: int,
     max_objects: int | None = None,
     prefetch: int = 2,
+    lost: list[str] | None = None,
 ) -> Iterator[Batch]:
     """The data set once, in order, letterboxed, without augmentation.
 
@@ -110,6 +113,8 @@ def eval_batches(
         index -1.
       max_objects: rows for objects; None takes as many as the fullest image has.
       prefetch: batches to prepare ahead.
+      lost: takes the errors of images that cannot be read; their samples are like those that fill
+        up the last batch. None ends with the first error.
 
     Yields:
       The arrays of a `TrainStream` sample with a leading axis of `batch`, epoch 0, and also
@@ -117,7 +122,7 @@ def eval_batches(
       size (n, 2) float32, the original height and width.
 
     Raises:
-      DataError: an image cannot be read, or has more than max_objects objects.
+      DataError: an image cannot be read, or none can; or one has more than max_objects objects.
       ValueError: an argument is out of range.
     """
     if image_size < 2 or batch < 1 or prefetch < 0:
@@ -127,7 +132,7 @@ def eval_batches(
         )
     rows = room(source, max_objects)
     suit_process()
-    return _evaluated(source, image_size, batch, rows, prefetch)
+    return _evaluated(source, image_size, batch, rows, prefetch, lost)
 
 
 def room(source: Source, max_objects: int | None) -> int:
@@ -149,7 +154,9 @@ def room(source: Source, max_objects: int | None) -> int:
     return rows
 
 
-def _evaluated(source: Source, size: int, batch: int, rows: int, prefetch: int) -> Iterator[Batch]:
+def _evaluated(
+    source: Source, size: int, batch: int, rows: int, prefetch: int, lost: list[str] | None
+) -> Iterator[Batch]:
     def fill(arrays: Batch, row: int, index: int) -> int:
         image, objects = source.image(index), source.objects(index)
         square, ratio, pad = letterbox(image, size)
@@ -167,7 +174,7 @@ def _evaluated(source: Source, size: int, batch: int, rows: int, prefetch: int) 
         arrays["size"] = np.full((batch, 2), size, np.float32)
         return arrays
 
-    return in_order(len(source), batch, empty, fill, prefetch)
+    return in_order(len(source), batch, empty, fill, prefetch, lost)
 
 
 class _ResizedImages(ByteCache[tuple[Image, tuple[int, int]]]):

@@ -21,16 +21,34 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum import host_memory
+from jaxaccum.data.base import DataError
 
 Batch = dict[str, NDArray[Any]]
 Backend = Literal["auto", "grain", "threads"]
+OnError = Literal["raise", "skip"]
+Result = TypeVar("Result")
+
+_LOST_IN_ROW = 16  # samples, at least, that make a data set that is gone and not one with faults
+_TOLD = 3  # lost samples that are told by name; after that they are counted
+
+
+class Outcome(NamedTuple):
+    """What there is to say of a sample that was made.
+
+    Attributes:
+      truncated: things that it had no room for.
+      lost: why it could not be made, or "".
+    """
+
+    truncated: int
+    lost: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +65,17 @@ class SampleStream(abc.ABC):
 
     Attributes:
       truncated: things left out of samples so far because a sample had no room for them.
+      lost: samples so far that could not be read, and got the weight 0.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int, on_error: OnError = "raise") -> None:
         """Describes the order of the samples.
 
         Args:
           length: samples in the data set.
           seed: of the order and of everything random in a sample; not negative.
+          on_error: "raise" ends with the error of a sample that cannot be read; "skip" gives it
+            the weight 0, whatever the geometry, and leaves all other samples as they are.
 
         Raises:
           ValueError: an argument is out of range.
@@ -63,7 +84,12 @@ class SampleStream(abc.ABC):
             raise ValueError(f"a data set of {length} samples; expected at least 1.")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected at least 0.")
-        self.truncated = 0
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
+        self.truncated = self.lost = 0
+        self._lost_in_row = 0
+        self._news: list[str] = []
+        self._on_error = on_error
         self._length = length
         self._seed = seed
         self._lock = threading.Lock()
@@ -114,9 +140,15 @@ class SampleStream(abc.ABC):
 
     def sample(self, position: int) -> Batch:
         """Sample `position` of the run: the arrays of a batch without their leading axis."""
-        sample, truncated = self._counted_sample(position)
-        self._count(truncated)
+        sample, outcome = self._sample(position)
+        self._count([outcome], sys.maxsize)
         return sample
+
+    def news(self) -> list[str]:
+        """Lines about samples lost since this was called before, to be shown to people."""
+        with self._lock:
+            news, self._news = self._news, []
+        return news
 
     def windows(
         self,
@@ -141,10 +173,12 @@ class SampleStream(abc.ABC):
             all sizes must then be alike.
 
         Yields:
-          The arrays of `sample` with a leading axis of sizes[i], or of len(share).
+          The arrays of `sample` with a leading axis of sizes[i], or of len(share). A lost sample
+          has the arrays of another one, and the weight 0.
 
         Raises:
-          DataError: a sample cannot be read.
+          DataError: a sample cannot be read, or, with on_error "skip", as many in a row as an
+            effective batch has (and at least 16).
           ImportError: grain is asked for and not installed.
           ValueError: an argument is out of range.
         """
@@ -177,7 +211,7 @@ class SampleStream(abc.ABC):
     def _threaded(
         self, position: Callable[[int], int], sizes: Iterable[int], prefetch: int
     ) -> Generator[Batch, None, None]:
-        def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
+        def jobs() -> Iterator[tuple[Batch, list[Callable[[], Outcome]]]]:
             done = 0
             for size in sizes:
                 batch = self._empty(size)
@@ -190,9 +224,8 @@ class SampleStream(abc.ABC):
                 )
                 done += size
 
-        for batch, truncated in ahead(jobs(), prefetch):
-            self._count(sum(truncated))
-            yield batch
+        for batch, outcomes in ahead(jobs(), prefetch):
+            yield self._accounted(batch, outcomes)
 
     def _grained(
         self, position: Callable[[int], int], sizes: Iterable[int], workers: int, prefetch: int
@@ -204,10 +237,10 @@ class SampleStream(abc.ABC):
         if not coming:
             return
         options = grain.ReadOptions(
-            num_threads=_threads(), prefetch_buffer_size=max(_threads(), sum(coming))
+            num_threads=thread_count(), prefetch_buffer_size=max(thread_count(), sum(coming))
         )
         positions = grain.MapDataset.range(sys.maxsize).map(position)
-        samples = positions.map(self._counted_sample).to_iter_dataset(options)
+        samples = positions.map(self._sample).to_iter_dataset(options)
         if workers:
             from absl import flags
 
@@ -227,66 +260,128 @@ class SampleStream(abc.ABC):
                 size = coming.popleft()
                 coming.extend(islice(remaining, 1))
                 batch = self._empty(size)
+                outcomes = []
                 for i in range(size):
-                    sample, truncated = next(iterator)
-                    self._count(int(truncated))
+                    sample, outcome = next(iterator)
+                    outcomes.append(Outcome(int(outcome[0]), str(outcome[1])))
                     for key, value in sample.items():
                         batch[key][i] = value
-                yield batch
+                yield self._accounted(batch, outcomes)
         finally:
             iterator.close()
 
-    def _counted_sample(self, position: int) -> tuple[Batch, int]:
+    def _sample(self, position: int) -> tuple[Batch, Outcome]:
         batch = self._empty(1)
-        truncated = self._fill(batch, 0, int(position))
-        return {key: value[0] for key, value in batch.items()}, truncated
+        outcome = self._fill(batch, 0, int(position))
+        return {key: value[0] for key, value in batch.items()}, outcome
 
-    def _fill(self, batch: Batch, row: int, position: int) -> int:
-        """Writes sample `position` into a row of a batch; returns what it had no room for."""
+    def _fill(self, batch: Batch, row: int, position: int) -> Outcome:
+        """Writes sample `position` into a row of a batch, which is as `_empty` made it."""
         epoch, place = divmod(position, self._length)
         index = int(self.order(epoch)[place])
         rng = np.random.Generator(np.random.PCG64([self._seed, epoch, index]))
         batch["index"][row] = index
         batch["epoch"][row] = epoch
-        return self._write(batch, row, Place(position, epoch, index), rng)
+        try:
+            return Outcome(self._write(batch, row, Place(position, epoch, index), rng), "")
+        except DataError as error:
+            if self._on_error == "raise":
+                raise
+            return Outcome(0, str(error))
 
-    def _count(self, truncated: int) -> None:
+    def _accounted(self, batch: Batch, outcomes: Sequence[Outcome]) -> Batch:
+        """A batch whose samples are counted. Lost ones get the arrays of one that is not, as
+        padding does: a blank image, normalised by the statistics of others, can overflow."""
+        self._count(outcomes, max(len(outcomes), _LOST_IN_ROW))
+        lost = [row for row, outcome in enumerate(outcomes) if outcome.lost]
+        if lost and len(lost) < len(outcomes):
+            (whole,) = islice((r for r, outcome in enumerate(outcomes) if not outcome.lost), 1)
+            for key, array in batch.items():
+                if key not in ("weight", "index", "epoch"):
+                    array[lost] = array[whole]
+        return batch
+
+    def _count(self, outcomes: Sequence[Outcome], most: int) -> None:
+        """Counts what samples lacked. Raises DataError once `most` in a row were lost."""
         with self._lock:
-            self.truncated += truncated
+            for truncated, lost in outcomes:
+                self.truncated += truncated
+                self._lost_in_row = self._lost_in_row + 1 if lost else 0
+                if not lost:
+                    continue
+                self.lost += 1
+                if self.lost <= _TOLD or self.lost & (self.lost - 1) == 0:  # then at powers of 2
+                    self._news.append(f"sample left out (weight 0), {self.lost} so far: {lost}")
+                if self._lost_in_row >= most:
+                    raise DataError(
+                        f"{self._lost_in_row} samples in a row could not be read, and data.on_error"
+                        f"=skip is for a few. Is the disk there? The last error: {lost}"
+                    )
 
 
 def in_order(
     length: int,
     batch: int,
     empty: Callable[[], Batch],
-    fill: Callable[[Batch, int, int], int],
+    fill: Callable[[Batch, int, int], object],
     prefetch: int,
+    lost: list[str] | None = None,
 ) -> Iterator[Batch]:
     """A data set of `length` once, in order, in batches; samples of the last that are not filled
     keep the index -1.
 
     Args:
       empty: makes the arrays of a batch, all of weight 0.
-      fill: writes into a batch, at a row, the sample of an index.
+      fill: writes into a batch, at a row, the sample of an index; all of it or, with a DataError,
+        nothing.
+      lost: takes the errors of samples that cannot be read, which are left at weight 0 and index
+        -1; None ends with the first.
+
+    Raises:
+      DataError: a sample cannot be read, or none of them.
     """
 
-    def jobs() -> Iterator[tuple[Batch, list[Callable[[], int]]]]:
+    def tried(arrays: Batch, row: int, index: int) -> str:
+        try:
+            fill(arrays, row, index)
+        except DataError as error:
+            if lost is None:
+                raise
+            return str(error)
+        return ""
+
+    def jobs() -> Iterator[tuple[Batch, list[Callable[[], str]]]]:
         for first in range(0, length, batch):
             arrays = empty()
             arrays["index"][:] = -1
             indices = range(first, min(first + batch, length))
-            yield arrays, [functools.partial(fill, arrays, i, n) for i, n in enumerate(indices)]
+            yield arrays, [functools.partial(tried, arrays, i, n) for i, n in enumerate(indices)]
 
-    for arrays, _ in ahead(jobs(), prefetch):
+    failed = 0
+    for arrays, errors in ahead(jobs(), prefetch):
+        new = [error for error in errors if error]
+        if lost is not None:
+            lost.extend(new)
+        failed += len(new)
+        if failed == length:
+            raise DataError(f"none of {length} samples could be read. The last error: {new[-1]}")
         yield arrays
 
 
+def say_lost(lost: Sequence[str], length: int, what: str) -> None:
+    """Says on stderr what an evaluation of `length` samples had to leave out."""
+    if lost:
+        shown = "".join(f"\n  {error}" for error in lost[:_TOLD])
+        more = f"\n  and {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
+        print(f"{len(lost)} of {length} {what} left out:{shown}{more}", file=sys.stderr)
+
+
 def ahead(
-    jobs: Iterable[tuple[Batch, Sequence[Callable[[], int]]]], prefetch: int
-) -> Iterator[tuple[Batch, list[int]]]:
+    jobs: Iterable[tuple[Batch, Sequence[Callable[[], Result]]]], prefetch: int
+) -> Iterator[tuple[Batch, list[Result]]]:
     """Runs each batch's jobs on threads, up to `prefetch` batches ahead; yields them in order."""
-    pending: deque[tuple[Batch, list[Future[int]]]] = deque()
-    pool = ThreadPoolExecutor(_threads(), thread_name_prefix="samples")
+    pending: deque[tuple[Batch, list[Future[Result]]]] = deque()
+    pool = ThreadPoolExecutor(thread_count(), thread_name_prefix="samples")
     try:
         for batch, work in jobs:
             pending.append((batch, [pool.submit(job) for job in work]))
@@ -298,7 +393,7 @@ def ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(batch: Batch, work: Sequence[Future[int]]) -> tuple[Batch, list[int]]:
+def _finished(batch: Batch, work: Sequence[Future[Result]]) -> tuple[Batch, list[Result]]:
     return batch, [job.result() for job in work]
 
 
@@ -341,5 +436,6 @@ def _end_with_parent(index: int, count: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _threads() -> int:
+def thread_count() -> int:
+    """Threads that read and decode: a few more than processors, as some wait for the disk."""
     return min(16, (os.cpu_count() or 1) + 1)

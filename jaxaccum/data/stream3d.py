@@ -21,7 +21,7 @@ from jaxaccum.data.base import Image
 from jaxaccum.data.cache import ByteCache
 from jaxaccum.data.kitti import Objects3D, Source3D
 from jaxaccum.data.loader import room
-from jaxaccum.data.stream import Batch, Place, SampleStream, in_order, suit_process
+from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order, suit_process
 
 Matrix = NDArray[np.float64]
 Size = tuple[int, int]
@@ -202,6 +202,7 @@ class TrainStream3D(SampleStream):
         compat: bool = False,
         cache: Literal["ram", "none"] = "ram",
         cache_bytes: int = 2 * _GIB,
+        on_error: OnError = "raise",
     ) -> None:
         """Describes a run's samples; reads nothing yet.
 
@@ -217,6 +218,7 @@ class TrainStream3D(SampleStream):
           cache: "ram" keeps resized images in memory.
           cache_bytes: most bytes to keep, the least recently used go first; each worker process
             keeps its own share.
+          on_error: as in `SampleStream`.
 
         Raises:
           ValueError: an argument is out of range.
@@ -231,7 +233,7 @@ class TrainStream3D(SampleStream):
                 raise ValueError(f"{name} is {given}, expected at least {lowest}.")
         if cache not in ("ram", "none"):
             raise ValueError(f"cache is {cache!r}, expected 'ram' or 'none'.")
-        super().__init__(len(source), seed)
+        super().__init__(len(source), seed, on_error)
         self._source = source
         self._size = size
         self._rows = max_objects
@@ -261,6 +263,7 @@ def eval_batches3d(
     batch: int,
     max_objects: int | None = None,
     prefetch: int = 2,
+    lost: list[str] | None = None,
 ) -> Iterator[Batch]:
     """The data set once, in order, letterboxed, without augmentation.
 
@@ -271,6 +274,7 @@ def eval_batches3d(
         index -1.
       max_objects: rows for objects; None takes as many as the fullest image has.
       prefetch: batches to prepare ahead.
+      lost: as `eval_batches` takes it.
 
     Yields:
       The arrays of a `TrainStream3D` sample with a leading axis of `batch`, epoch 0, and also
@@ -278,7 +282,7 @@ def eval_batches3d(
       size (n, 2) float32, the original height and width.
 
     Raises:
-      DataError: an image cannot be read, or has more than max_objects objects.
+      DataError: an image cannot be read, or none can; or one has more than max_objects objects.
       ValueError: an argument is out of range.
     """
     if min(size) < 2 or batch < 1 or prefetch < 0:
@@ -287,11 +291,11 @@ def eval_batches3d(
         )
     rows = room(source, max_objects)
     suit_process()
-    return _evaluated(source, size, batch, rows, prefetch)
+    return _evaluated(source, size, batch, rows, prefetch, lost)
 
 
 def _evaluated(
-    source: Source3D, size: Size, batch: int, rows: int, prefetch: int
+    source: Source3D, size: Size, batch: int, rows: int, prefetch: int, lost: list[str] | None
 ) -> Iterator[Batch]:
     def fill(arrays: Batch, row: int, index: int) -> int:
         image, objects = source.image(index), source.objects(index)
@@ -311,7 +315,7 @@ def _evaluated(
         arrays["size"] = np.tile(np.array(size, np.float32), (batch, 1))
         return arrays
 
-    return in_order(len(source), batch, empty, fill, prefetch)
+    return in_order(len(source), batch, empty, fill, prefetch, lost)
 
 
 class _FittedImages(ByteCache[tuple[Image, Size]]):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxaccum.data.base import DataError, Image, Objects, Report, identify, normalised_objects
-from jaxaccum.data.images import Unreadable, decode, read_header
+from jaxaccum.data.images import Unreadable, decode_upright, read_header
 
 # TFDS writes the boxes of these with the origin at the bottom left, against its own BBoxFeature.
 _UPSIDE_DOWN = frozenset({"kitti"})
@@ -152,7 +152,7 @@ class TfdsSource:
         at, title, _ = self._kept[index]
         pixels = self._records[at]["image"]
         if isinstance(pixels, bytes):
-            return decode(pixels, f"{self.report.where} {title}", _orientation(pixels))
+            return decode_upright(pixels, f"{self.report.where} {title}")
         grey = pixels.shape[2] == 1
         return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if grey else pixels[..., :3])
 
@@ -170,10 +170,6 @@ def _size(image: bytes | Image) -> tuple[int, int]:
         return read_header(io.BytesIO(image)).size
     height, width = image.shape[:2]
     return height, width
-
-
-def _orientation(image: bytes) -> int:
-    return read_header(io.BytesIO(image)).orientation
 
 
 def _title(record: dict[str, Any], default: str) -> str:

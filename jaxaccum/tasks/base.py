@@ -41,6 +41,8 @@ class Stream(Protocol):
 
     def indices(self, start: int, size: int) -> np.ndarray: ...
 
+    def news(self) -> list[str]: ...
+
     def windows(
         self,
         start: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import numpy as np
 from jaxaccum import config as configs
 from jaxaccum import data, draw, models
 from jaxaccum.accumulate import Groups, Objective, Output
+from jaxaccum.data import check
+from jaxaccum.data.stream import say_lost
 from jaxaccum.losses import detection
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.models import yolo
@@ -60,10 +63,11 @@ class DetectionTask:
           DataError: it cannot be used, or has other classes than `names`.
         """
         options = config.data
-        return data.open_source(
+        source = data.open_source(
             options.path, split, val_path=options.val_path, images=options.images,
             on_error=options.on_error, names=names,
         )  # fmt: skip
+        return check.checked(source, options.on_error)
 
     @classmethod
     def create(
@@ -176,6 +180,7 @@ class DetectionTask:
             close_mosaic_at=0 if plain else mosaic_until(config, samples, len(source)),
             cache=config.data.cache,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+            on_error=config.data.on_error,
         )
 
     def facts(self, source: data.Source) -> dict[str, Any]:
@@ -194,7 +199,7 @@ class DetectionTask:
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
         """COCO mAP on a source."""
-        return Evaluator(self, source, config.eval)
+        return Evaluator(self, source, config.eval, config.data.on_error)
 
     def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
         """COCO mAP on the val split, and what that holds."""
@@ -228,9 +233,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, task: DetectionTask, source: data.Source, options: ml_collections.ConfigDict
+        self,
+        task: DetectionTask,
+        source: data.Source,
+        options: ml_collections.ConfigDict,
+        on_error: str = "raise",
     ):
+        """on_error: "skip" leaves out images that cannot be read, and says so."""
         self.task, self.source, self.options = task, source, options
+        self._forgiven = (data.DataError,) if on_error == "skip" else ()
         self._predict = jax.jit(task.predict)
 
     def __call__(
@@ -243,8 +254,9 @@ class Evaluator:
         result = metrics.DetectionMetrics(self.source.names)
         drawn: list[np.ndarray] = []
         pending: Callable[[], None] | None = None
+        lost: list[str] | None = [] if self._forgiven else None
         batches = data.eval_batches(
-            self.source, image_size=self.task.image_size, batch=options.batch
+            self.source, image_size=self.task.image_size, batch=options.batch, lost=lost
         )
         with ThreadPoolExecutor() as pool:
             for batch in batches:
@@ -256,6 +268,7 @@ class Evaluator:
                 )
             if pending is not None:
                 pending()
+        say_lost(lost or [], len(self.source), "images")
         return result.compute(), drawn
 
     def _score(self, pool, batch, output, result, drawn, pictures):
@@ -286,9 +299,10 @@ class Evaluator:
             )
             if len(drawn) < pictures:
                 show = found.scores >= 0.25
-                drawn.append(
-                    draw.draw_detections(
-                        self.source.image(index), found.boxes[show], found.classes[show],
-                        self.source.names, found.scores[show],
-                    )
-                )  # fmt: skip
+                with contextlib.suppress(*self._forgiven):
+                    drawn.append(
+                        draw.draw_detections(
+                            self.source.image(index), found.boxes[show], found.classes[show],
+                            self.source.names, found.scores[show],
+                        )
+                    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import numpy as np
 from jaxaccum import config as configs
 from jaxaccum import data, draw_boxes3d, models
 from jaxaccum.accumulate import Groups, Objective, Output
+from jaxaccum.data import check
+from jaxaccum.data.stream import say_lost
 from jaxaccum.losses import detection
 from jaxaccum.losses import solids as losses
 from jaxaccum.metrics import detection as metrics
@@ -80,7 +83,7 @@ class Detection3DTask:
                 f"{source.report.where} has the classes {', '.join(source.names)}; expected "
                 f"{', '.join(names)}"
             )
-        return source
+        return check.checked(source, options.on_error)
 
     @classmethod
     def create(
@@ -213,6 +216,7 @@ class Detection3DTask:
             source, size=self.size, max_objects=self.max_objects, augment=augment,
             seed=config.seed, compat=self.compat, cache=config.data.cache,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+            on_error=config.data.on_error,
         )  # fmt: skip
 
     def facts(self, source: data.Source3D) -> dict[str, Any]:
@@ -245,7 +249,7 @@ class Detection3DTask:
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source3D) -> Evaluator:
         """KITTI's metrics on a source."""
-        return Evaluator(self, source, config.eval)
+        return Evaluator(self, source, config.eval, config.data.on_error)
 
     def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
         """KITTI's metrics on the val split, and what that holds."""
@@ -329,9 +333,15 @@ class Evaluator:
     """
 
     def __init__(
-        self, task: Detection3DTask, source: data.Source3D, options: ml_collections.ConfigDict
+        self,
+        task: Detection3DTask,
+        source: data.Source3D,
+        options: ml_collections.ConfigDict,
+        on_error: str = "raise",
     ):
+        """on_error: "skip" leaves out images that cannot be read, and says so."""
         self.task, self.source, self.options = task, source, options
+        self._forgiven = (data.DataError,) if on_error == "skip" else ()
         self._predict = jax.jit(task.predict)
         self._truths = [self._in_pixels_of_kitti(source.labels(i)) for i in range(len(source))]
         metric, _ = task.monitor
@@ -351,18 +361,24 @@ class Evaluator:
         """Metrics, and the first `pictures` images with detections of score 0.25 and more."""
         # One device evaluates; weights that lie on all of them would have each do all of it.
         params, stats = jax.device_put((params, stats), jax.local_devices()[0])
+        seen: list[int] = []
         labels: list[kitti.Labels] = []
+        lost: list[str] | None = [] if self._forgiven else None
         pending: Callable[[], None] | None = None
-        batches = data.eval_batches3d(self.source, size=self.task.size, batch=self.options.batch)
+        batches = data.eval_batches3d(
+            self.source, size=self.task.size, batch=self.options.batch, lost=lost
+        )
         with ThreadPoolExecutor() as pool:
             for batch in batches:
                 output = self._predict(params, stats, batch["image"], batch["camera"])
                 if pending is not None:  # the host works on a batch while the device is on the next
                     pending()
+                seen.extend(int(i) for i in batch["index"][batch["weight"] > 0])
                 pending = functools.partial(self._detect, pool, batch, output, labels)
             if pending is not None:
                 pending()
-        truths = self._truths
+        say_lost(lost or [], len(self.source), "images")
+        truths = [self._truths[i] for i in seen]
         enlarged = [self._in_pixels_of_kitti(one) for one in labels]
         result = kitti.evaluate(truths, enlarged)
         loose = kitti.evaluate(truths, enlarged, thresholds=kitti.LOOSE)
@@ -370,7 +386,10 @@ class Evaluator:
             f"loose/{k}": v for k, v in loose.items() if k.startswith(("ap40_bev", "ap40_3d"))
         }
         result |= kitti.errors(truths, enlarged)
-        drawn = [self._drawn(i, labels[i]) for i in range(min(pictures, len(labels)))]
+        drawn = []
+        for index, one in zip(seen[:pictures], labels, strict=False):
+            with contextlib.suppress(*self._forgiven):
+                drawn.append(self._drawn(index, one))
         return result, drawn
 
     def _detect(self, pool, batch, output, labels):

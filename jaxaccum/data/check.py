@@ -1,0 +1,226 @@
+"""One pass over the images of a data set before anything is learned from it: decodes each once.
+
+What was found is kept in the user's cache by path, size and time of modification, so that an
+unchanged set costs nothing the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+from tqdm import tqdm
+
+from jaxaccum import user_cache
+from jaxaccum.data.base import DataError
+from jaxaccum.data.images import FileSource
+from jaxaccum.data.stream import suit_process, thread_count
+
+SKIPPED = "image that cannot be decoded"
+_RULES = 1  # of what is decodable; another number makes what is known be found out again
+_LARGE = 1 << 24  # pixels; images of more are decoded one at a time, or memory would be short
+_AT_ONCE = 16  # images that a thread takes on
+_SHOWN = 5  # errors in a message
+
+Stamp = tuple[int, int]
+AnySource = TypeVar("AnySource")
+
+
+def checked(source: AnySource, on_error: str) -> AnySource:
+    """A source whose every image is known to decode.
+
+    Only images in files are looked at: those of packed sets were decoded when packing, and TFDS
+    keeps checksums of its records.
+
+    Args:
+      source: any; images that do not decode are dropped from it and counted in its report, before
+        its identity is used.
+      on_error: "raise" refuses the data set; "skip" drops.
+
+    Raises:
+      DataError: images do not decode and on_error is "raise"; or none is left.
+    """
+    if not isinstance(source, FileSource):
+        return source
+    broken = _broken(source)
+    if broken and on_error != "skip":
+        raise _refusal(source, broken)
+    if broken:
+        for index in broken:
+            source.report.skip(SKIPPED, source.file(index))
+        source.keep([i for i in range(len(source)) if i not in broken])
+    return source
+
+
+def signature(source: Any) -> str | None:
+    """What tells whether the files of a data set are still the same: "N files, SIZES, TIMES", the
+    latter two hashes of their sizes and times of modification when the source was opened; None
+    for what does not lie in files of its own."""
+    if isinstance(source, FileSource):
+        headers = [source.header(i) for i in range(len(source))]
+        return signature_of(header.stamp for header in headers)
+    return getattr(source, "signature", None)
+
+
+def signature_of(stamps: Iterable[Stamp]) -> str:
+    """The signature of files of these sizes and times, in ns."""
+    listed = list(stamps)
+    hashes = (hashlib.sha256(repr([s[i] for s in listed]).encode()).hexdigest() for i in (0, 1))
+    return ", ".join([f"{len(listed)} files", *(text[:12] for text in hashes)])
+
+
+def changed_since(before: str, now: str) -> str | None:
+    """What to say if the signature of a data set was another before; None if it was not."""
+    if before == now:
+        return None
+    if before.split(", ")[:2] == now.split(", ")[:2]:
+        return (
+            "files have other times of modification than when the run was saved, though the same "
+            "sizes: copied, or changed"
+        )
+    return "files have changed since the run was saved: what is learned from here on is of others"
+
+
+def changed_files(source: Any) -> list[str]:
+    """Files that are no longer as they were when the source was opened; one look at each."""
+    if not isinstance(source, FileSource):
+        return []
+    files = [(source.file(i), source.header(i).stamp) for i in range(len(source))]
+    return [file for file, stamp in files if _stamp(file) != stamp]
+
+
+def _stamp(file: str) -> Stamp | None:
+    try:
+        told = os.stat(file)
+    except OSError:
+        return None
+    return told.st_size, told.st_mtime_ns
+
+
+def _broken(source: FileSource) -> dict[int, str]:
+    """Index -> what is wrong, of the images that do not decode."""
+    files = [os.path.abspath(source.file(i)) for i in range(len(source))]
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    names = [file.removeprefix(root).lstrip(os.sep) for file in files]
+    place = _place(root, source.report.where)
+    known = _load(place)
+    found: dict[str, list[Any]] = {}  # name -> size, time, and what is wrong or ""
+    broken: dict[int, str] = {}
+    unknown = []
+    for index, name in enumerate(names):
+        entry = known.get(name)
+        if entry is None or tuple(entry[:2]) != source.header(index).stamp:
+            unknown.append(index)
+            continue
+        found[name] = entry
+        if entry[2]:
+            broken[index] = entry[2]
+    if not unknown:
+        return broken
+    try:
+        for index, wrong, lasting in _examined(source, unknown):
+            if wrong:
+                broken[index] = wrong
+            if lasting:
+                found[names[index]] = [*source.header(index).stamp, wrong]
+    finally:  # what an interrupted pass has found out need not be found out again
+        _save(place, found)
+    return dict(sorted(broken.items()))
+
+
+def _examined(source: FileSource, indices: Sequence[int]) -> Iterator[tuple[int, str, bool]]:
+    """Decodes images on all cores, with a bar on a terminal if that takes longer than a second.
+
+    Yields:
+      Index, what is wrong or "", and whether that is the file's fault and not the disk's.
+    """
+    large = threading.Lock()
+
+    def examine(part: Sequence[int]) -> list[tuple[int, str, bool]]:
+        return [(index, *_decodes(source, index, large)) for index in part]
+
+    suit_process()
+    parts = [indices[i : i + _AT_ONCE] for i in range(0, len(indices), _AT_ONCE)]
+    pool = ThreadPoolExecutor(thread_count(), thread_name_prefix="check")
+    bar = tqdm(
+        total=len(indices), unit=" images", desc="decoding every image once", delay=1, disable=None
+    )
+    try:
+        for done in as_completed([pool.submit(examine, part) for part in parts]):
+            yield from done.result()
+            bar.update(len(done.result()))
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _decodes(source: FileSource, index: int, large: threading.Lock) -> tuple[str, bool]:
+    height, width = source.header(index).size
+    try:
+        with large if height * width > _LARGE else contextlib.nullcontext():
+            source.image(index, strict=True)
+    except DataError as error:
+        return str(error), getattr(error.__cause__, "errno", None) is None
+    return "", True
+
+
+def _refusal(source: FileSource, broken: Mapping[int, str]) -> DataError:
+    first = next(iter(broken))
+    if len(broken) == 1:
+        text = broken[first]
+    else:
+        shown = list(broken.values())[:_SHOWN]
+        more = f"\n  and {len(broken) - len(shown)} more" if len(broken) > len(shown) else ""
+        text = (
+            f"{source.report.where}: {len(broken)} of {len(source)} images cannot be decoded:\n  "
+            + "\n  ".join(shown)
+            + more
+        )
+    return DataError(
+        f"{text}\nTo leave such images out, set data.on_error=skip.", file=source.file(first)
+    )
+
+
+def _place(root: str, where: str) -> Path:
+    """Where is kept what is known of a data set."""
+    key = hashlib.sha256(f"{root}\0{where}".encode("utf-8", "surrogateescape")).hexdigest()
+    return user_cache.folder() / "images" / f"{key[:24]}.json"
+
+
+def _decoders() -> str:
+    """What decided whether an image decodes."""
+    return f"rules {_RULES}, OpenCV {cv2.__version__}"
+
+
+def _load(place: Path) -> dict[str, list[Any]]:
+    """What is known of a data set: name -> [size, time, what is wrong or ""]. A file that is
+    missing, damaged or of other decoders tells nothing."""
+    try:
+        checksum, _, text = place.read_bytes().partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != checksum:
+            return {}
+        content = json.loads(text)
+        return dict(content["files"]) if content["decoders"] == _decoders() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _save(place: Path, files: Mapping[str, list[Any]]) -> None:
+    """Writes the file in one move. Where that cannot be, the next start has to look again."""
+    text = json.dumps({"decoders": _decoders(), "files": files}).encode()
+    fresh = place.with_name(f"{place.name}.{os.getpid()}.new")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        os.replace(fresh, place)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()

@@ -1,0 +1,359 @@
+"""Images of every format come out upright and whole, or with the reason why not."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from jaxaccum.data import DataError, open_source, read_image
+from jaxaccum.data.images import MOST_PIXELS, Unreadable, decode, read_header
+
+# How a viewer turns what is stored, by EXIF orientation.
+TURNED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: np.swapaxes(a, 0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.swapaxes(a[::-1, ::-1], 0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def picture(height=40, width=60):
+    """Smooth, and no turn or mirror of itself."""
+    out = np.zeros((height, width, 3), np.uint8)
+    out[..., 0] = np.linspace(0, 240, width)
+    out[..., 1] = np.linspace(0, 240, height)[:, None]
+    out[: height // 4, : width // 4, 2] = 200
+    return out
+
+
+def tiff(pixels, orientation, order, big):
+    """An uncompressed TIFF of one strip, little- or big-endian, classic or BigTIFF."""
+    height, width = pixels.shape[:2]
+    data = np.ascontiguousarray(pixels).tobytes()
+    start = 16 if big else 8
+    tags = [
+        (256, 4, width), (257, 4, height), (258, 3, 8), (259, 3, 1), (262, 3, 2), (273, 4, start),
+        (274, 3, orientation), (277, 3, 3), (278, 4, height), (279, 4, len(data)), (284, 3, 1),
+    ]  # fmt: skip
+    place = "Q" if big else "I"
+    mark = b"II" if order == "<" else b"MM"
+    head = mark + (
+        struct.pack(order + "HHHQ", 43, 8, 0, start + len(data))
+        if big
+        else struct.pack(order + "HI", 42, start + len(data))
+    )
+    body = struct.pack(order + ("Q" if big else "H"), len(tags))
+    for tag, kind, value in tags:
+        packed = struct.pack(order + {3: "H", 4: "I"}[kind], value)
+        body += struct.pack(f"{order}HH{place}", tag, kind, 1) + packed.ljust(
+            8 if big else 4, b"\0"
+        )
+    return head + data + body + b"\0" * (8 if big else 4)
+
+
+def saved(file, image, orientation, **options):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, exif=exif, **options)
+
+
+def by_pillow(mode="RGB", **options):
+    return lambda f, a, o: saved(f, PIL.Image.fromarray(a).convert(mode), o, **options)
+
+
+WRITERS = {
+    "jpeg": ("jpg", by_pillow(quality=100, subsampling=0)),
+    "png": ("png", by_pillow()),
+    "webp": ("webp", by_pillow(lossless=True)),
+    "tiff": ("tif", by_pillow()),
+    "tiff-lzw": ("tif", by_pillow(compression="tiff_lzw")),
+    "tiff-zip": ("tif", by_pillow(compression="tiff_adobe_deflate")),
+    "tiff-rgba": ("tif", by_pillow("RGBA")),
+    "tiff-big-endian": ("tif", lambda f, a, o: f.write_bytes(tiff(a, o, ">", False))),
+    "bigtiff": ("tiff", lambda f, a, o: f.write_bytes(tiff(a, o, "<", True))),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_comes_out_upright(tmp_path, kind, orientation):
+    suffix, write = WRITERS[kind]
+    stored = picture()
+    file = tmp_path / f"a.{suffix}"
+    write(file, stored, orientation)
+    expected = TURNED[orientation](stored).astype(int)
+    out = read_image(file)
+    assert read_header(file).size == expected.shape[:2] == out.shape[:2]
+    assert np.abs(out.astype(int) - expected).max() <= (4 if kind == "jpeg" else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_every_mode_of_tiff_comes_out_upright(tmp_path, mode, orientation):
+    black_and_white = np.where(picture() > 120, 255, 0).astype(np.uint8)[..., :1].repeat(3, 2)
+    black_and_white[:10, :15] = 255
+    if mode == "I;16":
+        image = PIL.Image.fromarray(black_and_white[..., 0].astype(np.uint16) * 257)
+    else:
+        image = PIL.Image.fromarray(black_and_white).convert(mode)
+    saved(tmp_path / "a.tif", image, orientation)
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a.tif"), TURNED[orientation](black_and_white)
+    )
+
+
+def test_boxes_of_turned_tiffs_lie_on_their_objects(shared):
+    path = shared / "cases" / "04_tiff_orientation" / "data.yaml"
+    for split in ("train", "val"):
+        source = open_source(str(path), split)
+        for i in range(len(source)):
+            red, green, _ = np.moveaxis(source.image(i).astype(int), -1, 0)
+            rows, columns = np.nonzero((red > 180) & (green < 80))
+            extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            np.testing.assert_allclose(source.objects(i).boxes, [extent], atol=1.01)
+
+
+def yolo(root, *files):
+    """A data set of these image files, all of them labelled alike."""
+    for file in files:
+        label = root / "labels" / "train" / f"{file.stem}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [cat]\n")
+    return str(root / "data.yaml")
+
+
+def exif_jpeg(kind, value):
+    """A JPEG whose EXIF has an orientation of a TIFF type and these four bytes."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture()).save(buffer, "JPEG")
+    entry = struct.pack("<HHI", 0x0112, kind, 1) + value
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0) + bytes(8)
+    plain = buffer.getvalue()
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "orientation", "noted"),
+    [
+        (11, struct.pack("<f", np.inf), 1, True),
+        (11, struct.pack("<f", np.nan), 1, True),
+        (11, struct.pack("<f", 6.0), 6, False),
+        (5, struct.pack("<I", 26), 1, True),  # a fraction: 0 / 0
+        (2, b"6\0\0\0", 1, True),  # text
+        (3, struct.pack("<HH", 9, 0), 1, True),
+        (3, struct.pack("<HH", 0, 0), 1, False),  # cameras write it for "unknown"
+        (4, struct.pack("<I", 6), 6, False),
+        (8, struct.pack("<hH", -6, 0), 1, True),
+        (99, b"\xff" * 4, 1, False),  # no such type: there is no orientation
+    ],
+)
+def test_an_orientation_that_is_none_is_upright_and_counted(
+    tmp_path, capsys, kind, value, orientation, noted
+):
+    file = tmp_path / "images" / "train" / "a.jpg"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(exif_jpeg(kind, value))
+    assert read_header(file).orientation == orientation
+    source = open_source(yolo(tmp_path, file), "train")
+    assert source.image(0).shape == ((60, 40, 3) if orientation == 6 else (40, 60, 3))
+    (*reasons,) = source.report.skipped
+    assert [("taken as upright" in reason) for reason in reasons] == [True] * noted
+    read_image(file)
+    assert capsys.readouterr().err == "".join(f"note: {file}: {reason}\n" for reason in reasons)
+
+
+# --- memory ---
+
+
+def png(width, height, *chunks, depth=8, colour=0):
+    """A PNG of these chunks (kind, content) behind a header with the right checksum."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        body = kind + content
+        out += struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    return out
+
+
+def grey_png(width, height):
+    rows = zlib.compress(b"\0" * (height * (width + 1)), 1)
+    return png(width, height, (b"IDAT", rows))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "said"),
+    [
+        (20_000, 20_000, "400,000,000 pixels"),
+        (12_000, 12_000, "12,000 x 12,000"),
+        (1 << 30, 1 << 30, "1,152,921,504,606,846,976 pixels"),
+        (MOST_PIXELS // 16 + 1, 16, f"{MOST_PIXELS // 16 + 1:,} x 16"),
+    ],
+)
+def test_images_too_large_to_decode_are_refused_by_their_header(tmp_path, width, height, said):
+    file = tmp_path / "images" / "train" / "a.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(png(width, height, (b"IDAT", zlib.compress(b"\0"))))
+    with pytest.raises(Unreadable) as caught:
+        read_header(file)
+    assert said in str(caught.value) and f"{MOST_PIXELS:,}" in str(caught.value)
+    assert "scale it down" in str(caught.value)
+    with pytest.raises(DataError, match=r"a\.png: image of .* pixels, more than"):
+        read_image(file)
+    other = file.with_name("b.png")
+    other.write_bytes(grey_png(20, 20))
+    source = open_source(yolo(tmp_path, file, other), "train")
+    assert [source.name(0), len(source)] == ["b.png", 1]
+    assert list(source.report.skipped) == [str(caught.value)]
+
+
+def test_a_file_too_long_to_be_an_image_is_refused(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(grey_png(20, 20))
+        file.truncate(1 << 40)  # a hole: it takes no disk
+    with pytest.raises(DataError, match="1,099,511,627,776 bytes, more than the 268,435,456"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: no image but a folder, a pipe or a device"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    file = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(file, "wb") as opened:
+        opened.write(grey_png(20, 20)[:-20])
+    with pytest.raises(DataError, match=r"/\\xff\.png: the image's header is readable") as caught:
+        read_image(os.fsdecode(file))
+    str(caught.value).encode()
+
+
+MEASURE = """
+import sys
+from jaxaccum.data import DataError, read_image
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if "VmPeak" in line)
+
+read_image(sys.argv[1])
+before = peak()
+for file in sys.argv[2:]:
+    try:
+        print(read_image(file).shape, (peak() - before) // 1024)
+    except DataError as error:
+        print("DataError", (peak() - before) // 1024, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_file_says_of_its_length_takes_no_memory(tmp_path):
+    """Chunks that say that they are of 1 and 2 GiB, in files of some KiB; and what the largest
+    image that is decoded takes."""
+    small = grey_png(64, 48)
+    (tmp_path / "small.png").write_bytes(small)
+    files = []
+    for byte in (0x40, 0x80):
+        damaged = bytearray(small)
+        damaged[33] = byte  # the length of the chunk behind the header
+        files.append(tmp_path / f"{byte}.png")
+        files[-1].write_bytes(damaged)
+    files.append(tmp_path / "largest.png")
+    files[-1].write_bytes(grey_png(8192, 8192))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, [tmp_path / "small.png", *files])],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    first, second, third = done.stdout.splitlines()
+    for line in (first, second):
+        word, mebibytes, *_ = line.split()
+        assert word == "DataError" and int(mebibytes) < 50, line
+        assert "ends after the file does" in line
+    assert third.startswith("(8192, 8192, 3)") and int(third.split()[-1]) < 500, third
+
+
+def test_the_cases_of_images(shared):
+    """What each of them was: 1 and 2 GiB taken, 1 GiB taken, turned twice, turned by a text, and a
+    traceback."""
+    folder = shared / "cases" / "fuzz" / "d_images"
+    if not folder.is_dir():
+        pytest.skip("these cases are not here")
+    for case in ("00-memory", "01-memory"):
+        with pytest.raises(DataError, match="ends after the file does"):
+            read_image(folder / case / "i16.png")
+    with pytest.raises(DataError, match="13,000 x 13,000 pixels, more than the 67,108,864"):
+        read_image(folder / "02-memory" / "bomb13k_real.png")
+    assert (
+        read_image(folder / "04-silent_wrong" / "exif6.tif").shape[:2]
+        == read_header(folder / "04-silent_wrong" / "exif6.tif").size
+    )
+    text = folder / "05-silent_wrong" / "exif_ascii.jpg"
+    with PIL.Image.open(text) as image:
+        assert read_image(text).shape[1::-1] == image.size
+    infinite = folder / "06-traceback" / "exif_inf.jpg"
+    assert read_header(infinite).orientation == 1
+    with pytest.raises(DataError, match="truncated"):  # that, too
+        read_image(infinite)
+
+
+# --- damage ---
+
+
+def test_an_image_of_32_bits_says_so(tmp_path):
+    for mode in ("F", "I"):
+        PIL.Image.new(mode, (30, 20)).save(tmp_path / f"{mode}.tif")
+        with pytest.raises(DataError, match=r"pixels are not \(they have 32 bits; save it with 8"):
+            read_image(tmp_path / f"{mode}.tif")
+
+
+def encoded(kind, pixels):
+    if kind == "bigtiff":
+        return tiff(pixels, 1, "<", True)
+    buffer = io.BytesIO()
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind.upper(), {})
+    kind, _, compression = kind.partition("-")
+    if compression:
+        options = {"compression": compression}
+    PIL.Image.fromarray(pixels).save(buffer, kind.upper(), **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind", ["jpeg", "png", "bmp", "webp", "tiff", "bigtiff", "tiff-tiff_lzw", "tiff-packbits"]
+)
+def test_no_cut_file_gives_other_pixels(kind):
+    noise = np.random.default_rng(1).integers(0, 255, (30, 40, 3), np.uint8)
+    whole = encoded(kind, noise)
+    expected = decode(whole, "whole")
+    refused = 0
+    cuts = range(60, len(whole), max(len(whole) // 150, 1))
+    for cut in cuts:
+        try:
+            header = read_header(io.BytesIO(whole[:cut]))
+            out = decode(whole[:cut], "cut", header.orientation)
+        except (DataError, Unreadable):
+            refused += 1
+        else:  # what is cut off says nothing of the pixels
+            np.testing.assert_array_equal(out, expected, err_msg=f"{cut} of {len(whole)}")
+    assert refused >= 0.9 * len(cuts)
+
+
+def test_an_image_swapped_for_a_bomb_after_opening_is_refused(tmp_path):
+    file = tmp_path / "images" / "train" / "a.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(grey_png(20, 20))
+    source = open_source(yolo(tmp_path, file), "train")
+    file.write_bytes(png(20_000, 20_000, (b"IDAT", zlib.compress(b"\0"))))
+    with pytest.raises(DataError, match="400,000,000 pixels"):
+        source.image(0)
