@@ -118,6 +118,9 @@ def test_backslashes_separate_folders(tmp_path):
     rows = [{"id": 7, "file_name": "images\\train\\a.png"}, {"id": 9, "file_name": "train\\b.png"}]
     source = open_source(coco(tmp_path, images=rows[:1]), "train")
     assert source.name(0) == "images/train/a.png" and source.image(0).shape == (24, 32, 3)
+    rooted = [{"id": 7, "file_name": "\\train\\a.png"}, {"id": 9, "file_name": ".\\b.png"}]
+    assert len(open_source(coco(tmp_path, images=rooted[:1]), "train")) == 1
+    assert len(open_source(coco(tmp_path, images=rooted[1:], annotations=[]), "train")) == 1
     assert len(open_source(coco(tmp_path, images=rows[1:], annotations=[]), "train")) == 1
     write_image(tmp_path / "images/train/c\\d.png")  # a lawful name elsewhere
     source = open_source(coco(tmp_path, images=[{"id": 7, "file_name": "c\\d.png"}]), "train")

@@ -19,6 +19,7 @@ from jaxaccum.data.kitti import (
     read_calibration,
     write_split,
 )
+from jaxaccum.data.tfds import TfdsSource
 
 CAR = "Car 0.10 1 -1.50 10.00 5.00 30.00 20.00 1.50 1.60 4.00 1.00 1.70 12.00 -1.60"
 REGION = "DontCare -1 -1 -10 1.00 1.00 4.00 4.00 -1 -1 -1 -1000 -1000 -1000 -10"
@@ -550,6 +551,45 @@ def test_tfds_rows_stay_together(tfds, monkeypatch):
     assert "the 1 images that are not 1242 x 375" in source.report.lines()[-1]
     merged = TfdsKittiSource("tfds:kitti", "train", merge=True)
     assert merged.objects(0).classes.tolist() == [3, 0] and merged.identity != source.identity
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds_rows_without_sense_are_counted(tfds, monkeypatch):
+    """A class of -1, TFDS's word for no label, was the last class."""
+    with tfds.testing.mock_data(num_examples=1):
+        features = tfds.builder("kitti").info.features
+    kinds = features["objects"].feature["type"].names
+    places = np.array([[1, 2, 30], [1, np.nan, 30], [1, 2, -3], [1, 2, 40]], np.float32)
+    record = {
+        "image": np.zeros((100, 200, 3), np.uint8),
+        "objects": {
+            "bbox": np.array([[0.1, 0.5, 0.3, 0.75]] * 3 + [[0.1, 0.2, 0.3, 0.4]]),
+            "type": np.array([-1, kinds.index("Van"), kinds.index("Car"), kinds.index("Tram")]),
+            "alpha": np.zeros(4, np.float32),
+            "dimensions": np.ones((4, 3), np.float32),
+            "location": places,
+            "occluded": np.zeros(4, int),
+            "rotation_y": np.zeros(4, np.float32),
+            "truncated": np.zeros(4, np.float32),
+        },
+    }
+    monkeypatch.setattr(
+        "jaxaccum.data.kitti.find_tfds", lambda path, split: ("kitti", "train", features, [record])
+    )
+    source = open_kitti("tfds:kitti", "train")
+    assert [NAMES[c] for c in source.objects(0).classes] == ["Tram"]
+    assert {k: len(v) for k, v in source.report.skipped.items()} == {
+        "unknown type 'class -1'": 1,
+        "object with a number that is not finite": 1,
+        "object that is not before the camera": 1,
+    }
+    record["objects"]["bbox"][3, 0] = np.nan
+    flat = TfdsSource("kitti", "train", features, [record])
+    assert [flat.names[c] for c in flat.objects(0).classes] == ["Van", "Car"]
+    assert {k: len(v) for k, v in flat.report.skipped.items()} == {
+        "class that has no name": 1,
+        "box that is not finite": 1,
+    }
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -186,3 +186,21 @@ def test_damaged_text(folder, on_error):
                 data = bytearray(b" ")
         file.write_bytes(bytes(data))
         opened(file, on_error)
+
+
+def test_cases_of_the_field(shared, folder):
+    """The smallest input of each failure that was found; taken are numbers in texts, and
+    ids that are words."""
+    file = folder / "instances_train.json"
+    cases = sorted((shared / "cases/fuzz/b_coco_json").glob("*/instances_train.json"))
+    assert len(cases) > 10
+    for case in cases:
+        file.write_bytes(case.read_bytes())
+        result = opened(file, (case.parent / "mode.txt").read_text().strip())
+        what = (case.parent / "WHAT.txt").read_text()
+        if "accepted bbox of str" in what:
+            assert list(result.report.skipped) == ["box without area"]
+        elif "'<' not supported between instances of 'str' and 'int'" in what:
+            assert result.names == ("a", "b")
+        else:
+            assert isinstance(result, str), case

@@ -377,7 +377,7 @@ def _place(folder: Path, name: str) -> tuple[str, str]:
     """Where an image of this file name lies, and its name: on Windows \\ separates folders."""
     place = os.path.join(folder, name)
     if "\\" in name and not os.path.isfile(place):
-        name = name.replace("\\", "/")
+        name = name.replace("\\", "/").lstrip("/")
         place = os.path.join(folder, name)
     # A name that is no Unicode is one of bytes: it opens the file, and is escaped elsewhere.
     return place, name.encode("utf-8", "backslashreplace").decode()
