@@ -8,7 +8,6 @@ camera. Pixel coordinates are those of the files; label boxes and P2 share them.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,18 @@ from numpy.typing import NDArray
 
 from jaxaccum.data.base import DataError, Objects, Report, Source, identify
 from jaxaccum.data.images import FileSource, Header, Record, Unreadable, read_header
+from jaxaccum.data.kitti_files import (
+    PICTURES,
+    TEXTS,
+    frame_file,
+    frames_folder,
+    listed,
+    sample,
+)
+from jaxaccum.data.kitti_files import read_calibration as read_calibration
+from jaxaccum.data.kitti_files import write_split as write_split
+from jaxaccum.data.texts import lines as lines_of
+from jaxaccum.data.texts import read_text, shown, shown_path
 from jaxaccum.data.tfds import TfdsSource, find_tfds
 from jaxaccum.metrics import kitti as labels3d  # a module: it imports this package, too
 
@@ -27,7 +38,6 @@ Floats = NDArray[np.float32]
 NAMES = ("Car", "Truck", "Pedestrian", "Cyclist", "Misc", "Van", "Tram", "Person_sitting")
 _MERGED = {"Van": "Car", "Tram": "Truck", "Person_sitting": "Pedestrian"}
 _COLUMNS = ("truncated", "occluded", "alpha", "dimensions", "location", "rotation_y")  # of TFDS
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # P2 of the recording day that most of KITTI is from; its images are 1242 x 375.
 DEFAULT_CAMERA = np.array(
@@ -82,7 +92,7 @@ class KittiReport(Report):
 
     Attributes:
       regions: DontCare regions, which are no objects.
-      note: something to know of its cameras, or "".
+      note: something to know of its lists or cameras, or "".
     """
 
     regions: int = 0
@@ -158,7 +168,8 @@ def objects_of(
     """The objects among labels, with their boxes clipped to the image; counts what it leaves out.
 
     Left out: DontCare regions (not counted), unknown types, duplicates, boxes without area or
-    outside the image, boxes in space without volume.
+    outside the image, boxes in space without volume, objects that are not before the camera.
+    Boxes that reach beyond the image by a pixel and more are counted, too.
 
     Args:
       labels: of one image.
@@ -180,8 +191,10 @@ def objects_of(
             kind, *labels.boxes[i].tolist(), *labels.locations[i].tolist(),
             *labels.dimensions[i].tolist(), float(labels.yaw[i]),
         )  # fmt: skip
-        if label is None:
-            report.skip(f"unknown type {kind!r}", file, line)
+        if not np.isfinite(row[1:]).all():
+            report.skip("object with a number that is not finite", file, line)
+        elif label is None:
+            report.skip(f"unknown type {shown(kind, 40)}", file, line)
         elif row in seen:
             report.skip("duplicate label", file, line)
         elif (labels.boxes[i, 2:] <= labels.boxes[i, :2]).any():
@@ -190,7 +203,11 @@ def objects_of(
             report.skip("box outside the image", file, line)
         elif (labels.dimensions[i] <= 0).any():
             report.skip("object without a 3D box", file, line)
+        elif labels.locations[i, 2] <= 0:
+            report.skip("object that is not before the camera", file, line)
         else:
+            if np.abs(boxes[i] - labels.boxes[i]).max() >= 1:
+                report.skip("part of a box outside the image, clipped", file, line)
             rows.append(i)
             classes.append(label)
         seen.add(row)
@@ -203,105 +220,12 @@ def objects_of(
     )
 
 
-def read_calibration(file: str | Path) -> Floats:
-    """The left colour camera of a KITTI calibration file, its row P2: (3, 4) float32.
-
-    Raises:
-      DataError: naming file, line and fix.
-    """
-    name = str(file)
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_text(name, error) from error
-    for number, line in enumerate(text.splitlines(), 1):
-        key, _, row = line.partition(":")
-        if key.strip() != "P2":
-            continue
-        try:
-            values = [float(v) for v in row.split()]
-        except ValueError:
-            values = []
-        if len(values) != 12 or not all(map(math.isfinite, values)):
-            raise DataError(
-                f"{name}:{number}: expected P2: and 12 numbers (3 rows of 4), found "
-                f"{line.strip()[:60]!r}. Correct the row, or take the file from KITTI's calib.",
-                file=name,
-                line=number,
-            )
-        camera = np.array(values, np.float64).reshape(3, 4)
-        # A camera that mirrors or flattens the world has a determinant that is not positive.
-        if np.linalg.det(camera[:, :3]) <= 0:
-            raise DataError(
-                f"{name}:{number}: P2 is no camera: its left 3 x 3 block has the determinant "
-                f"{np.linalg.det(camera[:, :3]):g}, expected more than 0. Take the file from "
-                f"KITTI's calib.",
-                file=name,
-                line=number,
-            )
-        return camera.astype(np.float32)
-    raise DataError(
-        f"{name}: no row P2, the projection of the left colour camera. Add `P2:` and its 12 "
-        f"numbers, or take the file from KITTI's calib.",
-        file=name,
-    )
-
-
-def write_split(root: str | Path, fraction: float = 0.8, seed: int = 0) -> tuple[Path, Path]:
-    """Writes ImageSets/train.txt and ImageSets/val.txt: a random split of all labelled frames.
-
-    Frames that follow each other in a video are alike, and a random split has them on both sides:
-    for numbers to compare with others', use the lists that they use.
-
-    Args:
-      root: KITTI's folder.
-      fraction: part of the frames that goes to train; at least one goes to each.
-      seed: of the choice.
-
-    Returns:
-      The two files.
-
-    Raises:
-      DataError: one of the lists is there already, or there is nothing to split.
-    """
-    root = Path(root)
-    if not 0 < fraction < 1:
-        raise DataError(f"fraction is {fraction}, expected more than 0 and less than 1.")
-    lists = (root / "ImageSets" / "train.txt", root / "ImageSets" / "val.txt")
-    for file in lists:
-        if file.exists():
-            raise DataError(
-                f"{file}: there is such a list already, and it is not overwritten. Move it away "
-                f"to make another.",
-                file=str(file),
-            )
-    folder = _frames_folder(root)
-    frames = sorted(
-        label.stem
-        for label in (folder / "label_2").glob("*.txt")
-        if _image_file(folder, label.stem) and (folder / "calib" / label.name).is_file()
-    )
-    if len(frames) < 2:
-        raise DataError(
-            f"{folder}: {len(frames)} frames with an image, a label file and a calibration; "
-            f"expected at least 2 to split.",
-            file=str(folder),
-        )
-    count = min(max(round(len(frames) * fraction), 1), len(frames) - 1)
-    chosen = _sample(len(frames), count, seed)
-    lists[0].parent.mkdir(exist_ok=True)
-    for file, part in zip(lists, (chosen, ~chosen), strict=True):
-        kept = [frame for frame, one in zip(frames, part, strict=True) if one]
-        file.write_text("".join(f"{frame}\n" for frame in kept), encoding="utf-8")
-    return lists
-
-
 class KittiSource(FileSource):
     """One split of KITTI's folders. Implements `Source3D`.
 
     The root holds `training/image_2/*.png` (or jpg), `training/label_2/*.txt` and
     `training/calib/*.txt`, or the three folders themselves, and `ImageSets/SPLIT.txt`, a list of
-    frames such as 000123.
+    frames such as 000123; the list may lie beside the folder, as the benchmark ships it.
     """
 
     pixels = 1.0
@@ -335,11 +259,11 @@ class KittiSource(FileSource):
         if on_error not in ("raise", "skip"):
             raise DataError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
         root = Path(root)
-        report = KittiReport(f"{root} ({split})")
-        folder = _frames_folder(root)
-        frames = _listed(root, split, report)
+        report = KittiReport(f"{shown_path(root)} ({split})")
+        folder = frames_folder(root)
+        frames, report.note = listed(root, split, report)
         if fraction < 1:
-            part = _sample(len(frames), max(round(len(frames) * fraction), 1), seed)
+            part = sample(len(frames), max(round(len(frames) * fraction), 1), seed)
             frames = [frame for frame, one in zip(frames, part, strict=True) if one]
         records: list[Record] = []
         self._labels: list[labels3d.Labels] = []
@@ -351,7 +275,9 @@ class KittiSource(FileSource):
                 if on_error != "skip":
                     raise
                 report.skip(
-                    "frame with an error in its labels or calibration", error.file, error.line
+                    "frame with an error in its labels or calibration",
+                    shown_path(error.file),
+                    error.line,
                 )
                 continue
             if found is not None:
@@ -447,7 +373,10 @@ class TfdsKittiSource(TfdsSource):
         height, width = size
         _, x, y, w, h = (rows * [1, width, height, width, height]).T
         labels = labels3d.Labels(
-            kinds=tuple(self._kinds[int(k)] for k in rows[:, 0]),
+            kinds=tuple(
+                self._kinds[int(k)] if 0 <= k < len(self._kinds) else f"class {int(k)}"
+                for k in rows[:, 0]
+            ),
             truncation=columns["truncated"],
             occlusion=columns["occluded"].astype(np.int32),
             alpha=columns["alpha"],
@@ -477,89 +406,33 @@ class TfdsKittiSource(TfdsSource):
         return DEFAULT_CAMERA
 
 
-def _frames_folder(root: Path) -> Path:
-    for folder in (root / "training", root):
-        if (folder / "image_2").is_dir():
-            return folder
-    raise DataError(
-        f"{root}: neither training/image_2 nor image_2 is there. Give the folder that holds "
-        f"KITTI's training/{{image_2,label_2,calib}} and ImageSets.",
-        file=str(root),
-    )
-
-
-def _image_file(folder: Path, frame: str) -> Path | None:
-    files = (folder / "image_2" / f"{frame}{suffix}" for suffix in _SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
-
-
-def _sample(count: int, chosen: int, seed: int) -> NDArray[np.bool_]:
-    """Which of `count` belong to a random sample of `chosen`."""
-    if seed < 0:
-        raise DataError(f"seed is {seed}, expected at least 0.")
-    part = np.zeros(count, bool)
-    part[np.random.Generator(np.random.PCG64(seed)).permutation(count)[:chosen]] = True
-    return part
-
-
-def _listed(root: Path, split: str, report: Report) -> list[str]:
-    """The frames of a list of ImageSets, each once."""
-    listing = root / "ImageSets" / f"{split}.txt"
-    if not listing.is_file():
-        there = sorted(file.stem for file in (root / "ImageSets").glob("*.txt"))
-        raise DataError(
-            f"{listing}: no such list of frames"
-            + (f"; there are {', '.join(there)}" if there else "")
-            + f". Write one frame a line (000123), or make a random train and val list: python -c "
-            f"\"from jaxaccum.data import kitti; kitti.write_split('{root}')\"",
-            file=str(listing),
-        )
-    frames: dict[str, None] = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), 1):
-        frame = line.strip()
-        if frame in frames:
-            report.skip("frame listed again", str(listing), number)
-        elif frame:
-            frames[frame] = None
-    if not frames:
-        raise DataError(f"{listing}: the list is empty. Write one frame a line, such as 000123.")
-    return list(frames)
-
-
 def _read_frame(
     folder: Path, frame: str, report: Report, *, merge: bool
 ) -> tuple[Record, labels3d.Labels, Floats] | None:
     """The image, labels and camera of a frame, or None, counted, if one of them is missing."""
-    image = _image_file(folder, frame)
-    if image is None:
-        report.skip("image missing", str(folder / "image_2" / f"{frame}.png"))
-        return None
-    label, calibration = folder / "label_2" / f"{frame}.txt", folder / "calib" / f"{frame}.txt"
-    for file, reason in ((label, "label file missing"), (calibration, "calibration missing")):
-        if not file.is_file():
-            report.skip(reason, str(file))
+    image = frame_file(folder, "image_2", frame, PICTURES)
+    label = frame_file(folder, "label_2", frame, TEXTS)
+    calibration = frame_file(folder, "calib", frame, TEXTS)
+    for file, reason, usual in (
+        (image, "image missing", f"image_2/{frame}.png"),
+        (label, "label file missing", f"label_2/{frame}.txt"),
+        (calibration, "calibration missing", f"calib/{frame}.txt"),
+    ):
+        if file is None:
+            report.skip(reason, shown_path(folder / usual))
             return None
+    assert image and label and calibration
     try:
         header: Header = read_header(image)
     except Unreadable as problem:
-        report.skip(str(problem), str(image))
+        report.skip(str(problem), shown_path(image))
         return None
-    try:
-        text = label.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_text(str(label), error) from error
+    text = read_text(label)
     labels = labels3d.parse(text, str(label))
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    objects = objects_of(labels, header.size, report, str(label), lines, merge=merge)
-    record = Record(image.name, str(image), header, objects)
-    return record, labels, read_calibration(calibration)
-
-
-def _not_text(file: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        f"{file}: not a text file ({error.reason} at byte {error.start}). Write it as plain text.",
-        file=file,
-    )
+    camera = read_calibration(calibration)
+    lines = [number for number, line in enumerate(lines_of(text), 1) if line.split()]
+    objects = objects_of(labels, header.size, report, shown_path(label), lines, merge=merge)
+    return Record(image.name, str(image), header, objects), labels, camera
 
 
 def _identify(

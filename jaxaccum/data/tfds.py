@@ -127,6 +127,13 @@ class TfdsSource:
     def _read(self, record: dict[str, Any], size: tuple[int, int], title: str) -> Objects:
         """The objects of a record; counts what it leaves out."""
         rows = self._rows(record["objects"], title)
+        known = (rows[:, 0] >= 0) & (rows[:, 0] < len(self.names))
+        finite = np.isfinite(rows).all(axis=1)
+        for _ in range(int((~known).sum())):
+            self.report.skip("class that has no name", title)
+        for _ in range(int((known & ~finite).sum())):
+            self.report.skip("box that is not finite", title)
+        rows = rows[known & finite]
         return normalised_objects(rows, size, self.report, title, [None] * len(rows))
 
     def _rows(self, objects: dict[str, Any], title: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -176,7 +183,9 @@ def _title(record: dict[str, Any], default: str) -> str:
     for key in ("image/filename", "image/file_name", "image/id"):
         if key in record:
             value = record[key]
-            return value.decode() if isinstance(value, bytes) else str(value)
+            return (
+                value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+            )
     return default
 
 

@@ -1,4 +1,4 @@
-"""KITTI's own metrics and files: AP in the image, in bird's-eye view and in 3D, label files.
+"""KITTI's own metrics: AP in the image, in bird's-eye view and in 3D.
 
 Everything is in the camera frame of KITTI: x right, y down, z forward, in metres. A box stands on
 its `location`, the centre of its bottom face; its length lies along (cos yaw, -sin yaw) and its
@@ -10,19 +10,19 @@ al., "Disentangling monocular 3D object detection", ICCV 2019.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxaccum.data.base import DataError
+from jaxaccum.metrics.kitti_labels import DONT_CARE, NO_ALPHA, Labels
+from jaxaccum.metrics.kitti_labels import format as format
+from jaxaccum.metrics.kitti_labels import parse as parse
 
 Matrix = NDArray[np.float64]
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}  # finding these is neither right nor wrong
-DONT_CARE = "DontCare"
 METRICS = ("2d", "bev", "3d")
 # What `evaluate` reports: ap40_2d, ..., aos40, ap11_2d, ..., aos11.
 SCORES = tuple(
@@ -40,7 +40,6 @@ LOOSE: Thresholds = {
     "Pedestrian": (0.5, 0.25, 0.25),
     "Cyclist": (0.5, 0.25, 0.25),
 }
-NO_ALPHA = -10.0  # a detection's alpha where the detector has none
 STEPS = 40  # recall steps: precision is sampled at STEPS + 1 recalls
 
 
@@ -55,152 +54,6 @@ LEVELS: Mapping[str, _Level] = {
     "moderate": _Level(25, 1, 0.30),
     "hard": _Level(25, 2, 0.50),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """All rows of one image's label file, ground truth or detections.
-
-    Attributes:
-      kinds: n KITTI types: "Car", "Van", ..., "DontCare".
-      truncation: (n,) float32, 0 to 1; -1 where unknown.
-      occlusion: (n,) int32, 0 (none) to 3 (unknown); -1 where not given.
-      alpha: (n,) float32 observation angle in radians; -10 where not given.
-      boxes: (n, 4) float32, xyxy in pixels of the original image.
-      dimensions: (n, 3) float32 height, width, length in metres; -1 where not given.
-      locations: (n, 3) float32 x, y, z of the bottom centre in metres; -1000 where not given.
-      yaw: (n,) float32 rotation_y in radians; -10 where not given.
-      scores: (n,) float32, or None for ground truth.
-    """
-
-    kinds: tuple[str, ...]
-    truncation: NDArray[np.float32]
-    occlusion: NDArray[np.int32]
-    alpha: NDArray[np.float32]
-    boxes: NDArray[np.float32]
-    dimensions: NDArray[np.float32]
-    locations: NDArray[np.float32]
-    yaw: NDArray[np.float32]
-    scores: NDArray[np.float32] | None
-
-    def __post_init__(self) -> None:
-        n = len(self.kinds)
-        given = {
-            "truncation": (self.truncation.shape, (n,)),
-            "occlusion": (self.occlusion.shape, (n,)),
-            "alpha": (self.alpha.shape, (n,)),
-            "boxes": (self.boxes.shape, (n, 4)),
-            "dimensions": (self.dimensions.shape, (n, 3)),
-            "locations": (self.locations.shape, (n, 3)),
-            "yaw": (self.yaw.shape, (n,)),
-        }
-        if self.scores is not None:
-            given["scores"] = (self.scores.shape, (n,))
-        wrong = [f"{k} {is_} for {due}" for k, (is_, due) in given.items() if is_ != due]
-        if wrong:
-            raise ValueError(f"Labels of {n} kinds have {', '.join(wrong)}")
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    @property
-    def boxes3d(self) -> Matrix:
-        """(n, 7) height, width, length, x, y, z, yaw: as `iou_bev` and `iou_3d` take them."""
-        columns = [self.dimensions, self.locations, self.yaw[:, None]]
-        return np.concatenate(columns, axis=1).astype(np.float64)
-
-
-def parse(text: str, file: str) -> Labels:
-    """Reads a label file: 15 fields a line, or 16 with a score; empty lines are passed over.
-
-    Args:
-      text: what the file holds.
-      file: its name, for messages.
-
-    Returns:
-      The labels in the file's order. Without any line there are no scores.
-
-    Raises:
-      DataError: naming file and line, on a wrong number of fields, one that is not a finite
-        number, a box with right < left or bottom < top, or scores on some lines only.
-    """
-    kinds: list[str] = []
-    rows: list[list[float]] = []
-    for line, raw in enumerate(text.splitlines(), start=1):
-        fields = raw.split()
-        if not fields:
-            continue
-        where = f"{file}:{line}"
-        if len(fields) not in (15, 16):
-            raise DataError(
-                f"{where}: {len(fields)} fields, but a KITTI label has 15 (type, truncation, "
-                "occlusion, alpha, 4 of the box, 3 dimensions, 3 of the location, rotation_y), "
-                "or 16 with a score",
-                file=file,
-                line=line,
-            )
-        if rows and len(fields) - 1 != len(rows[0]):
-            raise DataError(
-                f"{where}: {len(fields)} fields, but the lines before it have "
-                f"{len(rows[0]) + 1}: give all lines a score or none",
-                file=file,
-                line=line,
-            )
-        try:
-            row = [float(field) for field in fields[1:]]
-        except ValueError as error:
-            raise DataError(
-                f"{where}: {error}; after the type there must be numbers", file=file, line=line
-            ) from None
-        _check_row(row, where, file, line)
-        kinds.append(fields[0])
-        rows.append(row)
-    table = np.array(rows, np.float32) if rows else np.zeros((0, 14), np.float32)
-    return Labels(
-        kinds=tuple(kinds),
-        truncation=table[:, 0],
-        occlusion=table[:, 1].astype(np.int32),
-        alpha=table[:, 2],
-        boxes=table[:, 3:7],
-        dimensions=table[:, 7:10],
-        locations=table[:, 10:13],
-        yaw=table[:, 13],
-        scores=table[:, 14] if table.shape[1] == 15 else None,
-    )
-
-
-def _check_row(row: list[float], where: str, file: str, line: int) -> None:
-    _, occlusion, _, left, top, right, bottom = row[:7]
-    if not np.isfinite(row).all():
-        fault = "a number is not finite"
-    elif occlusion not in (-1, 0, 1, 2, 3):
-        fault = f"occlusion is {occlusion:g}, not one of -1, 0, 1, 2, 3"
-    elif right < left or bottom < top:
-        fault = f"box {row[3:7]} is not left, top, right, bottom"
-    else:
-        return
-    raise DataError(f"{where}: {fault}", file=file, line=line)
-
-
-def format(labels: Labels) -> str:
-    """The text of a label file, which `parse` reads back.
-
-    Pixels and metres get 2 decimals, as in the benchmark's own files; angles and scores get 4.
-    With scores it is a submission: truncation and occlusion, which it does not claim to know, are
-    -1, and the score comes last.
-    """
-    lines = []
-    for i, kind in enumerate(labels.kinds):
-        known = "-1 -1"
-        if labels.scores is None:
-            known = f"{labels.truncation[i]:.2f} {labels.occlusion[i]}"
-        lengths = np.concatenate([labels.boxes[i], labels.dimensions[i], labels.locations[i]])
-        fields = [kind, known, f"{labels.alpha[i]:.4f}", *(f"{value:.2f}" for value in lengths)]
-        fields.append(f"{labels.yaw[i]:.4f}")
-        if labels.scores is not None:
-            fields.append(f"{labels.scores[i]:.4f}")
-        lines.append(" ".join(fields) + "\n")
-    return "".join(lines)
 
 
 def iou_2d(a: ArrayLike, b: ArrayLike) -> Matrix:
