@@ -167,9 +167,9 @@ class Captions:
             wanted = ", as in " + shown(_key(next(iter(found)), compat)) if found else ""
             keys = ", ".join(map(shown, itertools.islice(rows, 3))) or "nothing"
             raise DataError(
-                f"{shown_path(file)}: no caption for any shape of {where}. Expected "
-                f"CATEGORY_NAME in the first column{wanted}; there is {keys}. Without a file, captions are made of the names "
-                "of categories.",
+                f"{shown_path(Path(file))}: no caption for any shape of {where}. Expected "
+                f"CATEGORY_NAME in the first column{wanted}; there is {keys}. Without a file, "
+                "captions are made of the names of categories.",
                 file=str(file),
             )
         report.different = len(numbers)
@@ -252,7 +252,8 @@ def read_captions(file: str | os.PathLike[str], report: Findings | None = None) 
     """Key -> caption of a file of captions, such as Cap3D's (Luo et al. 2023, arXiv:2306.07279).
 
     Text as `texts.read_text` takes it, columns divided by commas: the key, the caption; further
-    columns are not read. Of rows of one key the last counts. A header is a row like others, of a key that no shape has.
+    columns are not read. Of rows of one key the last counts. A header is a row like others, of a
+    key that no shape has.
 
     Args:
       file: *.csv.

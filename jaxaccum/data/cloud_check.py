@@ -70,11 +70,11 @@ class Check:
         unknown = [file for file in stamps if file not in good]
         if unknown:
             try:
-                for file, points, error in _examined(unknown, read, where):
+                for file, count, error in _examined(unknown, read):
                     if error:
                         wrong[file] = error
                     else:
-                        good[file] = points
+                        good[file] = count
             finally:  # what an interrupted pass has found out need not be found again
                 _save(place, {keys[f]: n for f, n in good.items() if stamps[f] is not None})
         unequal = dict[Path, str]()
@@ -136,7 +136,7 @@ class Checked:
 
 
 def _examined(
-    files: Sequence[Path], read: Callable[[Path], int], where: str
+    files: Sequence[Path], read: Callable[[Path], int]
 ) -> Iterable[tuple[Path, int, str]]:
     """Each file with its points, and what is wrong or ""."""
 
@@ -151,8 +151,9 @@ def _examined(
 
     parts = [files[i : i + _AT_ONCE] for i in range(0, len(files), _AT_ONCE)]
     # disable=None: on a terminal only.
-    bar = tqdm(total=len(files), desc=f"checking {where}", unit=" clouds", disable=None,
-               leave=False)  # fmt: skip
+    bar = tqdm(
+        total=len(files), unit=" clouds", desc="reading every cloud once", delay=1, disable=None
+    )
     pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1), thread_name_prefix="check")
     try:
         for found in pool.map(look, parts):

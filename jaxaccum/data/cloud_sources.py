@@ -307,14 +307,6 @@ class PairedClouds:
 def _divided(path: str) -> tuple[Path, str]:
     """FOLDER:BENCHMARK in two; a path without a benchmark has ""."""
     head, colon, tail = path.rpartition(":")
-    if colon and not Path(path).exists() and Path(head).is_dir():
-        return Path(head), tail
-    return Path(path), ""
-
-
-def _divided(path: str) -> tuple[Path, str]:
-    """FOLDER:BENCHMARK in two; a path without a benchmark has ""."""
-    head, colon, tail = path.rpartition(":")
     if colon and not _is_folder(Path(path)) and _is_folder(Path(head)):
         return Path(head), tail
     return Path(path), ""

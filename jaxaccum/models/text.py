@@ -374,7 +374,7 @@ def _config(path: Path) -> dict[str, Any]:
     name, own = shown_path(path), config.get("text_config", config)
     if not isinstance(own, dict):
         raise WeightsError(f"{name}: text_config {shown(own)}, expected a json object")
-    found = _DEFAULTS | own
+    found: dict[str, Any] = _DEFAULTS | own
     act, heads, eps = (found[k] for k in ("hidden_act", "num_attention_heads", "layer_norm_eps"))
     if not isinstance(act, str) or act not in _ACTIVATIONS:
         raise WeightsError(

@@ -219,7 +219,7 @@ def _module_tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
                     yield _named(name, prefix), value
         waiting.extend(
             (f"{_named(name, prefix)}.", child, depth + 1)
-            for name, child in reversed(children.items())
+            for name, child in reversed(list(children.items()))
             if child is not None
         )
 
