@@ -216,6 +216,7 @@ def completion() -> ml_collections.ConfigDict:
             # "" for the embedded shapes, the folder of PCN, or FOLDER:BENCHMARK in the ShapeNet
             # layout: DATA/ShapeNet55-34:ShapeNet-34, ...:Projected_ShapeNet-34_noise
             "path": "",
+            "on_error": "raise",  # clouds that cannot be read: "raise" or "skip" (counted)
             "cache_gib": 2.0,  # most memory for clouds, the least recently used go first
             "workers": 0,  # loader processes; 0: threads
             "prefetch": 2,  # effective batches made ahead

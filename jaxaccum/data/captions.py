@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum.data.base import DataError, Findings
+from jaxaccum.data.texts import read_text, shown, shown_path
 
 Vectors = NDArray[np.float32]
 _FORMAT = "jaxaccum text vectors 1"
@@ -162,12 +164,12 @@ class Captions:
             report.origins[origin] = report.origins.get(origin, 0) + 1
             ids[index] = numbers.setdefault(caption, len(numbers))
         if file and _FROM_FILE not in report.origins:
-            wanted = ", as in " + repr(_key(next(iter(found)), compat)) if found else ""
-            keys = ", ".join(repr(key) for key in list(rows)[:3]) or "nothing"
+            wanted = ", as in " + shown(_key(next(iter(found)), compat)) if found else ""
+            keys = ", ".join(map(shown, itertools.islice(rows, 3))) or "nothing"
             raise DataError(
-                f"{file}: no caption for any shape of {where}. Expected CATEGORY_NAME in the first "
-                f"column{wanted}; there is {keys}. Without a file, captions are made of the names "
-                "of categories.",
+                f"{shown_path(Path(file))}: no caption for any shape of {where}. Expected "
+                f"CATEGORY_NAME in the first column{wanted}; there is {keys}. Without a file, "
+                "captions are made of the names of categories.",
                 file=str(file),
             )
         report.different = len(numbers)
@@ -249,28 +251,19 @@ class Texts:
 def read_captions(file: str | os.PathLike[str], report: Findings | None = None) -> dict[str, str]:
     """Key -> caption of a file of captions, such as Cap3D's (Luo et al. 2023, arXiv:2306.07279).
 
-    UTF-8, columns divided by commas: the key, the caption; further columns are not read. Of rows
-    of one key the last counts. A header is a row like others, of a key that no shape has.
+    Text as `texts.read_text` takes it, columns divided by commas: the key, the caption; further
+    columns are not read. Of rows of one key the last counts. A header is a row like others, of a
+    key that no shape has.
 
     Args:
       file: *.csv.
       report: takes what was left out.
 
     Raises:
-      DataError: it cannot be read, is not UTF-8, or a row has one column.
+      DataError: it cannot be read, is no text, or a row has one column.
     """
     path = Path(file)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read captions: {error.strerror}.", file=str(path)
-        ) from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _error(path, line, f"not UTF-8 ({error.reason}). Save the file as UTF-8") from None
+    text = read_text(path)
     captions: dict[str, str] = {}
     # Strict: else a quote that is not closed takes the rest of the file for one caption.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -278,11 +271,11 @@ def read_captions(file: str | os.PathLike[str], report: Findings | None = None) 
     try:
         for row in reader:
             if len(row) == 1:
-                raise _error(path, start, f"one column, {row[0][:60]!r}, expected KEY,CAPTION")
+                raise _error(path, start, f"one column, {shown(row[0])}, expected KEY,CAPTION")
             if row:
                 key = row[0].strip()
                 if key in captions and report is not None:
-                    report.skip("caption that a later row replaces", str(path), start)
+                    report.skip("caption that a later row replaces", shown_path(path), start)
                 captions[key] = " ".join(row[1].split())
             start = reader.line_num + 1
     except csv.Error as error:
@@ -382,4 +375,4 @@ def _template(source: Named, index: int, shape: str, compat: bool) -> str:
 
 
 def _error(path: Path, line: int, message: str) -> DataError:
-    return DataError(f"{path}:{line}: {message}.", file=str(path), line=line)
+    return DataError(f"{shown_path(path)}:{line}: {message}.", file=str(path), line=line)

@@ -1,15 +1,20 @@
 """Point cloud files: reads pcd, ply and npy, writes ply and npy.
 
 Formats: PCD 0.7 (https://pointclouds.org/documentation/tutorials/pcd_file_format.html), with LZF as
-in liblzf; PLY 1.0 (Turk 1994).
+in liblzf; PLY 1.0 (Turk 1994). What a header says is held against the file's size before memory is
+taken for it.
 """
 
 from __future__ import annotations
 
+import array
 import io
+import itertools
+import math
 import os
 import struct
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum.data.base import DataError
+from jaxaccum.data.texts import number, read_bytes, shown, shown_path, whole_number
 
 Points = NDArray[np.float32]
 
+_LARGEST_FILE = 1 << 32  # bytes
+_LARGEST = 1e18  # coordinate; squared distances of such points fit float32
+_LZF = 88  # bytes out of one, at most: a copy of 264 takes three
+# The header of an npy file is a Python literal, and numpy leaves what that provokes as it is.
+_HEADER_ERRORS = (
+    ValueError, EOFError, SyntaxError, TypeError, LookupError, OverflowError, MemoryError,
+    RecursionError, AttributeError, tokenize.TokenError, struct.error,
+)  # fmt: skip
+_PCD_TYPES = {
+    "F": {2: "f2", 4: "f4", 8: "f8"},
+    "I": {1: "i1", 2: "i2", 4: "i4", 8: "i8"},
+    "U": {1: "u1", 2: "u2", 4: "u4", 8: "u8"},
+}
 _PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
     "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
@@ -56,11 +75,7 @@ def read_cloud(file: str | Path, *, drop_invalid: bool = False) -> Points:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise _error(path, "not a known kind of point cloud; expected *.pcd, *.ply or *.npy")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _error(path, f"cannot be read: {error.strerror}. Check the path") from None
-    points, lines = reader(path, content)
+    points, lines = reader(path, read_bytes(path, limit=_LARGEST_FILE))
     finite = np.isfinite(points).all(axis=1)
     if not finite.all():
         if not drop_invalid:
@@ -74,6 +89,12 @@ def read_cloud(file: str | Path, *, drop_invalid: bool = False) -> Points:
         points = points[finite]
     if not len(points):
         raise _error(path, "no points in it")
+    if (largest := float(np.abs(points).max())) > _LARGEST:
+        raise _error(
+            path,
+            f"a coordinate of {largest:.3g}, expected at most {_LARGEST:g}: squared distances "
+            "would not fit. Check the unit, or get the file again",
+        )
     return points
 
 
@@ -110,70 +131,102 @@ def write_cloud(file: str | Path, points: NDArray[Any]) -> None:
 
 
 def _error(path: Path, message: str, line: int | None = None) -> DataError:
-    where = path if line is None else f"{path}:{line}"
+    where = shown_path(path) if line is None else f"{shown_path(path)}:{line}"
     return DataError(f"{where}: {message}.", file=str(path), line=line)
 
 
+def _float32(values: NDArray[Any]) -> Points:
+    with np.errstate(over="ignore"):  # to infinity, which is refused as such
+        return np.ascontiguousarray(values, np.float32)
+
+
 def _read_npy(path: Path, content: bytes) -> tuple[Points, None]:
-    try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise _error(path, f"damaged or no npy file ({error}). Get it again") from None
-    if not isinstance(array, np.ndarray):
+    # Not np.load, which takes the memory that a header asks for before it looks for the data.
+    if content[:2] == b"PK":
         raise _error(path, "an npz archive, expected one array. Save it with numpy.save")
-    if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
+    file = io.BytesIO(content)
+    headers = {(1, 0): np.lib.format.read_array_header_1_0}
+    try:
+        version = np.lib.format.read_magic(file)
+        read = headers.get(version, np.lib.format.read_array_header_2_0)
+        shape, by_column, dtype = read(file)
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
+            raise ValueError("a shape that cannot be")
+        if dtype.hasobject:
+            raise ValueError("objects of Python, which are not read")
+    except _HEADER_ERRORS as error:
         raise _error(
-            path, f"{array.dtype} of the shape {array.shape}, expected numbers of (n, 3 or more)"
+            path, f"damaged or no npy file ({shown(str(error))[1:-1]}). Get it again"
+        ) from None
+    if len(shape) != 2 or shape[1] < 3 or dtype.kind not in "fiu":
+        raise _error(
+            path,
+            f"{shown(str(dtype))[1:-1]} of the shape {shape}, expected numbers of (n, 3 or more)",
         )
-    return np.ascontiguousarray(array[:, :3], np.float32), None
+    if not shape[0]:
+        return np.zeros((0, 3), np.float32), None
+    size, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
+    if size > there:
+        raise _error(
+            path,
+            f"damaged or no npy file: its header says {shape[0]} rows of {shape[1]}, {size} bytes, "
+            f"and it has {there}. Get it again",
+        )
+    values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    values = values.reshape(shape[::-1]).T if by_column else values.reshape(shape)
+    return _float32(values[:, :3]), None
 
 
 def _read_pcd(path: Path, content: bytes) -> tuple[Points, Sequence[int] | None]:
     header: dict[str, list[str]] = {}
-    at = number = 0
+    at = row = 0
     while "DATA" not in header:
         end = content.find(b"\n", at)
         if end < 0:
             raise _error(path, "no whole pcd header: it ends before DATA. Get the file again")
-        line, at, number = content[at:end].decode("latin-1"), end + 1, number + 1
-        words = line.split()
+        line, at, row = content[at : min(end, at + 2**20)], end + 1, row + 1
+        words = line.decode("latin-1").split()
         if words and not words[0].startswith("#"):
             header[words[0].upper()] = words[1:]
-        if number > 100:
+        if row > 100:
             raise _error(path, "no pcd header in the first 100 lines")
     columns, points = _pcd_columns(path, header)
     kind = " ".join(header["DATA"]).lower()
     if kind == "ascii":
-        return _ascii_points(path, content[at:], number + 1, columns, points, whole=True)
+        return _ascii_points(path, content, at, row + 1, columns, points, whole=True)
     if kind == "binary":
-        return _binary_points(path, content[at:], columns, points, "<"), None
+        return _binary_points(path, content, at, columns, points, "<"), None
     if kind == "binary_compressed":
         return _compressed_points(path, content[at:], columns, points), None
-    raise _error(path, f"DATA {kind}, expected ascii, binary or binary_compressed", number)
+    kind = shown(kind)[1:-1]
+    raise _error(path, f"DATA {kind}, expected ascii, binary or binary_compressed", row)
 
 
 def _pcd_columns(path: Path, header: dict[str, list[str]]) -> tuple[list[Column], int]:
     try:
         names, sizes, types = header["FIELDS"], header["SIZE"], header["TYPE"]
-        counts = [int(c) for c in header.get("COUNT", ["1"] * len(names))]
+        counts = header.get("COUNT", ["1"] * len(names))
         columns = [
-            Column(n, {"F": "f", "I": "i", "U": "u"}[t.upper()] + str(int(s)), c)
+            Column(n, _PCD_TYPES[t.upper()][whole_number(s)], whole_number(c))
             for n, s, t, c in zip(names, sizes, types, counts, strict=True)
         ]
-        for column in columns:
-            np.dtype(column.dtype)
-        if "POINTS" in header:
-            points = int(header["POINTS"][0])
-        else:
-            points = int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
-        if points < 0 or any(c < 0 for c in counts):
-            raise ValueError
-    except (KeyError, ValueError, TypeError, IndexError):
+        told = {k: whole_number(header[k][0]) for k in ("POINTS", "WIDTH", "HEIGHT") if k in header}
+        points = told["POINTS"] if "POINTS" in told else told["WIDTH"] * told["HEIGHT"]
+        if any(n < 0 for n in told.values()) or any(c.width < 0 for c in columns):
+            raise ValueError("a number below 0")
+    except (KeyError, ValueError, IndexError) as error:
+        why = "" if isinstance(error, IndexError) else f" ({shown(str(error))[1:-1]})"
         raise _error(
             path,
-            "a pcd header that makes no sense; expected FIELDS, SIZE, TYPE and COUNT of the same "
-            "length, and POINTS",
+            f"a pcd header that makes no sense{why}; expected FIELDS, SIZE, TYPE and COUNT of the "
+            "same length, and POINTS",
         ) from None
+    if {"WIDTH", "HEIGHT"} <= told.keys() and told["WIDTH"] * told["HEIGHT"] != points:
+        raise _error(
+            path,
+            f"a pcd header that contradicts itself: WIDTH {told['WIDTH']} x HEIGHT "
+            f"{told['HEIGHT']}, but POINTS {points}. Correct it, or get the file again",
+        )
     return columns, points
 
 
@@ -184,105 +237,127 @@ def _coordinates(path: Path, columns: Sequence[Column]) -> list[int]:
     if missing:
         raise _error(
             path,
-            f"no {', '.join(missing)} among its fields {' '.join(c.name for c in columns)}; "
-            f"a cloud needs x, y and z",
+            f"no {', '.join(missing)} among its fields "
+            f"{shown(' '.join(c.name for c in columns))[1:-1]}; a cloud needs x, y and z",
         )
     return [names.index(axis) for axis in "xyz"]
 
 
 def _ascii_points(
-    path: Path, body: bytes, first: int, columns: Sequence[Column], points: int, *, whole: bool
-) -> tuple[Points, Sequence[int]]:
+    path: Path, content: bytes, at: int, first: int, columns: Sequence[Column], points: int,
+    *, whole: bool,
+) -> tuple[Points, Sequence[int]]:  # fmt: skip
     """Parses rows of numbers.
 
     Args:
-      body: the text after what has been read.
-      first: number of its first line.
+      content: the file, of which `at` bytes and the lines before `first` have been read.
       points: rows expected.
       whole: whether the rows are the rest of the file; else what follows them is left alone.
     """
-    rows, lines = list[list[str]](), list[int]()
-    for number, line in enumerate(body.decode("latin-1").split("\n"), first):
-        if len(rows) == points and not whole:
+    axes = _coordinates(path, columns)
+    starts = [0, *itertools.accumulate(column.width for column in columns)]
+    width = starts[-1]
+    x, y, z = (starts[axis] for axis in axes)
+    values, lines = array.array("d"), array.array("q")
+    rows, last = 0, first
+    for line, text in enumerate(_lines(content, at), first):
+        if rows == points and not whole:
             break
-        words = line.split()
-        if words:
-            rows.append(words)
-            lines.append(number)
-    if len(rows) != points:
+        words = text.split()
+        if not words:
+            continue
+        rows, last = rows + 1, line
+        if rows > points:
+            continue
+        if len(words) != width:
+            raise _error(path, f"{len(words)} columns, expected {width}", line)
+        picked = (words[x], words[y], words[z])
+        try:
+            # float() knows 1_0, too; number() is slow.
+            values.extend(map(float if b"_" not in text else _number, picked))
+        except ValueError:
+            for word in picked:
+                try:
+                    _number(word)
+                except ValueError as error:
+                    raise _error(path, str(error), line) from None
+            raise
+        lines.append(line)
+    if rows != points:
         raise _error(
             path,
-            f"{len(rows)} rows of points, but the header says {points}. The file is "
-            f"{'truncated' if len(rows) < points else 'not what it says'}; get it again",
-            lines[-1] if lines else first,
+            f"{rows} rows of points, but the header says {points}. The file is "
+            f"{'truncated' if rows < points else 'not what it says'}; get it again",
+            last,
         )
-    axes = _coordinates(path, columns)
-    starts = np.cumsum([0] + [column.width for column in columns])
-    width = int(starts[-1])
-    for words, number in zip(rows, lines, strict=True):
-        if len(words) != width:
-            raise _error(path, f"{len(words)} columns, expected {width}", number)
-    picked = [int(starts[axis]) for axis in axes]
-    x, y, z = picked
-    try:
-        values = np.array([(w[x], w[y], w[z]) for w in rows], np.float64)
-    except ValueError:
-        for words, number in zip(rows, lines, strict=True):
-            for at in picked:
-                if not _is_number(words[at]):
-                    raise _error(path, f"{words[at]!r} is not a number", number) from None
-        raise
-    with np.errstate(over="ignore"):  # to infinity, which is refused as such
-        return values.reshape(-1, 3).astype(np.float32), lines
+    return _float32(np.asarray(values).reshape(-1, 3)), lines
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def _lines(content: bytes, at: int) -> Iterator[bytes]:
+    """The lines from a byte on, one after the other."""
+    file = io.BytesIO(content)
+    file.seek(at)
+    return iter(file)
 
 
-def _record(columns: Sequence[Column], order: str) -> np.dtype:
-    # Names may repeat (pcd pads with fields called _), so the places are the names.
-    return np.dtype([(str(i), order + c.dtype, (c.width,)) for i, c in enumerate(columns)])
+def _number(word: bytes) -> float:
+    return number(word.decode("latin-1"))
+
+
+def _itemsize(columns: Sequence[Column]) -> int:
+    """Bytes of a point; a number of Python, which no width can make too large."""
+    return sum(int(c.dtype[1:]) * c.width for c in columns)
 
 
 def _binary_points(
-    path: Path, body: bytes, columns: Sequence[Column], points: int, order: str
+    path: Path, content: bytes, at: int, columns: Sequence[Column], points: int, order: str
 ) -> Points:
     axes = _coordinates(path, columns)
-    record = _record(columns, order)
-    if len(body) < points * record.itemsize:
+    size, there = _itemsize(columns), max(len(content) - at, 0)
+    if there < points * size:
         raise _error(
             path,
-            f"truncated: {len(body)} bytes of points, but the header says {points} points of "
-            f"{record.itemsize} bytes. Get the file again",
+            f"truncated: {there} bytes of points, but the header says {points} points of "
+            f"{size} bytes. Get the file again",
         )
-    rows = np.frombuffer(body, record, count=points)
-    return np.stack([rows[str(axis)][:, 0] for axis in axes], axis=1).astype(np.float32)
+    if not points:
+        return np.zeros((0, 3), np.float32)
+    places = [at + _itemsize(columns[:axis]) for axis in axes]
+    values = [
+        np.ndarray((points,), order + columns[axis].dtype, content, place, (size,))
+        for axis, place in zip(axes, places, strict=True)
+    ]
+    with np.errstate(over="ignore"):
+        return np.stack([v.astype(np.float32) for v in values], axis=1)
 
 
 def _compressed_points(path: Path, body: bytes, columns: Sequence[Column], points: int) -> Points:
     axes = _coordinates(path, columns)
-    size = points * _record(columns, "<").itemsize
+    size = points * _itemsize(columns)
     damaged = "damaged or truncated compressed points. Get the file again"
     if len(body) < 8:
         raise _error(path, damaged)
     packed, unpacked = struct.unpack_from("<II", body)
-    if len(body) < 8 + packed or unpacked != size:
-        raise _error(path, damaged)
+    if len(body) < 8 + packed or unpacked != size or size > _LZF * packed:
+        raise _error(
+            path,
+            f"{len(body) - 8} bytes of compressed points, which say they are {packed} and unpack "
+            f"to {unpacked}; the header says {points} points, {size} bytes (one byte can unpack to "
+            f"{_LZF} at most): {damaged}",
+        )
+    if not points:
+        return np.zeros((0, 3), np.float32)
     try:
         plain = _lzf(body[8 : 8 + packed], unpacked)
     except (IndexError, ValueError):
         raise _error(path, damaged) from None
     # One column after the other, each of all points.
-    starts = np.cumsum([0] + [points * c.width * np.dtype(c.dtype).itemsize for c in columns])
     values = [
-        np.frombuffer(plain, "<" + columns[axis].dtype, points, int(starts[axis])) for axis in axes
+        np.frombuffer(plain, "<" + columns[axis].dtype, points, points * _itemsize(columns[:axis]))
+        for axis in axes
     ]
-    return np.stack(values, axis=1).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return np.stack([v.astype(np.float32) for v in values], axis=1)
 
 
 def _lzf(packed: bytes, size: int) -> bytes:
@@ -309,6 +384,8 @@ def _lzf(packed: bytes, size: int) -> bytes:
             piece = out[start : start + length]
             out += piece
             length -= len(piece)
+        if len(out) > size:
+            break
     if len(out) != size:
         raise ValueError(f"{len(out)} bytes, expected {size}")
     return bytes(out)
@@ -322,40 +399,49 @@ class _Element(NamedTuple):
 
 
 def _read_ply(path: Path, content: bytes) -> tuple[Points, Sequence[int] | None]:
-    kind, elements, at, number = _ply_header(path, content)
+    kind, elements, at, row = _ply_header(path, content)
     for element in elements:
         if element.name == "vertex":
             break
         if kind == "ascii":
-            for _ in range(element.rows):
+            for done in range(element.rows):
+                if at >= len(content):
+                    raise _error(
+                        path,
+                        f"{done} rows of {shown(element.name)[1:-1]}, but the header says "
+                        f"{element.rows}. The file is truncated; get it again",
+                        row,
+                    )
                 at = content.find(b"\n", at) + 1 or len(content)
-                number += 1
+                row += 1
         elif element.lists:
-            raise _error(path, f"lists in {element.name} before the vertices. Put vertices first")
+            raise _error(
+                path,
+                f"lists in {shown(element.name)[1:-1]} before the vertices. Put vertices first",
+            )
         else:
-            at += element.rows * _record(element.columns, "<").itemsize
+            at += element.rows * _itemsize(element.columns)
     else:
         raise _error(path, "no element vertex")
     if element.lists:
         raise _error(path, "vertices with lists in them; expected plain numbers")
     if kind == "ascii":
-        return _ascii_points(
-            path, content[at:], number + 1, element.columns, element.rows, whole=False
-        )
+        return _ascii_points(path, content, at, row + 1, element.columns, element.rows, whole=False)
     order = "<" if kind == "binary_little_endian" else ">"
-    return _binary_points(path, content[at:], element.columns, element.rows, order), None
+    return _binary_points(path, content, at, element.columns, element.rows, order), None
 
 
 def _ply_header(path: Path, content: bytes) -> tuple[str, list[_Element], int, int]:
     """The format, the elements, and where the data starts: byte, and lines before it."""
     kind, elements = "", list[_Element]()
-    at = number = 0
+    at = row = 0
     while True:
         end = content.find(b"\n", at)
         if end < 0:
             raise _error(path, "no whole ply header: it ends before end_header. Get it again")
-        line, at, number = content[at:end].decode("latin-1").strip(), end + 1, number + 1
-        if number == 1:
+        text, at, row = content[at : min(end, at + 2**20)], end + 1, row + 1
+        line = text.decode("latin-1").strip()
+        if row == 1:
             if line != "ply":
                 raise _error(path, "not a ply file: it does not start with the line 'ply'", 1)
             continue
@@ -364,13 +450,20 @@ def _ply_header(path: Path, content: bytes) -> tuple[str, list[_Element], int, i
                 pass
             case ["format", ("ascii" | "binary_little_endian" | "binary_big_endian") as kind, _]:
                 pass
-            case ["element", name, count] if count.isdecimal():
-                elements.append(_Element(name, int(count), [], False))
+            case ["element", name, count] if _is_count(count):
+                elements.append(_Element(name, whole_number(count), [], False))
             case ["property", "list", _, _, _] if elements:
                 elements[-1] = elements[-1]._replace(lists=True)
             case ["property", dtype, name] if elements and dtype in _PLY_TYPES:
                 elements[-1].columns.append(Column(name, _PLY_TYPES[dtype]))
             case ["end_header"] if kind:
-                return kind, elements, at, number
+                return kind, elements, at, row
             case _:
-                raise _error(path, f"a ply header with the line {line[:60]!r}", number)
+                raise _error(path, f"a ply header with the line {line[:60]!r}", row)
+
+
+def _is_count(word: str) -> bool:
+    try:
+        return whole_number(word) >= 0
+    except ValueError:
+        return False

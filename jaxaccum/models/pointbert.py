@@ -32,7 +32,8 @@ from jaxaccum.models.point_blocks import (
     settled,
     wide,
 )
-from jaxaccum.models.weights import Weights, WeightsError, from_reference, listed, reference_shapes
+from jaxaccum.models.transfer_report import listed
+from jaxaccum.models.weights import Weights, WeightsError, from_reference, reference_shapes
 
 PyTree = Any
 LAYER_NORM_EPS = 1e-5

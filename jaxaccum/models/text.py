@@ -6,14 +6,14 @@ a CLIP model on disk.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import itertools
-import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from jaxaccum import jax_stand_ins
+from jaxaccum.data import texts
+from jaxaccum.data.base import DataError
+from jaxaccum.data.texts import shown, shown_path
 from jaxaccum.models.weights import WeightsError
 
 Vectors = NDArray[np.float32]
@@ -158,14 +161,9 @@ class ClipText:
         """
         self.name = f"clip{'-projected' if projected else ''}:{folder}"
         self._folder, self._projected = folder, projected
-        config = _read_json(folder / "config.json")
-        self._config = _DEFAULTS | config.get("text_config", config)
-        if self._config["hidden_act"] not in _ACTIVATIONS:
-            raise WeightsError(
-                f"{folder}/config.json: hidden_act {self._config['hidden_act']!r}, expected one of "
-                f"{', '.join(_ACTIVATIONS)}"
-            )
+        self._config = _config(folder / "config.json")
         self._files = _tensors(folder)
+        self._layers = self._checked_shapes()
         key = "text_projection.weight" if projected else "text_model.final_layer_norm.weight"
         self.width = int(self._shape(key)[0])
         digest = hashlib.sha256(f"clip 1 {projected}".encode())
@@ -179,9 +177,8 @@ class ClipText:
 
     def describe(self) -> str:
         """What it is, in one line."""
-        layers = sum(key.endswith("layer_norm1.weight") for key in self._files)
         return (
-            f"text encoder {self.name}: CLIP, {layers} layers, width {self.width}, "
+            f"text encoder {self.name}: CLIP, {self._layers} layers, width {self.width}, "
             f"{'after' if self._projected else 'before'} the projection"
         )
 
@@ -213,7 +210,6 @@ class ClipText:
 
     def _encode_tokens(self, ids: np.ndarray, ends: np.ndarray) -> Vectors:
         weights = self._weights = self._weights or self._read()
-        layers = sum(key.endswith("layer_norm1.weight") for key in weights)
         heads, eps = self._config["num_attention_heads"], self._config["layer_norm_eps"]
         scale, bias = (weights[f"text_model.final_layer_norm.{k}"] for k in ("weight", "bias"))
         found = []
@@ -223,7 +219,7 @@ class ClipText:
             # All batches have one shape, for which the layer is compiled once.
             part = np.pad(part, ((0, _BATCH - count), (0, 0)), mode="edge")
             x = weights[_TOKENS][part] + weights[_POSITIONS][: part.shape[1]]
-            for layer in range(layers):
+            for layer in range(self._layers):
                 prefix = f"text_model.encoder.layers.{layer}."
                 own = {
                     k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)
@@ -238,16 +234,67 @@ class ClipText:
     def _shape(self, key: str) -> tuple[int, ...]:
         if key not in self._files:
             raise WeightsError(f"{self._folder}: no {key!r} in its weights: not a CLIP model")
-        with safe_open(self._files[key], framework="numpy") as file:
+        with _opened(self._files[key]) as file:
             return tuple(file.get_slice(key).get_shape())
+
+    def _checked_shapes(self) -> int:
+        """The number of layers.
+
+        Raises:
+          WeightsError: a tensor is missing, or its shape does not fit the others.
+        """
+        named = (re.match(r"text_model\.encoder\.layers\.(\d{1,4})\.", key) for key in self._files)
+        layers = 1 + max((int(found[1]) for found in named if found), default=-1)
+        # Of a shape the first letter is looked up, and those met before have to be the same.
+        sizes: dict[str, int] = {}
+        wanted = {_TOKENS: "VD", _POSITIONS: "LD"}
+        wanted |= {f"text_model.final_layer_norm.{k}": "D" for k in ("weight", "bias")}
+        for layer in range(layers):
+            wanted |= {f"text_model.encoder.layers.{layer}.{k}": v for k, v in _LAYER.items()}
+        if self._projected:
+            wanted["text_projection.weight"] = "PD"
+        for key, letters in wanted.items():
+            shape = self._shape(key)
+            fits = len(shape) == len(letters) and all(
+                size > 0 and sizes.setdefault(letter, size) == size
+                for letter, size in zip(letters, shape, strict=True)
+            )
+            if not fits:
+                expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+                raise WeightsError(
+                    f"{shown_path(self._files[key])}: {key!r} has the shape {shape}, expected "
+                    f"({expected}): not a CLIP model"
+                )
+        heads = self._config["num_attention_heads"]
+        if sizes["D"] % heads:
+            raise WeightsError(
+                f"{shown_path(self._folder)}/config.json: num_attention_heads {heads}, which do "
+                f"not divide the width {sizes['D']}"
+            )
+        return layers
 
     def _read(self) -> dict[str, jax.Array]:
         """The weights of the text half, float32."""
         weights = {}
         for path in sorted(set(self._files.values())):
-            with safe_open(path, framework="numpy") as file:
+            with _opened(path) as file:
                 for key in (key for key, of in self._files.items() if of == path):
-                    weights[key] = jnp.asarray(file.get_tensor(key).astype(np.float32))
+                    try:
+                        value = file.get_tensor(key)
+                    except (TypeError, AttributeError, ValueError) as error:
+                        raise WeightsError(
+                            f"{shown_path(path)}: {key!r} cannot be read ({error})"
+                        ) from None
+                    if value.dtype.kind != "f" and value.dtype != jnp.bfloat16:
+                        raise WeightsError(
+                            f"{shown_path(path)}: {key!r} holds {value.dtype}, expected numbers "
+                            "with fractions"
+                        )
+                    weights[key] = jnp.asarray(value.astype(np.float32))
+                    if not bool(jnp.isfinite(weights[key]).all()):
+                        raise WeightsError(
+                            f"{shown_path(path)}: {key!r} holds values that are not finite"
+                        )
         return weights
 
     def _open_tokenizer(self) -> Any:
@@ -262,9 +309,16 @@ class ClipText:
         try:
             tokenizer = package.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing more specific
-            raise WeightsError(f"{file}: not a tokenizer ({error})") from None
+            raise WeightsError(
+                f"{shown_path(file)}: not a tokenizer ({shown(str(error))[1:-1]})"
+            ) from None
         if tokenizer.token_to_id(_END) is None:
             raise WeightsError(f"{file}: it has no token {_END}, which every CLIP has")
+        if tokenizer.get_vocab_size() > self._shape(_TOKENS)[0]:
+            raise WeightsError(
+                f"{shown_path(file)}: {tokenizer.get_vocab_size()} tokens, but the model knows "
+                f"{self._shape(_TOKENS)[0]}: they are not of one model"
+            )
         tokenizer.no_padding()
         tokenizer.enable_truncation(self._shape(_POSITIONS)[0])
         return tokenizer
@@ -272,6 +326,13 @@ class ClipText:
 
 _TOKENS = "text_model.embeddings.token_embedding.weight"
 _POSITIONS = "text_model.embeddings.position_embedding.weight"
+# Shapes of a layer's tensors: of the width D, of the layer within its MLP F.
+_LAYER = {
+    **{f"layer_norm{n}.{k}": "D" for n in (1, 2) for k in ("weight", "bias")},
+    **{f"self_attn.{n}_proj.weight": "DD" for n in ("q", "k", "v", "out")},
+    **{f"self_attn.{n}_proj.bias": "D" for n in ("q", "k", "v", "out")},
+    "mlp.fc1.weight": "FD", "mlp.fc1.bias": "F", "mlp.fc2.weight": "DF", "mlp.fc2.bias": "D",
+}  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "eps", "activation"))
@@ -307,21 +368,52 @@ def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Ar
     return (x - mean) * jax.lax.rsqrt(variance + eps) * scale + bias
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """What the config says of the text half, checked."""
+    config = _read_json(path)
+    name, own = shown_path(path), config.get("text_config", config)
+    if not isinstance(own, dict):
+        raise WeightsError(f"{name}: text_config {shown(own)}, expected a json object")
+    found: dict[str, Any] = _DEFAULTS | own
+    act, heads, eps = (found[k] for k in ("hidden_act", "num_attention_heads", "layer_norm_eps"))
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        raise WeightsError(
+            f"{name}: hidden_act {shown(act)}, expected one of {', '.join(_ACTIVATIONS)}"
+        )
+    if type(heads) is not int or not 0 < heads < 10_000:
+        raise WeightsError(f"{name}: num_attention_heads {shown(heads)}, expected a number above 0")
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise WeightsError(f"{name}: layer_norm_eps {shown(eps)}, expected a number in 0 to 1")
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of safetensors."""
+    name = shown_path(path)
+    if not path.is_file():
+        raise WeightsError(f"{name}: no such file, but the model's index names it")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise WeightsError(f"{name} is damaged or cut short: {error}") from None
+    except OSError as error:
+        raise WeightsError(f"cannot read {name}: {error.strerror}") from None
+
+
 def _tensors(folder: Path) -> dict[str, Path]:
     """Key -> file of the tensors of the text half."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        try:
-            with safe_open(single, framework="numpy") as file:
-                files = dict.fromkeys(file.keys(), single)
-        except SafetensorError as error:
-            raise WeightsError(f"{single} is damaged or cut short: {error}") from None
+        with _opened(single) as file:
+            files = dict.fromkeys(file.keys(), single)
     elif index.is_file():
-        files = {key: folder / name for key, name in _read_json(index)["weight_map"].items()}
+        files = _parts(index)
     else:
         raise WeightsError(
-            f"{folder}: no model.safetensors. Expected a CLIP model in Hugging Face's layout: "
-            "config.json, tokenizer.json, model.safetensors"
+            f"{shown_path(folder)}: no model.safetensors. Expected a CLIP model in Hugging Face's "
+            "layout: config.json, tokenizer.json, model.safetensors"
         )
     # Older models keep the numbers of the positions, too.
     return {
@@ -331,23 +423,44 @@ def _tensors(folder: Path) -> dict[str, Path]:
     }
 
 
+def _parts(index: Path) -> dict[str, Path]:
+    """Key -> file of a model in parts."""
+    name, found = shown_path(index), _read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise WeightsError(f"{name}: weight_map is {shown(found)}, expected key: file")
+    for key, part in found.items():
+        if not isinstance(part, str) or not part or re.search(r"[/\\\0]", part):
+            raise WeightsError(f"{name}: {shown(key)} is in {shown(part)}, no name of a file")
+    there = dict[str, set[str]]()
+    for part in sorted(set(found.values())):
+        with _opened(index.parent / part) as file:
+            there[part] = set(file.keys())
+    for key, part in found.items():
+        if key not in there[part]:
+            raise WeightsError(f"{name}: {shown(key)} is not in {part}, where it should be")
+    return {key: index.parent / part for key, part in found.items()}
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return texts.read_bytes(path)
+    except DataError as error:
         raise WeightsError(
-            f"cannot read {path}: {error.strerror}. Expected a CLIP model in Hugging Face's "
-            "layout: config.json, tokenizer.json, model.safetensors"
+            f"{error} Expected a CLIP model in Hugging Face's layout: config.json, "
+            "tokenizer.json, model.safetensors"
         ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise WeightsError(f"{path}: not json ({error})") from None
+        found = texts.read_json(path)
+    except DataError as error:
+        raise WeightsError(
+            f"{error} Expected a CLIP model in Hugging Face's layout: config.json, "
+            "tokenizer.json, model.safetensors"
+        ) from None
     if not isinstance(found, dict):
-        raise WeightsError(f"{path}: expected a json object")
+        raise WeightsError(f"{shown_path(path)}: expected a json object")
     return found
 
 

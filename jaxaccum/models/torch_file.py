@@ -1,19 +1,18 @@
 """Weights out of .pt and .safetensors files, without PyTorch and without running what is in them.
 
-A .pt file is a zip archive: a pickle that describes objects, and the raw bytes of the tensors. A
-pickle is a program, and Python's own `pickle` carries out whatever it calls. The small machine
-here instead builds descriptions: an object becomes a `Record`, a tensor a `Tensor`, the few calls
-that describe these are functions of this file, and a file that names anything else is refused.
+A .pt file is a zip archive: a pickle that describes objects, see `torch_pickle`, and the raw bytes
+of the tensors. What is read of a file is bounded by its size.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import pickletools
+import os
 import re
+import stat
+import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,82 +20,31 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxaccum.data.texts import shown, shown_path
+from jaxaccum.models.torch_pickle import (
+    DTYPES,
+    MAX_PICKLE,
+    Global,
+    Record,
+    Storage,
+    Tensor,
+    unpickle,
+    word_of,
+)
 from jaxaccum.models.weights import Weights, WeightsError, names_from
 
-_MAX_PICKLE = 64 * 2**20
+__all__ = ["Archive", "Global", "Record", "Storage", "Tensor", "read", "unpickle", "without_prefix"]
+
 _MAX_MODULES = 100_000
+_MAX_VISITS = 1_000_000  # of entries of modules
 _MAX_DEPTH = 100
 _MAX_KEY = 1000
-
-_DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(name)
-    for name in ("float16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32",
-                 "int64", "uint16", "uint32", "uint64")
-}  # fmt: skip
-_DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
-_STORAGES = {
-    "torch.HalfStorage": "float16", "torch.BFloat16Storage": "bfloat16",
-    "torch.FloatStorage": "float32", "torch.DoubleStorage": "float64",
-    "torch.BoolStorage": "bool", "torch.ByteStorage": "uint8", "torch.CharStorage": "int8",
-    "torch.ShortStorage": "int16", "torch.IntStorage": "int32", "torch.LongStorage": "int64",
-    "torch.UntypedStorage": "uint8", "torch.storage.UntypedStorage": "uint8",
-}  # fmt: skip
-
-# Classes whose objects are kept as descriptions; none of their code is known here.
-_INERT_PREFIXES = ("ultralytics.", "torch.nn.")
-_INERT = {
-    "argparse.Namespace", "collections.defaultdict", "datetime.date", "datetime.datetime",
-    "datetime.timedelta", "datetime.timezone", "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "torch.Tensor",
-    "types.SimpleNamespace", "utils.metrics.Metrics",
-    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
-      for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
-    *(f"torch.{name}" for name in _DTYPES),
-    *_STORAGES,
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Global:
-    """A name that a pickle asked for; nothing was imported."""
-
-    name: str
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class Record:
-    """The description of an object.
-
-    Attributes:
-      kind: its class, as a dotted name.
-      args: what it was made from.
-      state: its attributes.
-      items: what it holds, if its class is a container.
-    """
-
-    kind: str
-    args: tuple
-    state: dict[str, Any] = dataclasses.field(default_factory=dict)
-    items: list[Any] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """Raw elements: the archive's member data/KEY, `size` of a dtype."""
-
-    key: str
-    dtype: str
-    size: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tensor:
-    """A strided view of a storage; offset and strides in elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+# What a damaged archive or header provokes in the libraries that read them; among them
+# NotImplementedError (packed in a way unknown here) and UnicodeDecodeError.
+_DAMAGE = (
+    zipfile.BadZipFile, SafetensorError, OSError, RuntimeError, EOFError, ValueError, TypeError,
+    LookupError, ArithmeticError, struct.error, MemoryError,
+)  # fmt: skip
 
 
 def read(path: Path) -> Weights:
@@ -108,27 +56,40 @@ def read(path: Path) -> Weights:
     Raises:
       WeightsError: it cannot be read, or asks for something that weights do not need.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
+    name = shown_path(path)
+    start = _start(path)
     try:
         if start[:4] == b"PK\x03\x04":
             return _read_zip(path)
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path} is damaged or cut short: {error}") from error
+        raise WeightsError(f"{name}: {error}") from None
+    except _DAMAGE as error:
+        raise WeightsError(f"{name} is damaged or cut short: {str(error)[:200]}") from error
     # Before the zip format (PyTorch 1.6): a tar archive, or a pickled magic number.
     if start[2:14] == b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19" or b"ustar" in _peek(path, 257, 5):
         raise WeightsError(
-            f"{path} is in PyTorch's format of before version 1.6: load it in PyTorch and save its "
+            f"{name} is in PyTorch's format of before version 1.6: load it in PyTorch and save its "
             "state dict again with torch.save, or as safetensors"
         )
-    raise WeightsError(f"{path} is neither a .pt file of PyTorch 1.6 or later nor .safetensors")
+    raise WeightsError(f"{name} is neither a .pt file of PyTorch 1.6 or later nor .safetensors")
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a regular file; of a pipe one would wait for ever."""
+    name = shown_path(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            kind = "a folder" if path.is_dir() else "a pipe or a device"
+            raise WeightsError(f"{name}: {kind}, expected a file of weights")
+        return _peek(path, 0, 16)
+    except OSError as error:
+        raise WeightsError(f"cannot read {name}: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"cannot read {name}: {error}") from None  # a NUL in the path
 
 
 def _peek(path: Path, at: int, count: int) -> bytes:
@@ -143,14 +104,20 @@ def _read_safetensors(path: Path) -> Weights:
         state = {}
         for key in file.keys():  # noqa: SIM118 not a mapping
             try:
-                state[key] = _plain(file.get_tensor(key))
+                value = file.get_tensor(key)
             except (TypeError, AttributeError):
+                value = np.zeros(0, object)
+            except (ValueError, OverflowError) as error:  # a shape of 0 times too much
+                raise WeightsError(f"{shown(key)} is damaged: {error}") from None
+            if value.dtype.kind not in "biuf" and value.dtype != ml_dtypes.bfloat16:
                 kind = file.get_slice(key).get_dtype()
-                raise WeightsError(f"{key!r} holds {kind}, which is not supported") from None
+                raise WeightsError(f"{shown(key)} holds {kind}, which is not supported")
+            state[key] = _plain(value)
     size = facts.get("image_size", "")
     return Weights(
-        without_prefix(state), names_from(facts.get("names")), facts.get("model", ""),
-        f"{path.name}, a state dict", int(size) if size.isdecimal() else None,
+        without_prefix(state), names_from(facts.get("names")), facts.get("model", "")[:100],
+        f"{shown_path(path.name)}, a state dict",
+        int(size) if re.fullmatch("[0-9]{1,6}", size) else None,
     )  # fmt: skip
 
 
@@ -178,7 +145,8 @@ def without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _read_zip(path: Path) -> Weights:
     with Archive(path) as archive:
         root = archive.load()
-        origin = f"{path.name}, a state dict"
+        file_name = shown_path(path.name)
+        origin = f"{file_name}, a state dict"
         train_args: Any = None
         if isinstance(root, dict):
             train_args = root.get("train_args")
@@ -189,57 +157,82 @@ def _read_zip(path: Path) -> Weights:
                 "state_dict": "the state dict of a checkpoint",
             }.items():
                 if isinstance(root.get(key), (dict, Record)):
-                    root, origin = root[key], f"{path.name}, {words}"
+                    root, origin = root[key], f"{file_name}, {words}"
                     break
+        facts: Mapping[str, Any] = {}
+        found: list[tuple[str, Tensor]] = []
         if isinstance(root, Record):
-            facts, tensors = root.state, dict(_module_tensors(root))
+            facts, found = root.state, list(_module_tensors(root))
         elif isinstance(root, dict):
-            facts, tensors = {}, {k: v for k, v in root.items() if isinstance(v, Tensor)}
-        else:
-            facts, tensors = {}, {}
-        if not tensors:
+            found = [(_named(k), v) for k, v in root.items() if isinstance(v, Tensor)]
+        if not found:
             raise WeightsError("it holds no weights: no module and no state dict was found in it")
-        state = {_word(key): archive.array(value) for key, value in tensors.items()}
+        state = dict[str, np.ndarray]()
+        for key, value in found:
+            if key in state:
+                raise WeightsError(f"two of its tensors are called {shown(key)}")
+            state[key] = archive.array(value)
     yaml = facts.get("yaml")
     size = train_args.get("imgsz") if isinstance(train_args, dict) else None
     return Weights(
         without_prefix(state), names_from(facts.get("names")),
         _model_words(yaml if isinstance(yaml, dict) else {}), origin,
-        size if type(size) is int else None,
+        size if type(size) is int and 0 < size < 10**6 else None,
     )  # fmt: skip
 
 
 def _model_words(yaml: Mapping[str, Any]) -> str:
     """What the description of a network calls itself: "yolo11n", "yolov8-p2 s", or ""."""
     file, scale = (yaml.get(key) for key in ("yaml_file", "scale"))
-    stem = re.split(r"[/\\]", file)[-1].removesuffix(".yaml") if isinstance(file, str) else ""
-    return f"{stem} {scale}".strip() if isinstance(scale, str) else stem
+    # Cut: it is only shown, and says nothing if it is longer than a name.
+    stem = (
+        re.split(r"[/\\]", file[-1000:])[-1].removesuffix(".yaml") if isinstance(file, str) else ""
+    )
+    return f"{stem[:100]} {scale[:100]}".strip() if isinstance(scale, str) else stem[:100]
 
 
 def _module_tensors(root: Record) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of a module, in its order."""
+    """The state dict of a module, in its order. Modules may share what they hold, so that a small
+    file can describe more than there is memory for: all that is looked at is counted."""
     waiting: list[tuple[str, Any, int]] = [("", root, 0)]
-    seen = 0
+    modules = visits = 0
     while waiting:
         prefix, module, depth = waiting.pop()
-        seen += 1
-        if depth > _MAX_DEPTH or seen > _MAX_MODULES or len(prefix) > _MAX_KEY:
-            raise WeightsError("its modules are nested without end")
+        modules += 1
         if not isinstance(module, Record):
-            raise WeightsError(f"{prefix[:-1]!r} is not a module")
+            raise WeightsError(f"{shown(prefix[:-1])} is not a module")
         state = module.state
-        skipped = state.get("_non_persistent_buffers_set")
-        skipped = skipped if isinstance(skipped, (set, frozenset, list, tuple)) else ()
-        for group in ("_parameters", "_buffers"):
-            for name, value in _mapping(state.get(group)).items():
+        hidden = state.get("_non_persistent_buffers_set")
+        hidden = hidden if isinstance(hidden, (set, frozenset, list, tuple)) else ()
+        children = _mapping(state.get("_modules"))
+        groups = {g: _mapping(state.get(g)) for g in ("_parameters", "_buffers")}
+        visits += len(hidden) + len(children) + sum(map(len, groups.values()))
+        if depth > _MAX_DEPTH or modules > _MAX_MODULES or visits > _MAX_VISITS:
+            raise WeightsError(
+                f"its modules are nested without end: deeper than {_MAX_DEPTH}, more than "
+                f"{_MAX_MODULES:,} or with more than {_MAX_VISITS:,} entries, the limits"
+            )
+        skipped = {name for name in hidden if isinstance(name, str)}
+        for group, values in groups.items():
+            for name, value in values.items():
                 if isinstance(value, Tensor) and not (group == "_buffers" and name in skipped):
-                    yield f"{prefix}{_word(name)}", value
-        children = [
-            (f"{prefix}{_word(name)}.", child, depth + 1)
-            for name, child in _mapping(state.get("_modules")).items()
+                    yield _named(name, prefix), value
+        waiting.extend(
+            (f"{_named(name, prefix)}.", child, depth + 1)
+            for name, child in reversed(list(children.items()))
             if child is not None
-        ]
-        waiting.extend(reversed(children))
+        )
+
+
+def _named(name: Any, prefix: str = "") -> str:
+    """The key of a tensor or module."""
+    word = word_of(name)
+    if len(prefix) + len(word) > _MAX_KEY:
+        raise WeightsError(
+            f"a name in it, {shown(prefix + word[:100])}, has more than {_MAX_KEY} characters, "
+            "the limit"
+        )
+    return prefix + word
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
@@ -258,7 +251,10 @@ class Archive:
             raise
 
     def _open(self, path: Path) -> None:
-        members = {member.filename: member for member in self._file.infolist()}
+        listed = self._file.infolist()
+        members = {member.filename: member for member in listed}
+        if len(members) < len(listed):
+            raise WeightsError("it was not written by torch.save: two members have one name")
         pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:
             raise WeightsError("it is a zip archive, but not one of torch.save (no data.pkl)")
@@ -270,14 +266,19 @@ class Archive:
         # torch.save stores without compression, so what is read is never larger than the file.
         size = path.stat().st_size
         packed = [m.filename for m in members.values() if m.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(m.file_size for m in members.values()) > size:
+        if packed or sum(m.file_size for m in listed) > size:
             raise WeightsError(
-                "it was not written by torch.save: its members are packed or overlap"
+                "it was not written by torch.save: its members are packed or overlap (the limit "
+                f"is the file's {size:,} bytes)"
             )
-        if members[pickles[0]].file_size > _MAX_PICKLE:
-            raise WeightsError(f"its pickle is larger than {_MAX_PICKLE // 2**20} MiB")
+        if members[pickles[0]].file_size > MAX_PICKLE:
+            raise WeightsError(
+                f"its pickle has {members[pickles[0]].file_size:,} bytes, expected at most "
+                f"{MAX_PICKLE:,}"
+            )
         self._members = members
-        self._budget = 4 * size + 2**20  # elements that may be read, views of views included
+        # Bytes of tensors, views of views included: those of half precision take twice theirs.
+        self._budget = self._limit = 8 * size + 2**22
         order = f"{self._prefix}byteorder"
         self._big = order in members and self._file.read(order).strip() == b"big"
         self._cache: dict[str, bytes] = {}
@@ -295,7 +296,7 @@ class Archive:
     def array(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor."""
         storage = tensor.storage
-        dtype = _DTYPES[storage.dtype]
+        dtype = DTYPES[storage.dtype]
         count = math.prod(tensor.shape)
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
         if count and tensor.offset + last >= storage.size:
@@ -303,9 +304,12 @@ class Archive:
                 f"a tensor of shape {tensor.shape} reaches beyond its storage {storage.key!r} of "
                 f"{storage.size} elements"
             )
-        self._budget -= count
+        self._budget -= count * max(dtype.itemsize, 4) + 200
         if self._budget < 0:
-            raise WeightsError("its tensors together are far larger than the file")
+            raise WeightsError(
+                f"its tensors together are far larger than the file: over {self._limit:,} bytes, "
+                "the limit"
+            )
         raw = self._bytes(storage.key)
         if len(raw) < storage.size * dtype.itemsize:
             raise WeightsError(
@@ -328,295 +332,3 @@ class Archive:
                 raise WeightsError(f"it has no storage {key!r}")
             self._cache[key] = self._file.read(name)
         return self._cache[key]
-
-
-def _view(storage, offset, shape, strides) -> Tensor:
-    shape, strides = tuple(shape), tuple(strides)
-    numbers = (offset, *shape, *strides)
-    if (
-        not isinstance(storage, Storage)
-        or len(shape) != len(strides)
-        or len(shape) > 32
-        or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers)
-    ):
-        raise WeightsError("a tensor is not described as PyTorch describes one")
-    return Tensor(storage, offset, shape, strides)
-
-
-def _tensor(storage, offset, shape, strides, *_) -> Tensor:
-    return _view(storage, offset, shape, strides)
-
-
-def _tensor_of_dtype(storage, offset, shape, strides, grad, hooks, dtype, *_) -> Tensor:
-    name = dtype.name.removeprefix("torch.") if isinstance(dtype, Global) else ""
-    if name not in _DTYPES or not isinstance(storage, Storage) or storage.dtype != "uint8":
-        raise WeightsError(f"a tensor has the dtype {name or 'unknown'}, which is not supported")
-    size = storage.size // _DTYPES[name].itemsize
-    return _view(Storage(storage.key, name, size), offset, shape, strides)
-
-
-def _parameter(data, *_) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise WeightsError("a parameter holds no tensor")
-    return data
-
-
-def _tensor_subclass(rebuild, kind, args, *_) -> Tensor:
-    if not isinstance(rebuild, Global) or rebuild.name not in _TENSOR_CALLS:
-        raise WeightsError("a tensor is not described as PyTorch describes one")
-    function: Callable[..., Tensor] = _TENSOR_CALLS[rebuild.name]
-    return function(*args)
-
-
-def _ordered_dict(pairs=()) -> dict:
-    return {_hashable(key): value for key, value in pairs}
-
-
-def _encode(text, encoding="latin1") -> bytes:
-    return _word(text).encode("utf-8" if encoding in ("utf-8", "utf8") else "latin1")
-
-
-def _number(dtype, data=b"") -> Any:
-    """A numpy scalar as a plain number."""
-    code = _word(dtype.args[0]) if isinstance(dtype, Record) and dtype.args else ""
-    state: Any = dtype.state.get("state", ()) if isinstance(dtype, Record) else ()
-    if not re.fullmatch(r"[fiu][1248]|b1", code) or not isinstance(data, bytes):
-        return None
-    order = ">" if len(state) > 1 and state[1] == ">" else "<"
-    kind = np.dtype(order + code)
-    return np.frombuffer(data, kind)[0].item() if len(data) == kind.itemsize else None
-
-
-_TENSOR_CALLS: dict[str, Callable[..., Tensor]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-}
-_CALLS: dict[str, Callable[..., Any]] = {
-    **_TENSOR_CALLS,
-    "torch._tensor._rebuild_from_type_v2": _tensor_subclass,
-    "torch.Size": lambda values=(): tuple(values),
-    "torch.device": lambda *words: ":".join(map(_word, words)),
-    "collections.OrderedDict": _ordered_dict,
-    "_codecs.encode": _encode,
-    "numpy.core.multiarray.scalar": _number,
-    "numpy._core.multiarray.scalar": _number,
-}
-for _module in ("builtins", "__builtin__"):
-    _CALLS[f"{_module}.set"] = lambda values=(): {_hashable(v) for v in values}
-    _CALLS[f"{_module}.frozenset"] = lambda values=(): frozenset(_hashable(v) for v in values)
-for _module in ("pathlib", "pathlib._local"):
-    for _name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath",
-                  "PureWindowsPath"):  # fmt: skip
-        _CALLS[f"{_module}.{_name}"] = lambda *parts: "/".join(map(_word, parts))
-
-
-def _refusal(name: str) -> WeightsError:
-    return WeightsError(
-        f"refused: the file asks for {name!r}, which weights do not need and which could run "
-        "anything. Nothing of the file was run. If you trust it, load it where it was made and "
-        "save its state dict as safetensors"
-    )
-
-
-def _global(module: Any, name: Any) -> Global:
-    full = f"{_word(module)}.{_word(name)}"
-    if name.isidentifier() and (
-        full in _CALLS or full in _INERT or full.startswith(_INERT_PREFIXES)
-    ):
-        return Global(full)
-    raise _refusal(full)
-
-
-def _word(value: Any) -> str:
-    """A string or number as a string. Not str(): nested values can take for ever to print."""
-    if isinstance(value, (str, int)):
-        return str(value)
-    raise WeightsError(f"its pickle has a {type(value).__name__} in the place of a name")
-
-
-def _hashable(key: Any) -> Any:
-    """A key of a dict or member of a set; tuples one level deep, since hashes are recursive."""
-    plain = (str, int, float, bool, bytes, type(None), Global, Record, Tensor)
-    if isinstance(key, plain) or (type(key) is tuple and all(isinstance(k, plain) for k in key)):
-        return key
-    raise WeightsError(f"its pickle uses a {type(key).__name__} as a key")
-
-
-def _call(function: Any, args: Any) -> Any:
-    if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise WeightsError("its pickle calls something that is not a name")
-    if function.name in _CALLS:
-        return _CALLS[function.name](*args)
-    return Record(function.name, args)
-
-
-def _build(target: Any, state: Any) -> None:
-    """Sets the attributes of a record; no method of anything is called."""
-    if isinstance(target, Record):
-        parts = state if type(state) is tuple and len(state) == 2 else (state,)
-        if all(part is None or isinstance(part, dict) for part in parts):
-            for part in parts:
-                target.state.update(part or {})
-        else:
-            target.state["state"] = state
-    elif not isinstance(target, (dict, set)):  # attributes of a state dict say nothing we need
-        raise WeightsError(f"its pickle sets attributes of a {type(target).__name__}")
-
-
-def _storage(identity: Any) -> Storage:
-    if (
-        not isinstance(identity, tuple)
-        or len(identity) != 5
-        or identity[0] != "storage"
-        or not isinstance(identity[1], Global)
-        or identity[1].name not in _STORAGES
-        or not isinstance(identity[2], str)
-        or type(identity[4]) is not int
-        or identity[4] < 0
-    ):
-        raise WeightsError("a storage is not described as PyTorch describes one")
-    return Storage(identity[2], _STORAGES[identity[1].name], identity[4])
-
-
-def unpickle(data: bytes) -> Any:
-    """What a pickle describes: plain values, `Record`, `Tensor`, `Storage` and `Global`.
-
-    Raises:
-      WeightsError: it is damaged, or names something that is not admitted.
-    """
-    try:
-        return _run(data)
-    except WeightsError:
-        raise
-    # Whatever else a crafted pickle provokes is an error in it.
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise WeightsError(f"its pickle is damaged: {error}") from error
-
-
-# Opcodes whose argument is the value.
-_VALUES = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
-    "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-}  # fmt: skip
-_MAKERS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set,
-}  # fmt: skip
-
-
-def _run(data: bytes) -> Any:
-    """The pickle machine: a stack, marks on it, and a memo."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        mark = marks.pop()
-        values = stack[mark:]
-        del stack[mark:]
-        return values
-
-    def pop(count: int) -> list[Any]:
-        if count > len(stack) - (marks[-1] if marks else 0):
-            raise WeightsError("its pickle is damaged: it takes more than it put")
-        values = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return values
-
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
-        name: str = opcode.name
-        if name in ("PROTO", "FRAME"):
-            continue
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _MAKERS:
-            stack.append(_MAKERS[name]())
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[int(argument)] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "POP_MARK":
-            since_mark()
-        elif name == "POP":
-            pop(1)
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(pop(int(name[-1]))))
-        elif name == "LIST":
-            stack.append(since_mark())
-        elif name == "FROZENSET":
-            stack.append(frozenset(map(_hashable, since_mark())))
-        elif name == "DICT":
-            values = since_mark()
-            stack.append({})
-            _set_items(stack[-1], values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = pop(2) if name == "SETITEM" else since_mark()
-            _set_items(stack[-1], values)
-        elif name in ("APPEND", "APPENDS"):
-            values = pop(1) if name == "APPEND" else since_mark()
-            _append(stack[-1], values)
-        elif name == "ADDITEMS":
-            values = since_mark()
-            if not isinstance(stack[-1], set):
-                raise WeightsError("its pickle is damaged: it adds members to what is no set")
-            stack[-1].update(map(_hashable, values))
-        elif name == "GLOBAL":
-            stack.append(_global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_global(*pop(2)))
-        elif name in ("REDUCE", "NEWOBJ"):
-            stack.append(_call(*pop(2)))
-        elif name == "NEWOBJ_EX":
-            kind, args, options = pop(3)
-            if options:
-                raise WeightsError("its pickle makes an object from named arguments")
-            stack.append(_call(kind, args))
-        elif name == "INST":
-            stack.append(_call(_global(*argument.split(" ", 1)), tuple(since_mark())))
-        elif name == "OBJ":
-            kind, *rest = since_mark()
-            stack.append(_call(kind, tuple(rest)))
-        elif name == "BUILD":
-            (state,) = pop(1)
-            _build(stack[-1], state)
-        elif name == "BINPERSID":
-            stack.append(_storage(pop(1)[0]))
-        elif name == "STOP":
-            return stack.pop()
-        else:
-            raise WeightsError(
-                f"its pickle has the instruction {name}, which torch.save never uses"
-            )
-    raise WeightsError("its pickle is cut short")
-
-
-def _set_items(target: Any, values: list[Any]) -> None:
-    pairs = zip(map(_hashable, values[::2]), values[1::2], strict=True)
-    if isinstance(target, dict):
-        target.update(pairs)
-    elif isinstance(target, Record):
-        target.items.extend(pairs)
-    else:
-        raise WeightsError("its pickle is damaged: it sets items of what is no dict")
-
-
-def _append(target: Any, values: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(values)
-    elif isinstance(target, Record):
-        target.items.extend(values)
-    else:
-        raise WeightsError("its pickle is damaged: it appends to what is no list")

@@ -21,18 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.models import completion, yolo
+from jaxaccum.models.transfer_report import TEXT_LAYER as _TEXT_LAYER
+from jaxaccum.models.transfer_report import Transfer
 
 PyTree = Any
 State = dict[str, np.ndarray]
 Model = yolo.Yolo | completion.Completion
 # Of the values outside the class branch; below it a file is taken for another network's.
 _LEAST_SHARE = 0.4
-# The layers for queries with and without captions.
-_TEXT_LAYER, _PLAIN_LAYER = "base_model.mlp_query_text", "base_model.mlp_query"
-# What checkpoints with captions hold beside the network.
-_BESIDE = re.compile(
-    r"(base_model\.text_(?:encoder|query_generator)|ulip_loss_(?:module\.)?ulip_encoder)\..+"
-)
+_MOST_NAMES = 100_000
+_PLAIN_LAYER = "base_model.mlp_query"  # for queries without captions
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -149,20 +147,37 @@ class Weights:
 
 
 def names_from(value: Any) -> tuple[str, ...] | None:
-    """Class names from a list, a dict of index -> name, or the JSON of either; else None."""
+    """Class names from a list, a dict of index -> name, or the JSON of either; else None.
+
+    Raises:
+      WeightsError: they are too many or too long to be names of classes.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(value, dict):
-        words = [str(key) for key in value if isinstance(key, str | int)]
-        if len(words) < len(value) or not all(re.fullmatch(r"\d{1,6}", word) for word in words):
+        words = [str(key) for key in value if isinstance(key, str) or _is_short(key)]
+        if len(words) < len(value) or not all(re.fullmatch("[0-9]{1,6}", word) for word in words):
             return None
         value = [value[key] for key in sorted(value, key=int)]
-    if not isinstance(value, list | tuple) or not all(isinstance(v, str | int) for v in value):
+    if not isinstance(value, list | tuple):
         return None
+    if not all(isinstance(v, str) or _is_short(v) for v in value):
+        return None
+    # One long name can be in the list many times and take no room in the file.
+    if len(value) > _MOST_NAMES or any(isinstance(v, str) and len(v) > 10_000 for v in value):
+        raise WeightsError(
+            f"{len(value):,} names of classes, or one of over 10,000 characters; expected at most "
+            f"{_MOST_NAMES:,} short ones"
+        )
     return tuple(map(str, value))
+
+
+def _is_short(value: Any) -> bool:
+    """Whether it is a whole number of at most 18 digits."""
+    return isinstance(value, int) and abs(value) < 10**18
 
 
 def _last_row(keys: Iterable[str]) -> int:
@@ -242,86 +257,6 @@ def guess_model(weights: Weights) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """What became of the tensors of a model that was given foreign weights.
-
-    Attributes:
-      origin: of the weights.
-      loaded: keys copied whole.
-      remapped: keys of which the rows of `carried` classes were copied by name.
-      left: key -> why it stays at its initial value.
-      unused: keys of the weights that the model does not have.
-      carried, new: names of the model's classes, where rows were copied by name.
-      share: of the model's values that were loaded, 0..1.
-      hint: what fits the weights better, if anything.
-      widened: keys of the layer for queries with captions that start as those of the layer without,
-        the columns of the caption at zero.
-    """
-
-    origin: str
-    loaded: tuple[str, ...]
-    remapped: tuple[str, ...]
-    left: dict[str, str]
-    unused: tuple[str, ...]
-    carried: tuple[str, ...]
-    new: tuple[str, ...]
-    share: float
-    hint: str = ""
-    widened: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        """Whether every tensor was copied whole."""
-        return not self.left and not self.remapped and not self.widened
-
-    def lines(self) -> list[str]:
-        """The report, for people."""
-        total = len(self.loaded) + len(self.remapped) + len(self.left) + len(self.widened)
-        lines = [
-            f"weights from {self.origin}: {len(self.loaded)} of {total} tensors loaded, "
-            f"{self.share:.1%} of the values"
-        ]
-        if self.remapped:
-            lines.append(
-                f"  copied by class name in {_stems(self.remapped)}: {listed(self.carried)}"
-                + (f"; at their initial values: {listed(self.new)}" if self.new else "")
-            )
-        if self.widened:
-            lines.append(
-                f"  as without captions until it learns to read them: {_stems(self.widened)}"
-            )
-        reasons: dict[str, list[str]] = {}
-        for key, reason in self.left.items():
-            reasons.setdefault(reason, []).append(key)
-        for reason, keys in reasons.items():
-            lines.append(f"  left at initial values, {reason}: {_stems(keys)}")
-        if self.unused:
-            lines.append(f"  not used of the file: {_stems(self.unused)}")
-        if any(key.startswith(f"{_TEXT_LAYER}.") for key in self.loaded) and any(
-            key.startswith("base_model.text_encoder.") for key in self.unused
-        ):
-            lines.append(
-                "  the file brings its own caption encoder, parts of which its authors' code drew "
-                f"anew after loading CLIP: {_TEXT_LAYER} knows its vectors, not those of CLIP"
-            )
-        if self.hint:
-            lines.append(f"  {self.hint}")
-        return lines
-
-
-def listed(words: Sequence[str], most: int = 12) -> str:
-    """The first so many words, and how many more there are."""
-    more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _stems(keys: Iterable[str]) -> str:
-    """The modules that keys belong to; whole networks beside a completion network by one name."""
-    stems = (re.sub(r"(\.(conv|bn))?\.\w+$", "", key) for key in keys)
-    return listed(list(dict.fromkeys(_BESIDE.sub(r"\1", stem) for stem in stems)), 16)
-
-
 def transfer(
     weights: Weights,
     model: Model,
@@ -375,6 +310,10 @@ def transfer(
     sizes = {True: 0, False: 0}  # values outside the class branch, by whether they were loaded
     for key, old in initial.items():
         new = state.get(key)
+        if new is not None and new.dtype.kind != "f":
+            raise WeightsError(
+                f"{weights.origin}: {key!r} holds {new.dtype}, expected numbers with fractions"
+            )
         if new is not None and not np.isfinite(new).all():
             raise WeightsError(f"{weights.origin}: {key!r} holds values that are not finite")
         fits = new is not None and new.shape == old.shape

@@ -72,6 +72,8 @@ class CompletionTask:
         source = data.open_clouds(
             config.data.path, split, mode=options.mode, viewpoints=options.viewpoints or None,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+            # Runs of before it was there have no such field.
+            on_error=config.data.get("on_error", "raise"), check=True,
         )  # fmt: skip
         return captioned.with_captions(source, config)
 
