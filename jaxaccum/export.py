@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 from jax import export as jax_export
 
 from jaxaccum.checkpoint import CheckpointError
@@ -169,20 +169,29 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
     _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
     _FORMAT = flags.DEFINE_enum("format", FORMATS[0], FORMATS, "of the program")
     _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "where a StableHLO program runs")
-    _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0)
+    _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0, 65536)
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         facts = export(
             Path(_WORKDIR.value), Path(_OUT.value), _PLATFORMS.value, _BATCH.value, _FORMAT.value
         )
         print(json.dumps(facts))
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            ("export --workdir=runs/mine --out=mine.stablehlo", "one file for any platform"),
+            (
+                "export --workdir=runs/mine --out=mine.onnx --format=onnx --batch=1",
+                "a detector of 2D boxes, for other runtimes",
+            ),
+        ),
+    )
