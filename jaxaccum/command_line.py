@@ -16,8 +16,9 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 from absl import app, flags, logging
@@ -143,8 +144,10 @@ def _say(text: str) -> None:
     """A line on stderr, or on stdout where stderr was closed; nowhere if nobody reads."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(text, file=sys.stdout if start.stderr_was_closed else sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _readers_gone()
 
 
 def _readers_gone() -> bool:
@@ -308,10 +311,10 @@ def _meant(name: str, words: Sequence[str]) -> str | None:
     if name in own:
         return name
     name = name.removeprefix("config.")
-    for known, prefix in ((own, ""), (fields, "config.")):
-        exact = [k for k in known if k == name]
-        if exact:
-            return prefix + exact[0]
+    if name in fields:
+        return f"config.{name}"
+    if close := get_close_matches(name, own, n=1, cutoff=0.85):
+        return close[0]
     for known, prefix in ((fields, "config."), (own, "")):
         close = config_files.near(name, known)
         if close:
@@ -374,7 +377,7 @@ def _help(told: str, examples: Examples, full: bool) -> list[str]:
         return [*lines, "", "--helpfull shows the flags of the libraries beneath, too."]
     lines += ["", "Flags of the libraries beneath:"]
     own = {flag.name for flag in _own()}
-    others = {flag.name: flag for name in flags.FLAGS if (flag := flags.FLAGS[name])}
+    others = {flag.name: flag for flag in map(flags.FLAGS.__getitem__, flags.FLAGS)}
     return [*lines, *(line for name in sorted(set(others) - own)
                       for line in _flag_lines(others[name]))]  # fmt: skip
 

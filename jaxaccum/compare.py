@@ -39,7 +39,14 @@ from tqdm import tqdm
 
 import jaxaccum
 from jaxaccum import (
-    compare_plots, compare_report, config_files, known_answers, models, optim, run, tasks,
+    compare_plots,
+    compare_report,
+    config_files,
+    known_answers,
+    models,
+    optim,
+    run,
+    tasks,
 )  # fmt: skip
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
@@ -668,7 +675,7 @@ if __name__ == "__main__":
         __doc__,
         (
             (
-                "compare --configs=configs/yolo_n.py,configs/yolo_s.py --set=epochs=10 --out=runs/ns",
+                "compare --configs=configs/yolo_n.py,configs/yolo_s.py --set=epochs=9 --out=ns",
                 "two models, each at its own batch, and both at one",
             ),
         ),

@@ -174,11 +174,10 @@ def no_field(field: str, known: Iterable[str]) -> str:
     return f"the config has no field {texts.shown(field)}{hint}"
 
 
-class _Parser(config_flags.ConfigFileFlagParser):
+class _Parser(flags.ArgumentParser):
     """Loads by `load`, and checks the names of the fields that the words override."""
 
     def __init__(self, words: Callable[[], Sequence[str]]) -> None:
-        super().__init__(name="config", lock_config=True)
         self._words = words
 
     def parse(self, path: Any) -> Any:

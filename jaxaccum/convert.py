@@ -196,6 +196,8 @@ def write(workdir: Path, file: Path) -> int:
     Raises:
       CheckpointError: the workdir holds none, or the file cannot be written.
     """
+    if workdir.is_dir() and file.is_dir():
+        raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
     trained = load(workdir)
     state = weights.for_pytorch(trained.task.model, trained.params, trained.stats, trained.step)
     facts = {

@@ -21,7 +21,7 @@ from jax import export as jax_export
 
 from jaxaccum.checkpoint import CheckpointError
 from jaxaccum.config import ConfigError
-from jaxaccum.inference import Trained, load
+from jaxaccum.inference import Trained, load, require_run
 from jaxaccum.models import blocks
 
 FORMATS = ("stablehlo", "onnx")
@@ -62,6 +62,8 @@ def export(
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
     if format not in FORMATS:
         raise ConfigError(f"the format is one of {', '.join(FORMATS)}; got {format!r}")
+    require_run(workdir)
+    _make_folder(file)
     trained = load(workdir)
     program, facts = (_onnx if format == "onnx" else _stablehlo)(trained, batch, platforms)
     facts = {
@@ -73,12 +75,25 @@ def export(
         **_interface(trained)[1],
     }
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(program)
         file.with_name(f"{file.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return facts
+
+
+def _make_folder(file: Path) -> None:
+    """Makes the folder of a file, before there is anything to write.
+
+    Raises:
+      CheckpointError: it cannot be made, or the file is a folder.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+    if file.is_dir():
+        raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
 
 
 def load_exported(file: Path) -> Callable[[jax.Array], Any]:

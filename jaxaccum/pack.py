@@ -349,8 +349,8 @@ if __name__ == "__main__":
         __doc__,
         (
             (
-                "pack --config=configs/yolo_s.py --config.data.path=DIR/data.yaml --out=packed/mine",
-                "then train with --config.data.path=packed:packed/mine",
+                "pack --config=configs/yolo_s.py --config.data.path=DIR/data.yaml --out=packed",
+                "then train with --config.data.path=packed:packed",
             ),
         ),
     )

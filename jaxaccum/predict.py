@@ -1,10 +1,10 @@
 """python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER --out=DIR
 
 Uses a run's best weights. A detector takes images, and GIFs and videos frame by frame, draws its
-detections [--conf=0.25] and writes them to detections.json. A 3D detector also draws boxes in space and from above, and writes KITTI's
-label files [--calib=FOLDER]. A completion network takes clouds (.pcd, .ply, .npy), writes what it
-makes of them [--format=ply] [--caption="a chair"] and draws it. A file that cannot be used is said,
-the others go on, and the exit status is 1.
+detections [--conf=0.25] and writes them to detections.json. A 3D detector also draws boxes in space
+and from above, and writes KITTI's label files [--calib=FOLDER]. A completion network takes clouds
+(.pcd, .ply, .npy), writes what it makes of them [--format=ply] [--caption="a chair"] and draws it.
+A file that cannot be used is said, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from absl import flags
 from jaxaccum import data, draw, draw_boxes3d, draw_clouds, known_answers, movies, run
 from jaxaccum.config import ConfigError
 from jaxaccum.data import texts
-from jaxaccum.inference import Trained, load
+from jaxaccum.inference import Trained, load, require_run
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
 from jaxaccum.tasks import captioned
@@ -334,8 +334,9 @@ def detect3d(
         that of the images. An image without one is taken for one of KITTI's usual camera.
       failed: takes a message for every file that could not be used.
     Returns:
-      per image, or frame as in `detect`, {"file", "width", "height", "camera", "detections": [{"class", "name", "score",
-      "box", "location", "dimensions", "rotation_y", "alpha"}]}, pixels, metres and radians.
+      per image, or frame as in `detect`, {"file", "width", "height", "camera", "detections":
+      [{"class", "name", "score", "box", "location", "dimensions", "rotation_y", "alpha"}]},
+      pixels, metres and radians.
     """
     paths = find_files(source, PICTURES)
     _spare(paths, (f"{target}.png" for target in _targets(out, paths).values()))
@@ -445,6 +446,8 @@ if __name__ == "__main__":
         run.use_compilation_cache()
         known_answers.require(_ALLOW.value)
         source, out = Path(_SOURCE.value), Path(_OUT.value)
+        require_run(Path(_WORKDIR.value))
+        out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
         trained = load(Path(_WORKDIR.value))
         if trained.config.task == "completion":
             chosen = {"auto": None, "yes": True, "no": False}[_NORMALISE.value]

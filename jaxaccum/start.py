@@ -33,9 +33,8 @@ def prepare() -> None:
     stderr_was_closed = stderr_was_closed or 2 in closed
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            mode = "r" if number == 0 else "w"
-            stream = open(number, mode, closefd=False, errors="backslashreplace")  # noqa: SIM115
-            setattr(sys, name, stream)
+            way = "r" if number == 0 else "w"
+            setattr(sys, name, os.fdopen(number, way, closefd=False, errors="backslashreplace"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

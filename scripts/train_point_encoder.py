@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 from safetensors.numpy import save_file
 
-from jaxaccum import known_answers
+from jaxaccum import config_files, known_answers
 
 CONFIG = config_files.define()
 OUT = flags.DEFINE_string("out", None, "the file to write, *.safetensors", required=True)

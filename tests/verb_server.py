@@ -15,6 +15,8 @@ import runpy
 import signal
 import sys
 import traceback
+import warnings
+from pathlib import Path
 
 MODULES = ("train", "evaluate", "predict", "convert", "export", "compare", "calibrate", "pack",
            "plan.__main__")  # fmt: skip
@@ -43,7 +45,7 @@ def child(asked: dict) -> int:
     attach(2, asked["err"])
     sys.stdin = None
     sys.stdout, sys.stderr = (
-        open(number, "w", encoding=encoding, closefd=False) if asked[name] else None
+        os.fdopen(number, "w", encoding=encoding, closefd=False) if asked[name] else None
         for number, name, encoding in ((1, "out", asked["encoding"]), (2, "err", "utf-8"))
     )
     for name, most in asked["limits"].items():
@@ -54,6 +56,7 @@ def child(asked: dict) -> int:
     sys.argv = asked["words"]
     verb = asked["words"][0]
     module = f"jaxaccum.{'plan.__main__' if verb == 'plan' else verb}"
+    warnings.filterwarnings("ignore", "'jaxaccum", RuntimeWarning)  # that it is imported already
     status = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -63,14 +66,17 @@ def child(asked: dict) -> int:
         traceback.print_exc()
         status = 1
     try:
-        if sys.stdout:
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
     except OSError:
         status = 120
     return status
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    importlib.import_module("tiny")  # registers the model "tiny-t"
     for module in MODULES:
         importlib.import_module(f"jaxaccum.{module}")
     for line in sys.stdin:

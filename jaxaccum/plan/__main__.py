@@ -165,11 +165,15 @@ if __name__ == "__main__":
     _TARGET = flags.DEFINE_string(
         "target", "", f"what to plan for: {', '.join(targets.TARGETS)}; the device here by default"
     )
-    _DEVICES = flags.DEFINE_integer("devices", 0, "devices that share an update; 0: all, or one", 0, 10**6)
+    _DEVICES = flags.DEFINE_integer(
+        "devices", 0, "devices that share an update; 0: all, or one", 0, 10**6
+    )
     _ENGINES = flags.DEFINE_list("engines", ["scan"], "engines to try: scan, multisteps")
     _REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "no", "yes"], "rematerialisation to try")
     _MICROBATCHES = flags.DEFINE_list("microbatches", [], "microbatches to show")
-    _CLASSES = flags.DEFINE_integer("classes", 0, "plan without the data, for that many classes", 0, 10**5)
+    _CLASSES = flags.DEFINE_integer(
+        "classes", 0, "plan without the data, for that many classes", 0, 10**5
+    )
     _LARGEST = flags.DEFINE_bool(
         "largest", False, "the largest effective batch that is one microbatch per device"
     )
