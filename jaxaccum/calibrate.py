@@ -15,6 +15,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,15 +26,13 @@ import jax
 import ml_collections
 import numpy as np
 import psutil
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from jaxaccum import run
+from jaxaccum import command_line, config_files, run
 from jaxaccum.accumulate import make_engine
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Planner, cache_folder
 from jaxaccum.plan.targets import PlanError
-from jaxaccum.train import main_with_clear_errors
 
 MIB = 2**20
 
@@ -45,7 +44,8 @@ def parse(text: str) -> dict[str, Any]:
       PlanError: it is no such text.
     """
     microbatch, *rest = text.split(":")
-    if not microbatch.isdigit() or set(rest) - {"remat", "multisteps", "scan"}:
+    known = set(rest) <= {"remat", "multisteps", "scan"}
+    if not re.fullmatch(r"[1-9]\d{0,5}", microbatch, re.ASCII) or not known:
         raise PlanError(f"a geometry is a microbatch, then :remat or :multisteps; got {text!r}")
     engine = "multisteps" if "multisteps" in rest else "scan"
     return {"microbatch": int(microbatch), "engine": engine, "remat": "remat" in rest}
@@ -117,8 +117,7 @@ def _in_a_process(text: str) -> tuple[int, int]:
     return planned, used
 
 
-def main(_) -> int:
-    logging.set_verbosity(logging.ERROR)
+def main() -> int:
     run.use_compilation_cache()
     config = _CONFIG.value
     if _ONE.value:
@@ -148,8 +147,16 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
+    _CONFIG = config_files.define()
     _GEOMETRIES = flags.DEFINE_list("geometries", [], "what to measure, such as 8,16,8:remat")
     _ONE = flags.DEFINE_string("one", "", "measure one geometry in this process, print two numbers")
-    flags.mark_flag_as_required("config")
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            (
+                "calibrate --config=configs/yolo_s.py --geometries=8,16,8:remat",
+                "on the device that plans are to be right for",
+            ),
+        ),
+    )

@@ -139,6 +139,34 @@ class Checkpoints:
         except _Unreadable as error:
             raise self._lost_best(error) from error
 
+    def restore_weights(self, template: PyTree) -> tuple[PyTree, dict[str, Any], int]:
+        """{"params", "stats"} of the newest readable state, the average if the recipe averages;
+        its meta and its update. Moves nothing.
+
+        Args:
+          template: the shapes that they must have.
+        Raises:
+          CheckpointError: there is none, none can be read, or it is of another model.
+        """
+        why = "train there first"
+        for step in sorted(self._last.all_steps(), reverse=True):
+            try:
+                self._verify("last", step)
+                meta = self._meta("last", step)
+                state = self._last.restore(
+                    step, args=ocp.args.Composite(tree=ocp.args.StandardRestore())
+                )["tree"]
+                weights = state.get("ema") or {k: state[k] for k in ("params", "stats")}
+            except (_Unreadable, FileNotFoundError, KeyError, ValueError) as error:
+                why = f"that of update {step} cannot be read: {_first_line(error)}"
+                continue
+            if _shapes(weights) != _shapes(template):
+                raise CheckpointError(
+                    f"the checkpoint of update {step} in {self.workdir} does not fit its config"
+                )
+            return weights, meta, step
+        raise CheckpointError(f"no checkpoint in {self.workdir / 'last'}: {why}")
+
     def rewind(self, step: int) -> dict[str, Any]:
         """Forgets best weights of updates after `step`, which a continued run will do again.
 

@@ -34,18 +34,26 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 from tqdm import tqdm
 
 import jaxaccum
-from jaxaccum import compare_plots, compare_report, known_answers, models, optim, run, tasks
+from jaxaccum import (
+    compare_plots,
+    compare_report,
+    config_files,
+    known_answers,
+    models,
+    optim,
+    run,
+    tasks,
+)  # fmt: skip
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
 from jaxaccum.convert import identities, load_initial
 from jaxaccum.models import init
 from jaxaccum.models.__main__ import gigaflops
-from jaxaccum.train import TrainingError, main_with_clear_errors, unknown_field
+from jaxaccum.train import TrainingError
 
 # Fields that the comparison decides, and what decides them.
 DECIDED = {
@@ -304,20 +312,10 @@ def load_config(file: str, overrides: Mapping[str, str]) -> ml_collections.Confi
     Raises:
       ConfigError: there is no such file or field, or it does not take the value.
     """
-    argv = ["compare", f"--config={file}", *_as_flags(overrides)]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "the config", lock_config=True, flag_values=values, sys_argv=argv
-    )
     try:
-        values(argv)
-    except (AttributeError, KeyError) as error:
-        raise configs.ConfigError(f"{file}: {unknown_field(argv) or error}") from None
-    except (flags.Error, OSError) as error:
-        # What a config says itself comes wrapped in the traceback of its loading.
-        message = str(error).rstrip().rpartition(f"{configs.ConfigError.__module__}.ConfigError: ")
-        raise configs.ConfigError(f"{file}: {message[2]}") from None
-    return holder.value
+        return config_files.parse(file, overrides)
+    except configs.ConfigError as error:
+        raise configs.ConfigError(f"{file}: {error}") from None
 
 
 def _as_flags(overrides: Mapping[str, Any]) -> list[str]:
@@ -642,25 +640,28 @@ def _without_places(word: str) -> str:
 
 
 if __name__ == "__main__":
+    from jaxaccum import command_line
+
     _CONFIGS = flags.DEFINE_list(
         "configs", None, "FILE[:arg][@key=value]... of each model", required=True
     )
     _OUT = flags.DEFINE_string("out", None, "folder of the comparison", required=True)
     _SET = flags.DEFINE_list("set", [], "key=value for all models")
     _MEMORY = flags.DEFINE_string("memory", None, "of one device, such as 2GiB")
-    _NBS = flags.DEFINE_integer("nbs", 0, "effective batch of Phase 2; 0: the smallest of Phase 1")
+    _NBS = flags.DEFINE_integer("nbs", 0, "effective batch of Phase 2; 0: the smallest of Phase 1",
+                                0, 10**6)  # fmt: skip
     _SEEDS = flags.DEFINE_list("seeds", ["0"], "seeds, each a repetition")
-    _MOST = flags.DEFINE_integer("most", 64, "largest effective batch of Phase 1")
-    _CHECK = flags.DEFINE_integer("check_updates", 5, "updates to check on other geometries")
+    _MOST = flags.DEFINE_integer("most", 64, "largest effective batch of Phase 1", 1, 10**6)
+    _CHECK = flags.DEFINE_integer("check_updates", 5, "updates to check on other geometries",
+                                  0, 10**6)  # fmt: skip
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         # This process only plans and reads: the accelerator is for those that it starts.
         jax.config.update("jax_platforms", "cpu")
         # Asked to stop, it stops what it started.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        if not all(text.isdigit() for text in _SEEDS.value):
+        if not all(re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in _SEEDS.value):
             raise configs.ConfigError(f"--seeds are numbers; got {','.join(_SEEDS.value)}")
         compare(
             _CONFIGS.value, Path(_OUT.value), settings=_SET.value, memory=_MEMORY.value,
@@ -669,4 +670,13 @@ if __name__ == "__main__":
         )  # fmt: skip
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            (
+                "compare --configs=configs/yolo_n.py,configs/yolo_s.py --set=epochs=9 --out=ns",
+                "two models, each at its own batch, and both at one",
+            ),
+        ),
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 from difflib import get_close_matches
+from typing import Any
 
 import jax
 import ml_collections
 from ml_collections import config_dict
 
 from jaxaccum.accumulate import Recipe
+from jaxaccum.data.texts import shown
 from jaxaccum.models import completion as completion_models
 from jaxaccum.models import pointbert, yolo
 
@@ -24,18 +27,27 @@ NOT_LEARNED = (
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
 
-# Fields and the range they are in.
+# Updates of a run at most: its schedules are tables of one row for each, 10 million take a GiB.
+MOST_UPDATES = 10_000_000
+MOST_SAMPLES = 1_000_000  # of an effective batch, a microbatch or a group
+
+# Every field that is a number, and the range it is in.
 RANGES = {
-    "nbs": (1, 1e9), "seed": (0, 2**31 - 1), "steps": (0, 1e9), "epochs": (0, 1e9),
-    "devices": (0, 1e6), "fsdp": (0, 1e6), "max_skipped": (1, 1e9),
+    "nbs": (1, MOST_SAMPLES), "seed": (0, 2**31 - 1), "steps": (0, MOST_UPDATES),
+    "epochs": (0, 1e7), "devices": (0, 1e6), "fsdp": (0, 1e6), "max_skipped": (1, 1e9),
     "loss.box": (0, 1e9), "loss.cls": (0, 1e9), "loss.dfl": (0, 1e9),
     "optimizer.momentum": (0, 1), "optimizer.b2": (0, 1), "optimizer.weight_decay": (0, 1e9),
     "optimizer.clip": (0, 1e9),
     "lr.base": (0, 1e30), "lr.base_batch": (1, 1e9), "lr.final": (0, 1),
     "lr.warmup_epochs": (0, 1e9), "lr.warmup_bias": (0, 1e9), "lr.warmup_momentum": (0, 1),
-    "ema.decay": (0, 1), "ema.ramp": (1e-9, 1e9), "augment.close_mosaic": (0, 1e9),
-    "data.image_size": (32, 1e5), "data.height": (32, 1e5), "data.width": (32, 1e5),
-    "data.max_objects": (1, 1e6), "data.cache_gib": (0, 1e6),
+    "ema.decay": (0, 1), "ema.ramp": (1e-9, 1e9),
+    "augment.close_mosaic": (0, 1e9), "augment.mosaic": (0, 1), "augment.mixup": (0, 1),
+    "augment.degrees": (0, 180), "augment.translate": (0, 1), "augment.scale": (0, 1),
+    "augment.shear": (0, 89), "augment.perspective": (0, 0.001), "augment.hsv_h": (0, 1),
+    "augment.hsv_s": (0, 1), "augment.hsv_v": (0, 1), "augment.flipud": (0, 1),
+    "augment.fliplr": (0, 1),
+    "data.image_size": (32, 16384), "data.height": (32, 16384), "data.width": (32, 16384),
+    "data.max_objects": (1, 1e4), "data.cache_gib": (0, 1e6),
     "lr.decay_rate": (0, 1), "lr.decay_epochs": (1e-9, 1e9),
     "bn_momentum.start": (0, 1), "bn_momentum.decay": (0, 1), "bn_momentum.epochs": (1e-9, 1e9),
     "bn_momentum.final": (0, 1),
@@ -44,8 +56,10 @@ RANGES = {
     "loss.heading": (0, 1e9), "box3d.temperature": (1e-6, 1e6), "box3d.largest": (1e-3, 1e6),
     "box3d.focal": (0, 1e3), "data.val_fraction": (1e-9, 1), "loss.align": (0, 1e9),
     "text.temperature": (1e-6, 1e6),
-    "eval.viewpoints": (1, 8), "data.workers": (0, 1e4), "data.prefetch": (0, 1e4),
-    "eval.batch": (1, 1e6), "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e6),
+    "data.workers": (0, 1024), "data.prefetch": (0, 1000),
+    "log.every": (-1, 1e9), "log.images": (0, 1000), "checkpoint.every": (-1, 1e9),
+    "eval.every": (-1, 1e9), "eval.viewpoints": (1, 8), "eval.batch": (1, 65536),
+    "eval.conf": (0, 1), "eval.iou": (0, 1), "eval.max_det": (1, 1e5),
     "eval.precise_bn": (0, 1e9), "checkpoint.keep": (1, 1e6), "checkpoint.grace": (0, 1e6),
 }  # fmt: skip
 
@@ -297,6 +311,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: names the field, what it holds and what it may hold.
     """
+    if c.get("task") not in DEFAULTS:
+        raise ConfigError(f"task is one of {', '.join(DEFAULTS)}; got {c.get('task')!r}")
+    _validate_types(c, DEFAULTS[c.task](), "")
     words = {
         "task": tuple(DEFAULTS),
         "dtype": tuple(DTYPES),
@@ -316,9 +333,13 @@ def validate(c: ml_collections.ConfigDict) -> None:
         if has(c, field) and get(c, field) not in allowed:
             raise ConfigError(f"{field} is one of {', '.join(allowed)}; got {get(c, field)!r}")
     for field, (low, high) in RANGES.items():
-        if has(c, field) and not low <= get(c, field) <= high:
-            limits = f"at least {low:g}" if high >= 1e4 else f"in {low:g} to {high:g}"
-            raise ConfigError(f"{field} is {limits}; got {get(c, field)!r}")
+        if has(c, field) and not low <= (value := get(c, field)) <= high:
+            limits = f"in {low:g} to {high:g}"
+            if high >= 1e4 and value < low:
+                limits = f"at least {low:g}"
+            elif high >= 1e4 and value > high:
+                limits = f"at most {high:,.0f}"
+            raise ConfigError(f"{field} is {limits}; got {shown(value)}")
     for field in ("data.image_size", "data.height", "data.width"):
         if has(c, field) and get(c, field) % 32:
             below = get(c, field) // 32 * 32
@@ -330,10 +351,16 @@ def validate(c: ml_collections.ConfigDict) -> None:
         raise ConfigError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     if c.eval.precise_bn and c.bn_group == "frozen":
         raise ConfigError("eval.precise_bn recomputes batch statistics; with bn_group frozen set 0")
-    if c.microbatch != "auto" and not (type(c.microbatch) is int and c.microbatch > 0):
-        raise ConfigError(f"microbatch is a positive integer or 'auto'; got {c.microbatch!r}")
-    if not (c.bn_group in ("all", "frozen") or (type(c.bn_group) is int and c.bn_group > 0)):
-        raise ConfigError(f"bn_group is a positive integer, 'all' or 'frozen'; got {c.bn_group!r}")
+    if c.microbatch != "auto" and not _is_batch(c.microbatch):
+        raise ConfigError(
+            f"microbatch is a positive integer, at most {MOST_SAMPLES:,}, or 'auto'; got "
+            f"{shown(c.microbatch)}"
+        )
+    if c.bn_group not in ("all", "frozen") and not _is_batch(c.bn_group):
+        raise ConfigError(
+            f"bn_group is a positive integer, at most {MOST_SAMPLES:,}, 'all' or 'frozen'; got "
+            f"{shown(c.bn_group)}"
+        )
     if not c.steps and not c.epochs:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")
     if has(c, "text.encoder"):
@@ -360,6 +387,35 @@ def validate(c: ml_collections.ConfigDict) -> None:
             f"model: there is no {c.model!r} for the task {c.task}: "
             + (f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}")
         )
+
+
+def _is_batch(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST_SAMPLES
+
+
+def _validate_types(
+    c: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, prefix: str
+) -> None:
+    """Every field is there, and of the type that its default has."""
+    kinds: dict[type, tuple[Any, str]] = {
+        bool: (bool, "true or false"), int: (numbers.Integral, "a whole number"),
+        float: (numbers.Real, "a number"), str: (str, "a text"),
+        ml_collections.ConfigDict: (ml_collections.ConfigDict, "a group of fields"),
+    }  # fmt: skip
+    for key, default in defaults.items():
+        field = prefix + key
+        if key not in c:
+            raise ConfigError(f"{field} is missing: start from the defaults of jaxaccum.config")
+        value = c[key]
+        if field in ("bn_group", "microbatch"):  # a number or a word, see `validate`
+            continue
+        kind, words = kinds[type(default)]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{field} is {words}; got {shown(value)}")
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{field} holds a NUL: {shown(value)}")
+        if isinstance(default, ml_collections.ConfigDict):
+            _validate_types(value, default, f"{field}.")
 
 
 def _validate_text(text: ml_collections.ConfigDict) -> None:

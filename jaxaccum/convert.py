@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from safetensors.numpy import save_file
 
 from jaxaccum import config as configs
 from jaxaccum import tasks
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
-from jaxaccum.inference import load
+from jaxaccum.inference import load, require_run
 from jaxaccum.models import completion, solids, torch_file, weights, yolo
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
 from jaxaccum.tasks import captioned
@@ -95,11 +94,19 @@ def identify(path: str | Path, field: str = "init_from") -> str:
         return ""
     path = Path(path)
     if path.is_dir():
+        require_run(path)
         with Checkpoints(path) as checkpoints:
-            return f"{checkpoints.meta(best=True)['fingerprint']} of update {checkpoints.best}"
+            best = checkpoints.best is not None
+            step = checkpoints.best if best else checkpoints.latest
+            return f"{checkpoints.meta(best=best)['fingerprint']} of update {step}"
     if not path.is_file():
         raise WeightsError(f"{field}: {path} is neither a file nor a workdir")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return _sha256(path)[:12]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def convert(
@@ -127,7 +134,7 @@ def convert(
     params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)
     if not report.complete:
         raise WeightsError("\n".join([f"the file is not a whole {name}", *report.lines()]))
-    digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
+    digest = _sha256(source) if source.is_file() else ""
     meta = {
         "fingerprint": "converted",
         "recipe": {"converted_from": source.name, "sha256": digest},
@@ -189,6 +196,8 @@ def write(workdir: Path, file: Path) -> int:
     Raises:
       CheckpointError: the workdir holds none, or the file cannot be written.
     """
+    if workdir.is_dir() and file.is_dir():
+        raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
     trained = load(workdir)
     state = weights.for_pytorch(trained.task.model, trained.params, trained.stats, trained.step)
     facts = {
@@ -208,7 +217,7 @@ def write(workdir: Path, file: Path) -> int:
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line
 
     _FROM = flags.DEFINE_string(
         "from", None, "a .pt, .pth or .safetensors file, or a run", required=True
@@ -218,22 +227,19 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_string("model", "", "family-scale; told from the shapes by default")
     _NAMES = flags.DEFINE_list("names", [], "class names, in order; those of the file by default")
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         source = Path(_FROM.value or "")
-        try:
-            if bool(_OUT.value) == bool(_TO.value):
-                raise WeightsError("give --out=DIR to make a workdir of a file, or "
-                                   "--to=FILE.safetensors to make a file of a run")  # fmt: skip
-            if _TO.value:
-                count = write(source, Path(_TO.value))
-                print(f"{count} tensors in {_TO.value}")
-                return 0
-            out = Path(_OUT.value or "")
-            report, meta = convert(source, out, _MODEL.value, _NAMES.value)
-        except WeightsError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        if bool(_OUT.value) == bool(_TO.value):
+            raise WeightsError(
+                "give --out=DIR to make a workdir of a file, or --to=FILE.safetensors to make a "
+                "file of a run"
+            )
+        if _TO.value:
+            count = write(source, Path(_TO.value))
+            print(f"{count} tensors in {_TO.value}")
+            return 0
+        out = Path(_OUT.value or "")
+        report, meta = convert(source, out, _MODEL.value, _NAMES.value)
         print(*report.lines(), sep="\n")
         told = "" if _MODEL.value else " (told from the shapes)"
         names = meta["names"]
@@ -249,4 +255,11 @@ if __name__ == "__main__":
         print(f"images of {meta['config']['data']['image_size']} px; weights in {out / 'best'}")
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            ("convert --from=yolo11n.pt --model=yolo11-n --out=runs/converted", "weights in"),
+            ("convert --from=runs/mine --to=mine.safetensors", "weights out, for PyTorch"),
+        ),
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from jaxaccum import known_answers, run
 from jaxaccum.config import ConfigError
@@ -80,20 +80,20 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run to evaluate", required=True)
     _DATA = flags.DEFINE_string("data", "", "another data set to evaluate on")
     _PRECISE = flags.DEFINE_integer(
-        "precise_bn", 0, "recompute batch-norm statistics over this many training samples"
-    )
+        "precise_bn", 0, "recompute batch-norm statistics over this many training samples",
+        0, 10**9,
+    )  # fmt: skip
     _DRAWN = flags.DEFINE_string("drawn", "", "a file for a picture of samples and predictions")
-    _PICTURES = flags.DEFINE_integer("pictures", 4, "samples in it, of each set", lower_bound=1)
+    _PICTURES = flags.DEFINE_integer("pictures", 4, "samples in it, of each set", 1, 1000)
     _REFERENCES = flags.DEFINE_string("references", "", "PCN folder, for the MMD of real scans")
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         run.use_compilation_cache()
         known_answers.require(_ALLOW.value)
         drawn = Path(_DRAWN.value) if _DRAWN.value else None
@@ -104,4 +104,12 @@ if __name__ == "__main__":
         print(json.dumps(found))
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            ("evaluate --workdir=runs/mine", "the best weights, on the run's own val split"),
+            ("evaluate --workdir=runs/mine --data=DIR/data.yaml", "on another data set"),
+            ("evaluate --workdir=runs/mine --drawn=seen.png", "with a picture of what is found"),
+        ),
+    )

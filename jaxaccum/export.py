@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 from jax import export as jax_export
 
 from jaxaccum.checkpoint import CheckpointError
 from jaxaccum.config import ConfigError
-from jaxaccum.inference import Trained, load
+from jaxaccum.inference import Trained, load, require_run
 from jaxaccum.models import blocks
 
 FORMATS = ("stablehlo", "onnx")
@@ -62,6 +62,8 @@ def export(
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
     if format not in FORMATS:
         raise ConfigError(f"the format is one of {', '.join(FORMATS)}; got {format!r}")
+    require_run(workdir)
+    _make_folder(file)
     trained = load(workdir)
     program, facts = (_onnx if format == "onnx" else _stablehlo)(trained, batch, platforms)
     facts = {
@@ -73,12 +75,25 @@ def export(
         **_interface(trained)[1],
     }
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(program)
         file.with_name(f"{file.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {file}: {error}") from error
     return facts
+
+
+def _make_folder(file: Path) -> None:
+    """Makes the folder of a file, before there is anything to write.
+
+    Raises:
+      CheckpointError: it cannot be made, or the file is a folder.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+    if file.is_dir():
+        raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
 
 
 def load_exported(file: Path) -> Callable[[jax.Array], Any]:
@@ -169,20 +184,29 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
     _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
     _FORMAT = flags.DEFINE_enum("format", FORMATS[0], FORMATS, "of the program")
     _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "where a StableHLO program runs")
-    _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0)
+    _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0, 65536)
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         facts = export(
             Path(_WORKDIR.value), Path(_OUT.value), _PLATFORMS.value, _BATCH.value, _FORMAT.value
         )
         print(json.dumps(facts))
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            ("export --workdir=runs/mine --out=mine.stablehlo", "one file for any platform"),
+            (
+                "export --workdir=runs/mine --out=mine.onnx --format=onnx --batch=1",
+                "a detector of 2D boxes, for other runtimes",
+            ),
+        ),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxaccum import config as configs
 from jaxaccum import tasks
 from jaxaccum.accumulate import Recipe
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.data import texts
 from jaxaccum.run import compute_dtype
 
 PyTree = Any
@@ -25,7 +27,7 @@ class Trained:
 
     Attributes:
       task: the model and what belongs to it.
-      params, stats: of the best evaluation, averaged if the recipe averages.
+      params, stats: of the best evaluation, or the newest, averaged if the recipe averages.
       config: the run's config.
       names: of the classes or categories.
       step: update the weights are of.
@@ -44,20 +46,20 @@ class Trained:
 
 
 def load(workdir: Path) -> Trained:
-    """The best weights of a run.
+    """The best weights of a run; the newest, which is said, if it has not evaluated yet.
 
     Raises:
       CheckpointError: the workdir holds none.
     """
-    if not (workdir / "best").is_dir():
-        raise CheckpointError(
-            f"{workdir} holds no trained weights (no folder 'best'): give the --workdir of a run "
-            "that has evaluated at least once"
-        )
+    require_run(workdir)
     with Checkpoints(workdir) as checkpoints:
-        if checkpoints.best is None:
-            raise CheckpointError(f"{workdir}/best is empty: the run has not evaluated yet")
-        meta = checkpoints.meta(best=True)
+        evaluated = checkpoints.best is not None
+        if not evaluated and checkpoints.latest is None:
+            raise CheckpointError(
+                f"{workdir} holds no trained weights (nothing in its folders 'best' and 'last'): "
+                "give the --workdir of a run that has saved a checkpoint"
+            )
+        meta = checkpoints.meta(best=evaluated)
         config = configs.DEFAULTS[meta["config"]["task"]]()
         with config.unlocked():
             config.update(meta["config"])
@@ -71,8 +73,31 @@ def load(workdir: Path) -> Trained:
             lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=device),
             {"params": params, "stats": stats},
         )
-        weights, _ = checkpoints.restore_best(template)
+        if evaluated:
+            weights, step = checkpoints.restore_best(template)[0], checkpoints.best
+        else:
+            weights, _, step = checkpoints.restore_weights(template)
+            weights = jax.device_put(weights, device)
+            print(
+                f"note: {workdir} has no best weights yet: using the last, of update {step}",
+                file=sys.stderr,
+            )
         return Trained(
-            task, weights["params"], weights["stats"], config, names, checkpoints.best,
+            task, weights["params"], weights["stats"], config, names, step or 0,
             meta["fingerprint"], meta.get("facts", {}),
         )  # fmt: skip
+
+
+def require_run(workdir: Path) -> None:
+    """Refuses a folder that no run has saved weights in; makes nothing there.
+
+    Raises:
+      CheckpointError: it is none.
+    """
+    if not workdir.is_dir():
+        raise CheckpointError(f"{texts.shown_path(workdir)}: no such folder; give that of a run")
+    if not any((workdir / kind).is_dir() for kind in ("best", "last")):
+        raise CheckpointError(
+            f"{texts.shown_path(workdir)} holds no trained weights (no folder 'best' or 'last'): "
+            "give the --workdir of a run that has saved a checkpoint"
+        )

@@ -20,8 +20,7 @@ from typing import Any
 import cv2
 import ml_collections
 import numpy as np
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 from tqdm import tqdm
 
 from jaxaccum import config as configs
@@ -335,16 +334,23 @@ def _examples(
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line, config_files
 
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
+    _CONFIG = config_files.define()
     _OUT = flags.DEFINE_string("out", None, "the folder to make", required=True)
-    _SHARDS = flags.DEFINE_integer("shards", 0, "files of each split; 0: one for 512 samples")
-    flags.mark_flag_as_required("config")
+    _SHARDS = flags.DEFINE_integer("shards", 0, "files of each split; 0: one for 512 samples", 0)
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
+    def main() -> int:
         print(*pack(_CONFIG.value, Path(_OUT.value or ""), _SHARDS.value), sep="\n")
         return 0
 
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            (
+                "pack --config=configs/yolo_s.py --config.data.path=DIR/data.yaml --out=packed",
+                "then train with --config.data.path=packed:packed",
+            ),
+        ),
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +52,13 @@ class Run:
     def samples_before(self, window: int) -> int:
         """Samples consumed before a window."""
         more = max(window - self.steps, 0)
-        return int(self.sizes[:window].sum()) + more * int(self.sizes[-1])
+        first = min(window, self.steps)
+        return (int(self._ends[first - 1]) if first else 0) + more * int(self.sizes[-1])
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """(steps,) samples consumed after every update."""
+        return np.cumsum(self.sizes)
 
 
 def prepare(
@@ -117,22 +125,47 @@ def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.
     """Samples of every update."""
     total = config.steps * config.nbs if config.steps else config.epochs * samples
     if not configs.is_compat(config):
-        return np.full(max(-(-round(total) // config.nbs), 1), config.nbs)
+        updates = max(-(-round(total) // config.nbs), 1)
+        _require_updates(updates, config, samples)
+        return np.full(updates, config.nbs)
     # The usual trainer: K = round(nbs / batch) microbatches, ramped up from 1 over the warm-up.
     batch = config.microbatch * devices
     ratio, warmup = config.nbs / batch, round(config.lr.warmup_epochs * samples / batch)
+    most = max(round(ratio), 1)  # and after the warm-up, always
+    _require_updates(int(total / (most * batch)), config, samples)
     sizes, done = [], 0
-    while done < total:
-        k = 0
+    while done < total and done // batch < warmup:
+        k = 1
         while True:
-            k += 1
             number = done // batch + k - 1
             wanted = 1 + (ratio - 1) * number / warmup if number < warmup else ratio
-            if k >= max(round(wanted), 1):
+            if k >= round(wanted):
                 break
+            k = round(wanted)  # it only grows with k: none in between is enough
         sizes.append(k * batch)
         done += k * batch
-    return np.asarray(sizes)
+        if len(sizes) > configs.MOST_UPDATES:
+            _require_updates(len(sizes), config, samples)
+    rest = max(-(-(math.ceil(total) - done) // (most * batch)), 0)
+    _require_updates(len(sizes) + rest, config, samples)
+    return np.concatenate([np.asarray(sizes, int), np.full(rest, most * batch)])
+
+
+def _require_updates(updates: int, config: ml_collections.ConfigDict, samples: int) -> None:
+    """Refuses runs whose schedules would not fit in memory.
+
+    Raises:
+      ConfigError: says how many updates there may be.
+    """
+    if updates > configs.MOST_UPDATES:
+        asked = (
+            f"steps={config.steps}" if config.steps
+            else f"epochs={config.epochs:g} of {samples} samples at nbs={config.nbs}"
+        )  # fmt: skip
+        raise configs.ConfigError(
+            f"{asked} makes {updates:,} updates, and a run has at most {configs.MOST_UPDATES:,}: "
+            f"lower {'steps' if config.steps else 'epochs, or raise nbs'}"
+        )
 
 
 def make_stream(run: Run, source: tasks.Source, plain: bool = False) -> Any:

@@ -5,42 +5,35 @@ Trains a model from a config. Started again on the same workdir, it continues.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import runpy
 import sys
 from collections import deque
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
-from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import data, host_memory, known_answers, plan, run, tasks
-from jaxaccum.accumulate import GeometryError, make_engine, require_constant_denominators
+from jaxaccum import host_memory, plan, run, tasks
+from jaxaccum.accumulate import make_engine, require_constant_denominators
 from jaxaccum.accumulate.noise import NoiseScale
 from jaxaccum.checkpoint import (
-    CheckpointError,
     Checkpoints,
     Elsewhere,
     newest_complete,
     require_same_recipe,
 )
 from jaxaccum.convert import identities, load_initial
-from jaxaccum.distributed import FLAG_HELP, DistributedError, Peers, joined
+from jaxaccum.distributed import DistributedError, Peers
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
-from jaxaccum.models.weights import WeightsError
-from jaxaccum.preemption import Preempted, Preemption, end_at_once
+from jaxaccum.preemption import Preempted, Preemption
 
 
 class TrainingError(RuntimeError):
@@ -390,109 +383,7 @@ def _skipped(console, number, indices, log, source: tasks.Source, limit: int) ->
         )
 
 
-def default_workdir(config_argument: str) -> Path:
-    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for --config=configs/NAME.py:ARG."""
-    path, _, argument = config_argument.partition(":")
-    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
-
-
-USER_ERRORS = (
-    configs.ConfigError, GeometryError, data.DataError, CheckpointError, TrainingError,
-    WeightsError, DistributedError, plan.PlanError, known_answers.WrongNumbersError,
-)  # fmt: skip
-
-
-def main_with_clear_errors(main) -> None:
-    """Runs an absl main; what a user can mend is printed without a traceback, exit status 1."""
-
-    def parse(argv):
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            text = str(error).rstrip()
-            # What a config says itself comes wrapped in the traceback of its loading.
-            _, said, message = text.rpartition(f"{configs.ConfigError.__module__}.ConfigError: ")
-            sys.exit(f"error: {message if said else text}")
-        except (AttributeError, KeyError) as error:
-            sys.exit(f"error: {unknown_field(argv) or error}")
-
-    def clear(argv):
-        try:
-            return main(argv)
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            print(f"error: the disk is full: {error}", file=sys.stderr)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print(
-                f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch; "
-                "it must stay a multiple of bn_group. Or set remat=True. A smaller bn_group, or "
-                "smaller images, are another recipe.",
-                file=sys.stderr,
-            )
-        return 1
-
-    app.run(clear, flags_parser=parse)
-
-
-def unknown_field(argv: list[str]) -> str | None:
-    """What to say of a --config.FIELD that the config does not have."""
-
-    def fields(config, prefix=""):
-        for key, value in config.items():
-            yield prefix + key
-            if isinstance(value, ml_collections.ConfigDict):
-                yield from fields(value, f"{prefix}{key}.")
-
-    known = {task: list(fields(make())) for task, make in configs.DEFAULTS.items()}
-    given = [a.lstrip("-").partition("=")[0] for a in argv[1:] if a.startswith("-")]
-    given = [field.removeprefix("config.") for field in given if field.startswith("config.")]
-    file = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")), "")
-    task = _task_of(file)
-    here = known[task] if task else sorted({field for fs in known.values() for field in fs})
-    for field in given:
-        if field not in here:
-            close = get_close_matches(field, here, n=3, cutoff=0.5)
-            hint = f'. Did you mean "{close[0]}"?' if close else f"; it has {', '.join(here)}"
-            return f"the config has no field {field!r}{hint}"
-    return None
-
-
-def _task_of(file: str) -> str | None:
-    """The task of a config file as given to --config, if it can be read."""
-    path, _, argument = file.partition(":")
-    try:
-        made = runpy.run_path(path)["get_config"](*([argument] if argument else []))
-    except Exception:  # its own error was, or will be, reported where it is read for good
-        return None
-    return made.task
-
-
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
-    _OTHER = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
-    _DISTRIBUTED = flags.DEFINE_string("distributed", "", FLAG_HELP)
-    _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
-    flags.mark_flag_as_required("config")
+    from jaxaccum import command_line
 
-    def main(_) -> int:
-        logging.set_verbosity(logging.ERROR)
-        run.use_compilation_cache()
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = Path(_WORKDIR.value or default_workdir(file))
-        try:
-            with joined(_DISTRIBUTED.value) as peers:
-                known_answers.require(_ALLOW.value)
-                train(_CONFIG.value, workdir, _OTHER.value, peers)
-        except Preempted as stopped:
-            if peers.alone:  # else JAX has to leave the other processes in order
-                end_at_once(stopped.code)
-            raise
-        return 0
-
-    main_with_clear_errors(main)
+    command_line.train_verb()

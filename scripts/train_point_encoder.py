@@ -21,23 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 from safetensors.numpy import save_file
 
-from jaxaccum import known_answers
+from jaxaccum import config_files, known_answers
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "of a run with captions", lock_config=True)
+CONFIG = config_files.define()
 OUT = flags.DEFINE_string("out", None, "the file to write, *.safetensors", required=True)
 UPDATES = flags.DEFINE_integer("updates", 400, "updates", lower_bound=1)
 NBS = flags.DEFINE_integer("nbs", 48, "effective batch: clouds that are each other's negatives")
 RATE = flags.DEFINE_float("lr", 1e-3, "peak learning rate of AdamW, cosine to 0")
 ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
-flags.mark_flag_as_required("config")
 
 
-def main(_) -> int:
-    logging.set_verbosity(logging.ERROR)
+def main() -> int:
     from jaxaccum import data, run
     from jaxaccum.accumulate import (
         Coupled,
@@ -133,6 +130,6 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    from jaxaccum.train import main_with_clear_errors
+    from jaxaccum import command_line
 
-    main_with_clear_errors(main)
+    command_line.run_verb(main, __doc__, ())

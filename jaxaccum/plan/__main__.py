@@ -10,14 +10,12 @@ import re
 from typing import cast
 
 import jax
-from absl import flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from jaxaccum import run, tasks
+from jaxaccum import command_line, config_files, run, tasks
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.plan import calibration, planner, targets
 from jaxaccum.plan.targets import GIB, PlanError
-from jaxaccum.train import main_with_clear_errors
 
 MIB = 2**20
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
@@ -30,10 +28,22 @@ def size(text: str) -> int:
     Raises:
       PlanError: it is no such text.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]+)\s*", text)
-    if not found or found.group(2).upper() not in UNITS:
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*", text, re.ASCII)
+    bytes_ = 0
+    if found and found.group(2).upper() in UNITS:
+        bytes_ = int(float(found.group(1)) * UNITS[found.group(2).upper()])
+    if not 1 <= bytes_ <= 2**60:
         raise PlanError(f"--memory takes sizes such as 12GiB or 800MB; got {text!r}")
-    return int(float(found.group(1)) * UNITS[found.group(2).upper()])
+    return bytes_
+
+
+def microbatch(text: str) -> int:
+    """Raises:
+    PlanError: it is no positive whole number of at most six digits.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII):
+        raise PlanError(f"--microbatches takes whole numbers such as 4,8; got {text!r}")
+    return int(text)
 
 
 def table(choice: planner.Choice) -> list[str]:
@@ -75,8 +85,7 @@ def as_json(choice: planner.Choice, target: targets.Target, memory: int) -> dict
     }  # fmt: skip
 
 
-def main(_) -> int:
-    logging.set_verbosity(logging.ERROR)
+def main() -> int:
     run.use_compilation_cache()
     config, target = _CONFIG.value, targets.find(_TARGET.value)
     if _CLASSES.value:
@@ -105,7 +114,7 @@ def main(_) -> int:
         choice = planner.choose(
             made, memory, engines=cast(list[Engine], engines),
             remats={"auto": (False, True), "no": (False,), "yes": (True,)}[_REMAT.value],
-            microbatches=[int(m) for m in _MICROBATCHES.value],
+            microbatches=[microbatch(m) for m in _MICROBATCHES.value],
             evaluation=_EVALUATION.value,
             margin=_MARGIN.value,
         )  # fmt: skip
@@ -151,21 +160,38 @@ def _print(choice: planner.Choice, target: targets.Target, memory: int) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "the config", lock_config=True)
+    _CONFIG = config_files.define()
     _MEMORY = flags.DEFINE_list("memory", [], "bytes of a device, such as 12GiB; a list")
     _TARGET = flags.DEFINE_string(
         "target", "", f"what to plan for: {', '.join(targets.TARGETS)}; the device here by default"
     )
-    _DEVICES = flags.DEFINE_integer("devices", 0, "devices that share an update; 0: all, or one")
+    _DEVICES = flags.DEFINE_integer(
+        "devices", 0, "devices that share an update; 0: all, or one", 0, 10**6
+    )
     _ENGINES = flags.DEFINE_list("engines", ["scan"], "engines to try: scan, multisteps")
     _REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "no", "yes"], "rematerialisation to try")
     _MICROBATCHES = flags.DEFINE_list("microbatches", [], "microbatches to show")
-    _CLASSES = flags.DEFINE_integer("classes", 0, "plan without the data, for that many classes")
+    _CLASSES = flags.DEFINE_integer(
+        "classes", 0, "plan without the data, for that many classes", 0, 10**5
+    )
     _LARGEST = flags.DEFINE_bool(
         "largest", False, "the largest effective batch that is one microbatch per device"
     )
     _EVALUATION = flags.DEFINE_bool("evaluation", True, "plan the evaluation, too")
-    _MARGIN = flags.DEFINE_float("margin", None, "share of the memory to leave free")
+    _MARGIN = flags.DEFINE_float("margin", None, "share of the memory to leave free", 0, 0.99)
     _JSON = flags.DEFINE_bool("json", False, "print one JSON object (a list of several memories)")
-    flags.mark_flag_as_required("config")
-    main_with_clear_errors(main)
+    command_line.run_verb(
+        main,
+        __doc__,
+        (
+            (
+                "plan --config=configs/yolo_s.py --config.data.path=DIR/data.yaml",
+                "what fits on the device here",
+            ),
+            (
+                "plan --config=configs/yolo_m.py:11-p2 --classes=80 --target=rtx4090",
+                "on one that is not here, without the data",
+            ),
+            ("plan --config=configs/quickstart.py --memory=512MiB,2GiB", "on that much memory"),
+        ),
+    )

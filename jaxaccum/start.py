@@ -1,0 +1,42 @@
+"""The first thing that `python -m jaxaccum.VERB` does, before anything slow is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+STOPPED_BY_HAND = 130  # what shells expect of Ctrl-C, so that a loop around the run ends, too
+
+stderr_was_closed = False  # then errors are said on stdout
+
+
+def prepare() -> None:
+    """Makes the standard streams usable whatever they are, and Ctrl-C a quiet end with status 130.
+
+    A closed stream becomes the null device: else the next file that is opened, a checkpoint say,
+    would get its number, and with it what libraries write there. What stdout cannot encode is
+    escaped. `command_line` gives Ctrl-C its usual meaning back.
+    """
+    global stderr_was_closed
+    closed = []
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            got = os.open(os.devnull, mode)
+            os.set_inheritable(got, True)
+            if got != number:
+                os.dup2(got, number)
+                os.close(got)
+            closed.append(number)
+    stderr_was_closed = stderr_was_closed or 2 in closed
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            way = "r" if number == 0 else "w"
+            setattr(sys, name, os.fdopen(number, way, closefd=False, errors="backslashreplace"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED_BY_HAND))
