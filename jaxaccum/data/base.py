@@ -212,11 +212,12 @@ def normalised_objects(
         if w <= 0 or h <= 0:
             report.skip("box without area", file, line)
             continue
-        left, right = max(x - w / 2, 0.0) * width, min(x + w / 2, 1.0) * width
-        top, bottom = max(y - h / 2, 0.0) * height, min(y + h / 2, 1.0) * height
-        if min(x + w / 2, y + h / 2) <= 0 or max(x - w / 2, y - h / 2) >= 1:
+        left, right, top, bottom = x - w / 2, x + w / 2, y - h / 2, y + h / 2
+        if right <= 0 or bottom <= 0 or left >= 1 or top >= 1:
             report.skip("box outside the image", file, line)
             continue
+        left, right = max(left, 0.0) * width, min(right, 1.0) * width
+        top, bottom = max(top, 0.0) * height, min(bottom, 1.0) * height
         boxes.append((left, top, right, bottom))
         classes.append(label)
         kept.append(line)

@@ -57,7 +57,8 @@ def read_bytes(file: str | Path, *, limit: int = 1 << 30) -> bytes:
                 "the right file.",
                 file=str(file),
             )
-        return Path(file).read_bytes()
+        with open(file, "rb") as opened:
+            return opened.read()
     except FileNotFoundError as error:
         if os.path.islink(file):
             raise DataError(
@@ -168,6 +169,8 @@ def shown(value: Any, width: int = 80) -> str:
 
 def shown_path(path: str | Path) -> str:
     """A path for a message: what is not UTF-8 in it is escaped, control characters too."""
+    if (text := str(path)).isascii() and text.isprintable():
+        return text
     text = os.fsencode(path).decode("utf-8", "backslashreplace") if _encodable(path) else str(path)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
