@@ -426,8 +426,8 @@ class FileSource:
             pixels = decode_upright(data, record.file)
         if pixels.shape[:2] != record.header.size:
             raise DataError(
-                f"{shown_path(record.file)}: decoded to {pixels.shape[:2]} (height, width), but its "
-                f"header said {record.header.size} when the data set was opened, and the boxes "
+                f"{shown_path(record.file)}: decoded to {pixels.shape[:2]} (height, width), but "
+                f"its header said {record.header.size} when the data set was opened, and the boxes "
                 f"belong to that size. Save the image again in an ordinary format.",
                 file=record.file,
             )
