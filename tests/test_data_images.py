@@ -257,30 +257,62 @@ for file in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def memory_of(folder, *files):
+    """What becomes of files in a process of its own: a line each, with the MiB of memory taken so
+    far."""
+    small = folder / "small.png"
+    small.write_bytes(grey_png(64, 48))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, [small, *files])],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@reads_proc
 def test_what_a_file_says_of_its_length_takes_no_memory(tmp_path):
-    """Chunks that say that they are of 1 and 2 GiB, in files of some KiB; and what the largest
-    image that is decoded takes."""
-    small = grey_png(64, 48)
-    (tmp_path / "small.png").write_bytes(small)
+    """Chunks that say that they are of 1 and 2 GiB, in files of some KiB."""
     files = []
     for byte in (0x40, 0x80):
-        damaged = bytearray(small)
+        damaged = bytearray(grey_png(64, 48))
         damaged[33] = byte  # the length of the chunk behind the header
         files.append(tmp_path / f"{byte}.png")
         files[-1].write_bytes(damaged)
-    files.append(tmp_path / "largest.png")
-    files[-1].write_bytes(grey_png(8192, 8192))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, [tmp_path / "small.png", *files])],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    first, second, third = done.stdout.splitlines()
-    for line in (first, second):
+    for line in memory_of(tmp_path, *files):
         word, mebibytes, *_ = line.split()
         assert word == "DataError" and int(mebibytes) < 50, line
         assert "ends after the file does" in line
-    assert third.startswith("(8192, 8192, 3)") and int(third.split()[-1]) < 500, third
+
+
+@pytest.mark.slow
+@reads_proc
+def test_the_largest_images_take_what_they_may(tmp_path):
+    (tmp_path / "grey.png").write_bytes(grey_png(8192, 8192))
+    plain, turned = PIL.Image.new("RGB", (8192, 8192)), PIL.Image.new("RGB", (7000, 7000))
+    saved(tmp_path / "turned.jpg", plain, 6)
+    saved(tmp_path / "turned.tif", plain, 6, compression="tiff_adobe_deflate")
+    saved(tmp_path / "progressive.jpg", turned, 6, progressive=True, subsampling=0)
+    saved(tmp_path / "a.webp", PIL.Image.new("RGB", (5700, 5700)), 6, lossless=True, method=0)
+    lines = memory_of(tmp_path, *sorted(set(tmp_path.iterdir())))
+    assert len(lines) == 5
+    for line in lines:
+        assert line.startswith("(") and int(line.split()[-1]) < 540, lines
+
+
+@pytest.mark.parametrize("kind", [b"VP8X", b"VP8L", b"VP8 "])
+def test_a_large_webp_is_refused_before_memory_is_taken_for_it(tmp_path, kind):
+    body = {
+        b"VP8X": bytes(4) + (16000 - 1).to_bytes(3, "little") * 2,
+        b"VP8L": b"\x2f" + (15999 | 15999 << 14).to_bytes(4, "little") + bytes(5),
+        b"VP8 ": b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 16000, 16000),
+    }[kind]
+    riff = b"WEBP" + kind + struct.pack("<I", len(body)) + body
+    (tmp_path / "a.webp").write_bytes(b"RIFF" + struct.pack("<I", len(riff)) + riff)
+    with pytest.raises(DataError, match="image of 16,000 x 16,000 pixels, more than the 33,554,4"):
+        read_image(tmp_path / "a.webp")
 
 
 def test_the_cases_of_images(shared):

@@ -18,14 +18,18 @@ from jaxaccum import data, tasks, train
 from jaxaccum.data import (
     Augment,
     Augment3D,
+    CloudStream,
     DataError,
     Objects,
     Report,
+    Shapes,
     TrainStream,
     TrainStream3D,
+    cloud_batches,
     eval_batches,
     eval_batches3d,
 )
+from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.data.streets import StreetsSource
 from jaxaccum.models import solids
 from jaxaccum.tasks.detection3d import Evaluator
@@ -216,6 +220,33 @@ def test_streams_with_boxes_in_space_do_the_same():
     for key in rows.keys() - {"weight"}:
         kept = rows["weight"] > 0
         np.testing.assert_array_equal(rows[key][kept], expected[key][kept])
+
+
+class Clouds(CroppedClouds):
+    gone = ()
+
+    def sample(self, index, rng):
+        if index in self.gone:
+            raise DataError(f"{index}: gone")
+        return super().sample(index, rng)
+
+
+def test_clouds_do_the_same():
+    whole, lossy = (Clouds(Shapes("train", length=5), False, "median", 1, 2**28) for _ in range(2))
+    lossy.gone = (1,)
+    expected = joined(CloudStream(whole, seed=1, mirror=True).windows(0, [10]))
+    rows = joined(CloudStream(lossy, seed=1, mirror=True, on_error="skip").windows(0, [10]))
+    np.testing.assert_array_equal(rows["weight"], np.where(rows["index"] == 1, 0, 1))
+    for key in rows.keys() - {"weight"}:
+        kept = rows["weight"] > 0
+        np.testing.assert_array_equal(rows[key][kept], expected[key][kept])
+    with pytest.raises(DataError, match="1: gone"):
+        list(CloudStream(lossy, seed=1).windows(0, [10]))
+    lost = []
+    rows = joined(cloud_batches(lossy, batch=3, lost=lost))
+    assert rows["index"].tolist() == [0, -1, 2, 3, 4, -1] and lost == ["1: gone"]
+    with pytest.raises(DataError, match="1: gone"):
+        list(cloud_batches(lossy, batch=3))
 
 
 # --- evaluation ---

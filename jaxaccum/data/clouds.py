@@ -15,7 +15,7 @@ from jaxaccum.data.base import Findings
 from jaxaccum.data.captions import Texts
 from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_ops import NUM_INPUT, mirror_factors
-from jaxaccum.data.stream import Batch, Place, SampleStream, in_order
+from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order
 
 
 @dataclass
@@ -101,6 +101,7 @@ class CloudStream(SampleStream):
         seed: int,
         mirror: bool = False,
         texts: Texts | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         """Describes a run's samples; reads nothing yet.
 
@@ -109,12 +110,13 @@ class CloudStream(SampleStream):
           seed: of the order, the partial clouds and the mirroring; not negative.
           mirror: mirror partial and complete clouds alike, along x, z, both or neither.
           texts: the captions of the source, as vectors.
+          on_error: as in `SampleStream`.
 
         Raises:
           ValueError: the seed is negative, the source has no complete clouds, or the captions are
             those of another one.
         """
-        super().__init__(len(source), seed)
+        super().__init__(len(source), seed, on_error)
         if not source.points:
             raise ValueError(f"{source.report.where}: no complete clouds to learn from.")
         _check(source, texts)
@@ -137,7 +139,12 @@ class CloudStream(SampleStream):
 
 
 def cloud_batches(
-    source: CloudSource, *, batch: int, prefetch: int = 2, texts: Texts | None = None
+    source: CloudSource,
+    *,
+    batch: int,
+    prefetch: int = 2,
+    texts: Texts | None = None,
+    lost: list[str] | None = None,
 ) -> Iterator[Batch]:
     """The fixed samples of a data set once, in order.
 
@@ -147,6 +154,8 @@ def cloud_batches(
         index -1, with the text 0 and the caption -1.
       prefetch: batches to prepare ahead.
       texts: the captions of the source, as vectors.
+      lost: takes the errors of samples that cannot be read, which are like those that fill up the
+        last batch. None ends with the first error.
 
     Yields:
       The arrays of a `CloudStream` sample with a leading axis of `batch`, epoch 0.
@@ -158,11 +167,11 @@ def cloud_batches(
     if batch < 1 or prefetch < 0:
         raise ValueError(f"batch {batch}, prefetch {prefetch}: expected at least 1 and 0.")
     _check(source, texts)
-    return _evaluated(source, batch, prefetch, texts)
+    return _evaluated(source, batch, prefetch, texts, lost)
 
 
 def _evaluated(
-    source: CloudSource, batch: int, prefetch: int, texts: Texts | None
+    source: CloudSource, batch: int, prefetch: int, texts: Texts | None, lost: list[str] | None
 ) -> Iterator[Batch]:
     def fill(arrays: Batch, row: int, index: int) -> int:
         arrays["partial"][row], arrays["complete"][row] = source.sample(index, None)
@@ -175,7 +184,7 @@ def _evaluated(
     def empty() -> Batch:
         return _empty(batch, source.points, texts)
 
-    return in_order(len(source), batch, empty, fill, prefetch)
+    return in_order(len(source), batch, empty, fill, prefetch, lost)
 
 
 def _check(source: CloudSource, texts: Texts | None) -> None:

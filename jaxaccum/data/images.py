@@ -72,33 +72,61 @@ def read_header(file: str | Path | io.BytesIO) -> Header:
     stamp = (0, 0) if isinstance(file, io.BytesIO) else _stamp(file)
     library = _pillow()
     try:
+        _require_small_webp(file)
         with library.open(file, formats=_FORMATS) as image:
             width, height = _stored_size(image)
             orientation, note = _told_orientation(image)
+            # The decoder of progressive JPEGs holds their coefficients, too.
+            most = MOST_PIXELS * 3 // 4 if image.info.get("progressive") else MOST_PIXELS
+    except Unreadable:
+        raise
     except FileNotFoundError:
         raise Unreadable("image missing") from None
     except library.DecompressionBombError as error:
         pixels = next(
             (int(word) for word in str(error).split("(")[-1].split() if word.isdigit()), 0
         )
-        raise Unreadable(_too_large(f"{pixels:,}")) from error
+        raise Unreadable(_too_large(f"{pixels:,}", MOST_PIXELS)) from error
     except Exception as error:  # whatever Pillow's parsers fail with on bytes that are no image
         if isinstance(error, OSError) and error.strerror:
             raise Unreadable(f"image cannot be read ({error.strerror})") from error
         raise Unreadable("image unreadable") from error
     if min(height, width) < SMALLEST_SIDE:
         raise Unreadable(f"image under {SMALLEST_SIDE} pixels")
-    if height * width > MOST_PIXELS:
-        raise Unreadable(_too_large(f"{width:,} x {height:,}"))
+    if height * width > most:
+        raise Unreadable(_too_large(f"{width:,} x {height:,}", most))
     size = (width, height) if orientation >= 5 else (height, width)
     return Header(size, orientation, note, stamp)
 
 
-def _too_large(pixels: str) -> str:
+def _too_large(pixels: str, most: int) -> str:
     return (
-        f"image of {pixels} pixels, more than the {MOST_PIXELS:,} that are decoded: scale it down "
-        "or cut it into tiles"
+        f"image of {pixels} pixels, more than the {most:,} that are decoded: scale it down or cut "
+        "it into tiles"
     )
+
+
+def _require_small_webp(file: str | Path | io.BytesIO) -> None:
+    """Refuses a large WebP, for which Pillow takes 8 bytes a pixel when it opens the file, and
+    twice that to decode it."""
+    if isinstance(file, io.BytesIO):
+        head = file.getvalue()[:30]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(30)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return
+    width = height = 0
+    if head[12:16] == b"VP8X":  # with an alpha channel, EXIF, several frames
+        width = int.from_bytes(head[24:27], "little") + 1
+        height = int.from_bytes(head[27:30], "little") + 1
+    elif head[12:16] == b"VP8L":  # without loss
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif head[12:16] == b"VP8 ":
+        width, height = (n & 0x3FFF for n in struct.unpack_from("<HH", head, 26))
+    if width * height > MOST_PIXELS // 2:
+        raise Unreadable(_too_large(f"{width:,} x {height:,}", MOST_PIXELS // 2))
 
 
 def _stamp(file: str | Path) -> tuple[int, int]:
@@ -305,7 +333,12 @@ def _tiff_to_decode(data: bytes) -> bytes:
             if start + length > len(data):
                 raise ValueError(f"pixels up to byte {start + length:,} of {len(data):,}")
     whole = bytearray(data)
-    height = max(tags.get(_TIFF_SIZE[1], []), default=1)
+    width, height = (max(tags.get(tag, []), default=1) for tag in _TIFF_SIZE)
+    if width * height * sum(tags.get(_BITS, [])) // 8 > MOST_BYTES:
+        raise ValueError(
+            f"{width:,} x {height:,} with {sum(tags[_BITS])} bits each take more than "
+            f"{MOST_BYTES:,} bytes; scale it down or save it with 8 bits per channel"
+        )
     for tag, kind, told in ((_ORIENTATION, 3, 1), (_ROWS, 4, height)):
         if max(tags.get(tag, []), default=0) > told:
             entry, letter = entries[tag], _TIFF_KINDS[kind]
@@ -315,7 +348,7 @@ def _tiff_to_decode(data: bytes) -> bytes:
 
 _BITS, _ROWS, _TILE = 258, 278, (322, 323)  # per sample; per strip; width and length
 _TIFF_EXTENTS = ((273, 279), (324, 325))  # starts and lengths of strips, of tiles
-_TIFF_TAGS = {_ORIENTATION, _TIFF_SIZE[1], _BITS, _ROWS, *_TILE, *sum(_TIFF_EXTENTS, ())}
+_TIFF_TAGS = {_ORIENTATION, *_TIFF_SIZE, _BITS, _ROWS, *_TILE, *sum(_TIFF_EXTENTS, ())}
 _TIFF_KINDS = {3: "H", 4: "I", 16: "Q"}
 _MOST_TILE = 1 << 24  # pixels
 
@@ -329,11 +362,13 @@ def _damaged(name: str, detail: str) -> DataError:
 
 
 def _upright(image: Image, orientation: int) -> Image:
+    """Turns an image that is nobody else's, which may be written to."""
     if orientation >= 5:
         image = np.asarray(cv2.transpose(image), np.uint8)
     # After the transpose, what is left is a mirror along one axis or both.
     mirror = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    return image if mirror is None else np.asarray(cv2.flip(image, mirror), np.uint8)
+    # In place: a large image is in memory twice as it is.
+    return image if mirror is None else np.asarray(cv2.flip(image, mirror, image), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -426,8 +461,8 @@ class FileSource:
             pixels = decode_upright(data, record.file)
         if pixels.shape[:2] != record.header.size:
             raise DataError(
-                f"{shown_path(record.file)}: decoded to {pixels.shape[:2]} (height, width), but its "
-                f"header said {record.header.size} when the data set was opened, and the boxes "
+                f"{shown_path(record.file)}: decoded to {pixels.shape[:2]} (height, width), but "
+                f"its header said {record.header.size} when the data set was opened, and the boxes "
                 f"belong to that size. Save the image again in an ordinary format.",
                 file=record.file,
             )

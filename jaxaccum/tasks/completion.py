@@ -17,6 +17,7 @@ from jaxaccum import config as configs
 from jaxaccum import data, draw_clouds
 from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
 from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
+from jaxaccum.data.stream import say_lost
 from jaxaccum.losses.chamfer import chamfer_l1
 from jaxaccum.metrics import completion as metrics
 from jaxaccum.models import completion, points
@@ -236,7 +237,10 @@ class CompletionTask:
         del samples
         mirror = config.augment.mirror and not plain
         clouds, texts = captioned.parts(source)
-        return data.CloudStream(clouds, seed=config.seed, mirror=mirror, texts=texts)
+        return data.CloudStream(
+            clouds, seed=config.seed, mirror=mirror, texts=texts,
+            on_error=config.data.get("on_error", "raise"),
+        )  # fmt: skip
 
     def facts(self, source: data.CloudSource) -> dict[str, Any]:
         """The frame of the clouds that the network knows."""
@@ -271,7 +275,8 @@ class CompletionTask:
             )
         if config.eval.unseen:
             sources["unseen/"] = self.open(config, "unseen")
-        return Evaluator(self, sources, config.eval.batch, references(config))
+        lenient = config.data.get("on_error", "raise") == "skip"
+        return Evaluator(self, sources, config.eval.batch, references(config), lenient)
 
     def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
         """The test split, and the unseen categories where there are some; what is cropped by us in
@@ -292,7 +297,8 @@ class CompletionTask:
             for mode in ("easy", "median", "hard"):
                 config.eval.mode = mode
                 sources[f"{prefix}{mode}/"] = self.open(config, split)
-        return Evaluator(self, sources, config.eval.batch, references(config)), lines
+        lenient = config.data.get("on_error", "raise") == "skip"
+        return Evaluator(self, sources, config.eval.batch, references(config), lenient), lines
 
     def summary(self, best: dict[str, Any]) -> str:
         """The metrics of an evaluation in a few words."""
@@ -329,14 +335,17 @@ class Evaluator:
         sources: dict[str, data.CloudSource],
         batch: int,
         cars: Callable[[], Iterator[np.ndarray]] | None = None,
+        lenient: bool = False,
     ):
         """Args:
         task: the model.
         sources: prefix of the metrics' names -> what to evaluate on.
         batch: clouds to predict at once.
         cars: complete clouds to compare predictions of real scans with, which have no target.
+        lenient: leave out samples that cannot be read, and say so.
         """
         self.task, self.sources, self.batch, self.cars = task, sources, batch, cars
+        self._lenient = lenient
         self._predict = jax.jit(task.predict_and_embed)
 
     def __call__(
@@ -362,7 +371,8 @@ class Evaluator:
             with ThreadPoolExecutor() as pool:
                 clouds, texts = captioned.parts(source)
                 vectors: list[Any] = []
-                for batch in data.cloud_batches(clouds, batch=self.batch, texts=texts):
+                lost: list[str] | None = [] if self._lenient else None
+                for batch in data.cloud_batches(clouds, batch=self.batch, texts=texts, lost=lost):
                     output, embedded = self._predict(params, stats, batch)
                     if embedded is not None:
                         vectors.append((batch["weight"] > 0, batch["caption"], *embedded))
@@ -373,6 +383,7 @@ class Evaluator:
                     )
                 if pending is not None:
                     pending()
+            say_lost(lost or [], len(source), f"samples of {source.report.where}")
             scores = result.compute()
             if texts is not None and vectors:
                 real, *found_ = (np.concatenate(v) for v in zip(*vectors, strict=True))
