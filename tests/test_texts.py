@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -93,6 +94,13 @@ def test_no_numbers(word):
         texts.number(word)
     with pytest.raises(ValueError, match="is not a whole number"):
         texts.whole_number(word)
+
+
+def test_long_words_are_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(ValueError, match="is not a number"):
+        texts.number("2" * 10**6 + "x")
+    assert time.process_time() - start < 2
 
 
 def test_whole_numbers():
