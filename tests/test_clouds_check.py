@@ -206,7 +206,7 @@ def index(**changed):
         (index(train=["a\0b"]), r"train\[0\] is 'a\\x00b', no name of a file"),
         (index(train=["../../x"]), r"train\[0\] is '\.\./\.\./x', no name of a file"),
         (index(train=["\udc80"]), r"train\[0\] is .*, no name of a file"),
-        (index() + [{}], r"category 1 \(counted from 0\): taxonomy_id is None"),
+        ([*index(), {}], r"category 1 \(counted from 0\): taxonomy_id is None"),
     ],
 )  # fmt: skip
 def test_an_index_of_another_form_names_the_field(tmp_path, content, said):
@@ -258,7 +258,7 @@ def test_captions_in_other_encodings(tmp_path):
     file.write_text(f"{CHAIR}_b,größe\n", encoding="utf-16")
     assert read_captions(file) == {f"{CHAIR}_b": "größe"}
     assert Captions.of(source, file)[1] == "größe"
-    file.write_text("x" * 10**6 + ",y\n")
+    file.write_text("x" * 10**5 + ",y\n")
     with pytest.raises(DataError, match="no caption for any shape") as caught:
         Captions.of(source, file)
     assert len(str(caught.value)) < 1000

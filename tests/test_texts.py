@@ -50,6 +50,14 @@ def test_other_encodings_are_refused_with_their_place(file, monkeypatch, system)
     assert (caught.value.file, caught.value.line) == (str(file), 2)
 
 
+def test_the_line_of_a_byte_that_begins_it(file, monkeypatch):
+    monkeypatch.setattr(texts.locale, "getencoding", lambda: "UTF-8")
+    for content, line in ((b"\xd6", 1), (b"a\n\xd6", 2), (b"a\r\n\r\n\xd6", 3)):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=rf"given.txt:{line}: byte"):
+            texts.read_text(file)
+
+
 def test_utf_16_without_its_mark_is_refused(file):
     file.write_bytes("abc".encode("utf-16-le"))
     with pytest.raises(DataError, match="NUL at character 1"):

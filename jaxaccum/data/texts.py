@@ -120,12 +120,12 @@ def read_text(file: str | Path, *, limit: int = 1 << 30) -> str:
 
 
 def _not_text(name: str, data: bytes, error: UnicodeDecodeError, file: str | Path) -> DataError:
-    line = len(lines(data[: error.start].decode("latin-1")))
+    line = len(lines(data[: error.start].decode("latin-1") + "."))  # "." for the byte at fault
     return DataError(
-        f"{name}:{line or 1}: byte {error.start} (0x{data[error.start]:02x}) is not "
+        f"{name}:{line}: byte {error.start} (0x{data[error.start]:02x}) is not "
         f"{error.encoding} ({error.reason}). Save the file as UTF-8.",
         file=str(file),
-        line=line or 1,
+        line=line,
     )
 
 
