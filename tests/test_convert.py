@@ -589,6 +589,13 @@ def test_values_that_are_not_finite_are_refused():
         weights.transfer(Weights(state), model, params, stats, CLASSES)
 
 
+def test_whole_numbers_are_no_weights():
+    model, params, stats, state = tiny()
+    state["model.0.conv.weight"] = state["model.0.conv.weight"].astype(np.int8)
+    with pytest.raises(WeightsError, match=r"'model\.0\.conv\.weight' holds int8, expected numb"):
+        weights.transfer(Weights(state), model, params, stats, CLASSES)
+
+
 def test_names_in_every_form():
     assert weights.names_from({0: "a", 1: "b"}) == ("a", "b")
     assert weights.names_from({"10": "c", "2": "b"}) == ("b", "c")

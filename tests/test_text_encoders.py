@@ -220,6 +220,64 @@ def test_what_is_no_clip_model_says_why(tmp_path, monkeypatch):
         ClipText(tmp_path / "n")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"text_config": 3}, "text_config 3, expected a json object"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\], expected one of"),
+        ({"num_attention_heads": "2"}, "num_attention_heads '2', expected a number"),
+        ({"num_attention_heads": 3}, "num_attention_heads 3, which do not divide the width 8"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0, expected a number above 0"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps 'x', expected a number in 0 to 1"),
+        ({"layer_norm_eps": 10**400}, "layer_norm_eps a number of over 80 digits, expected"),
+    ],
+)
+def test_configs_of_clip_that_make_no_sense(tmp_path, changed, said):
+    folder = clip(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own = config.get("text_config", config)
+    (config if "text_config" in changed else own).update(changed)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=rf"config\.json: {said}"):
+        ClipText(folder)
+
+
+def test_tensors_of_clip_that_are_missing_or_do_not_fit(tmp_path):
+    folder = clip(tmp_path / "m")
+    key = "text_model.encoder.layers.1.mlp.fc1.weight"
+    wrong = {"shape": np.zeros((8, 12), np.float32), "scalar": np.zeros((), np.float32)}
+    for value in wrong.values():
+        save_file(tensors() | {key: value}, folder / "model.safetensors")
+        with pytest.raises(WeightsError, match=rf"'{key}' has the shape .*expected \(12, 8\)"):
+            ClipText(folder)
+    save_file({k: v for k, v in tensors().items() if k != key}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"no '{key}' in its weights: not a CLIP model"):
+        ClipText(folder)
+    for value, said in ((np.zeros((12, 8), np.int8), "int8"), (np.full((12, 8), np.nan), "finite")):
+        save_file(tensors() | {key: value}, folder / "model.safetensors")
+        with pytest.raises(WeightsError, match=said):
+            ClipText(folder).encode_tokens(IDS, ENDS)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "weight_map is None"),
+        ({"weight_map": ["a"]}, r"weight_map is \['a'\]"),
+        ({"weight_map": {"a": 3}}, "'a' is in 3, no name of a file"),
+        ({"weight_map": {"a": "../x"}}, r"'a' is in '\.\./x', no name of a file"),
+        ({"weight_map": {"a": "none.safetensors"}}, "no such file, but the model's index"),
+        ({"weight_map": {"text_model.x": "part.safetensors"}}, "'text_model.x' is not in part"),
+    ],
+)
+def test_indices_of_parts_that_make_no_sense(tmp_path, content, said):
+    folder = clip(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=said):
+        ClipText(folder)
+
+
 def test_captions_are_cut_into_tokens_with_their_ends(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="CLIP's tokens need tokenizers")
     letters = "abcdefghijklmnopqrstuvwxyz"

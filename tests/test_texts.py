@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_other_encodings_are_refused_with_their_place(file, monkeypatch, system)
     assert (caught.value.file, caught.value.line) == (str(file), 2)
 
 
+def test_the_line_of_a_byte_that_begins_it(file, monkeypatch):
+    monkeypatch.setattr(texts.locale, "getencoding", lambda: "UTF-8")
+    for content, line in ((b"\xd6", 1), (b"a\n\xd6", 2), (b"a\r\n\r\n\xd6", 3)):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=rf"given.txt:{line}: byte"):
+            texts.read_text(file)
+
+
 def test_utf_16_without_its_mark_is_refused(file):
     file.write_bytes("abc".encode("utf-16-le"))
     with pytest.raises(DataError, match="NUL at character 1"):
@@ -93,6 +102,13 @@ def test_no_numbers(word):
         texts.number(word)
     with pytest.raises(ValueError, match="is not a whole number"):
         texts.whole_number(word)
+
+
+def test_long_words_are_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(ValueError, match="is not a number"):
+        texts.number("2" * 10**6 + "x")
+    assert time.process_time() - start < 2
 
 
 def test_whole_numbers():

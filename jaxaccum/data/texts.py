@@ -24,7 +24,10 @@ _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.A | re.I)
+# Possessive, or digits without end that are no number would be tried again from each of them.
+_NUMBER = re.compile(
+    r"[+-]?(\d++(\.\d*+)?|\.\d++)([eE][+-]?\d++)?|[+-]?(nan|inf|infinity)", re.A | re.I
+)
 _WHOLE = re.compile(r"[+-]?\d{1,18}", re.A)
 _MOST_NODES = 1_000_000  # of a YAML file, every alias counted as what it stands for
 _said: set[str] = set()

@@ -94,7 +94,7 @@ class Budget:
                 raise WeightsError(f"its pickle uses a {type(part).__name__} as a key")
             if isinstance(part, (str, bytes)):
                 self.take(len(part))
-            elif isinstance(part, int) and abs(part) >= 2**63:
+            elif isinstance(part, int) and abs(part) >= 10**18:
                 raise WeightsError("its pickle uses a number of over 18 digits as a key")
         if type(key) in (tuple, float) or (type(key) is int and not -1 <= key < _PLAIN_KEY):
             self._odd -= 1

@@ -36,7 +36,7 @@ from jaxaccum.models.weights import Weights, WeightsError, names_from
 __all__ = ["Archive", "Global", "Record", "Storage", "Tensor", "read", "unpickle", "without_prefix"]
 
 _MAX_MODULES = 100_000
-_MAX_VISITS = 1_000_000  # of entries of modules
+_MAX_VISITS = 200_000  # of entries of modules
 _MAX_DEPTH = 100
 _MAX_KEY = 1000
 # What a damaged archive or header provokes in the libraries that read them; among them

@@ -68,6 +68,11 @@ class CaptionedClouds:
     def normalised(self) -> bool:
         return self.clouds.normalised
 
+    @property
+    def signature(self) -> str | None:
+        """Of the files of the clouds, see `data.cloud_check`."""
+        return getattr(self.clouds, "signature", None)
+
     def __len__(self) -> int:
         return len(self.clouds)
 
