@@ -54,7 +54,7 @@ def test_overrides(file):
         try:
             config = config_files.parse(str(file), given)
             configs.validate(config)
-            if config.microbatch != "auto" and not config.task == "completion":
+            if config.microbatch != "auto" and config.task != "completion":
                 sizes = run._sizes(config, 1, 1000)
                 assert 1 <= len(sizes) <= configs.MOST_UPDATES
         except (configs.ConfigError, GeometryError) as error:
