@@ -423,10 +423,13 @@ def test_what_counts_as_diverged():
         return str(divergence)
 
     assert told() == ""
-    assert "gradient was exactly 0 in the last 10 updates (loss 0)" in told(*[(0.0, 0.0)] * 20)
-    assert told((5.0, 1.0), *[(0.0, 0.0)] * 9) == ""  # samples without objects, perhaps
-    assert told(*[(0.0, 0.0)] * 20, (1.0, 0.1)) == ""
+    dead = [(1e-18, 1e-17)] * 10  # as a detector at a learning rate of 100
+    assert "in the last 10 updates the gradient vanished" in told((4.0, 1.0), *dead)
+    assert "vanished" in told(*[(0.0, 0.0)] * 20)
+    assert told((5.0, 1.0), *dead[:9]) == ""  # samples without objects, perhaps
+    assert told((4.0, 1.0), *dead, (1.0, 0.1)) == ""
     assert "over 100 times" in told((4.0, 1.0), *[(500.0, 9.0)] * 10)
+    assert " or the loss" in told((4.0, 1.0), *dead[:5], *[(500.0, 9.0)] * 5)
     assert told((4.0, 1.0), *[(500.0, 9.0)] * 9, (300.0, 1.0)) == ""
     assert told((-1.0, 1.0), *[(3.0, 1.0)] * 10) == ""
     assert told(*[(4.0 / n, 1.0 / n) for n in range(1, 100)]) == ""
