@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxaccum.data.texts import shown_path
-from jaxaccum.workdir import why_not_written
+from jaxaccum.workdir import plain_name, why_not_written
 
 PyTree = Any
 
@@ -52,7 +52,7 @@ class Checkpoints:
         """
         self.workdir = Path(workdir).resolve()
         self._name = shown_path(self.workdir)
-        self._there, self._descriptor = _for_the_library(self.workdir)
+        self._there, self._descriptor = plain_name(self.workdir)
 
         # The state of a run is whole in every process: the first needs no other to save it.
         alone = ocp.options.MultiprocessingOptions(
@@ -459,30 +459,6 @@ def newest_complete(workdir: Path) -> int | None:
         return None
     names = (p.name for p in found if re.fullmatch(r"0|[1-9]\d{0,17}", p.name, re.A) and p.is_dir())
     return max(map(int, names), default=None)
-
-
-def _for_the_library(folder: Path) -> tuple[Path, int | None]:
-    """A name of a folder that the checkpoint library can use, and the open folder it is of, if any.
-
-    The library lists parts of a checkpoint by patterns that begin with the folder's own path, where
-    *, ? and [ would be read as such; it takes a colon for an address's, a backslash for a slash,
-    and no path that is not text.
-
-    Raises:
-      CheckpointError: this system has no other name.
-    """
-    name = str(folder)
-    if not re.search(r"[*?\[:\\\ud800-\udfff]", name) or not folder.is_dir():
-        return folder, None
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    other = Path(f"/proc/self/fd/{descriptor}")
-    if not other.is_dir():
-        os.close(descriptor)
-        raise CheckpointError(
-            f"{shown_path(folder)}: the checkpoint library takes no *, ?, [, : or \\ in a path. "
-            "Give a --workdir without them."
-        )
-    return other, descriptor
 
 
 def _measure(path: Path) -> list[int]:

@@ -1,5 +1,5 @@
-"""The folder of a run: what can be one, that one training at a time writes there, and why a file
-cannot be written."""
+"""The folder of a run: what can be one, that one training at a time writes there, why a file cannot
+be written, and a name of it for the checkpoint library."""
 
 from __future__ import annotations
 
@@ -222,6 +222,30 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def plain_name(folder: Path) -> tuple[Path, int | None]:
+    """A name of a folder that the checkpoint library can use, and the open folder it is of, if any.
+
+    The library lists parts of a checkpoint by patterns that begin with the folder's own path, where
+    *, ? and [ would be read as such; it takes a colon for an address's, a backslash for a slash,
+    and no path that is not text.
+
+    Raises:
+      WorkdirError: this system has no other name.
+    """
+    name = str(folder)
+    if not re.search(r"[*?\[:\\\ud800-\udfff]", name) or not folder.is_dir():
+        return folder, None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    other = Path(f"/proc/self/fd/{descriptor}")
+    if not other.is_dir():
+        os.close(descriptor)
+        raise WorkdirError(
+            f"{shown_path(folder)}: the checkpoint library takes no *, ?, [, : or \\ in a path. "
+            "Give a --workdir without them."
+        )
+    return other, descriptor
 
 
 def why_not_written(error: BaseException, folder: Path, size: int | None = None) -> tuple[str, str]:
