@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,11 +17,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxaccum.accumulate import Recipe
+from jaxaccum.data.texts import shown_path
+from jaxaccum.workdir import plain_name, why_not_written
 
 PyTree = Any
 
-_LIST = "files.json"  # beside a checkpoint's own files: the size and CRC-32 of each
+_LIST = "files.json"  # beside a checkpoint's own files: its update, the size and CRC-32 of each
+# What damaged files make the checkpoint library raise.
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 class CheckpointError(RuntimeError):
@@ -33,14 +38,21 @@ class _Unreadable(Exception):
 class Checkpoints:
     """`last/STEP` holds the newest states, `best/STEP` the best weight averages.
 
-    Saves are asynchronous, and a checkpoint appears only when it is complete. Use as a context
-    manager, so that a run does not end before its last save has. Ones that turn out to be
-    unreadable are moved to `broken/`. Of several processes only the first has them, see
-    `Elsewhere`.
+    Saves are asynchronous, and a checkpoint appears only when it is complete; it counts when it was
+    found again as a reader finds it. Use as a context manager, so that a run does not end before
+    its last save has. Ones that turn out to be unreadable are moved to `broken/`. Of several
+    processes only the first has them, see `Elsewhere`.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
+        """Opens a folder; in one that holds none yet, folders are made by the first save.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
         self.workdir = Path(workdir).resolve()
+        self._name = shown_path(self.workdir)
+        self._there, self._descriptor = plain_name(self.workdir)
 
         # The state of a run is whole in every process: the first needs no other to save it.
         alone = ocp.options.MultiprocessingOptions(
@@ -49,17 +61,22 @@ class Checkpoints:
 
         def manager(name, keep):
             listing = functools.partial(self._list_files, name)
-            (self.workdir / name).mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=False,
                 multiprocessing_options=alone,
                 async_options=ocp.AsyncOptions(post_finalization_callback=listing),
             )
-            return ocp.CheckpointManager(self.workdir / name, options=options)
+            return ocp.CheckpointManager(self._there / name, options=options)
 
-        self._in_flight: dict[str, int] = {}
-        self._last, self._best = manager("last", keep), manager("best", 1)
+        self._in_flight: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
+        try:
+            self._last, self._best = manager("last", keep), manager("best", 1)
+        except Exception as error:
+            self._let_go()
+            raise CheckpointError(
+                f"cannot read the checkpoints in {self._name}: {self._first_line(error)}"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -73,6 +90,12 @@ class Checkpoints:
         finally:
             self._last.close()
             self._best.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     @property
     def latest(self) -> int | None:
@@ -88,7 +111,8 @@ class Checkpoints:
         """Saves a state to continue from.
 
         Raises:
-          CheckpointError: the disk is full or cannot be written.
+          CheckpointError: the disk is full or cannot be written, or the save before this one
+            cannot be found again.
         """
         self._save("last", step, state, meta)
 
@@ -119,11 +143,12 @@ class Checkpoints:
                 self._put_aside("last", number, why, f"continuing from update {step} instead")
             return tree, meta
         if not broken:
-            raise CheckpointError(f"no checkpoint in {self.workdir}: train there first")
+            raise CheckpointError(f"no checkpoint in {self._name}: train there first")
         rows = "\n".join(f"  update {step}: {why}" for step, why in broken.items())
         raise CheckpointError(
-            f"no checkpoint in {self.workdir / 'last'} can be read:\n{rows}\nPut files back from a "
-            "copy, or give another --workdir, or remove this one to train from the start."
+            f"no checkpoint in {shown_path(self.workdir / 'last')} can be read:\n{rows}\nPut files "
+            "back from a copy, or give another --workdir, or remove this one to train from the "
+            "start."
         )
 
     def restore_best(self, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -133,7 +158,7 @@ class Checkpoints:
           CheckpointError: there are none, they cannot be read, or are of another model.
         """
         if self.best is None:
-            raise CheckpointError(f"no best weights in {self.workdir}: train there first")
+            raise CheckpointError(f"no best weights in {self._name}: train there first")
         try:
             return self._restore("best", self.best, template)
         except _Unreadable as error:
@@ -158,7 +183,7 @@ class Checkpoints:
                 )["tree"]
                 weights = state.get("ema") or {k: state[k] for k in ("params", "stats")}
             except (_Unreadable, FileNotFoundError, KeyError, ValueError) as error:
-                why = f"that of update {step} cannot be read: {_first_line(error)}"
+                why = f"that of update {step} cannot be read: {self._first_line(error)}"
                 continue
             if _shapes(weights) != _shapes(template):
                 raise CheckpointError(
@@ -179,10 +204,17 @@ class Checkpoints:
             return {}
         try:
             self._verify("best", self.best)
-            return self._meta("best", self.best)["metrics"]
+            return self._metrics(self.best)
         except _Unreadable as error:
             self._put_aside("best", self.best, str(error), "the next evaluation counts as the best")
             return {}
+
+    def is_whole(self, step: int) -> bool:
+        """Whether all files of a state are as they were written."""
+        try:
+            return self._verify("last", step)
+        except _Unreadable:
+            return False
 
     def meta(self, best: bool = False) -> dict[str, Any]:
         """What was saved beside the newest state or the best weights.
@@ -192,14 +224,15 @@ class Checkpoints:
         """
         name, step = ("best", self.best) if best else ("last", self.latest)
         if step is None:
-            raise CheckpointError(f"no checkpoint in {self.workdir}: train there first")
+            raise CheckpointError(f"no checkpoint in {self._name}: train there first")
         try:
+            self._verify(name, step, only="meta")
             return self._meta(name, step)
         except _Unreadable as error:
             if best:
                 raise self._lost_best(error) from error
             raise CheckpointError(
-                f"the checkpoint of update {step} in {self.workdir} cannot be read: {error}. "
+                f"the checkpoint of update {step} in {self._name} cannot be read: {error}. "
                 "Training again in this workdir continues from the one before."
             ) from error
 
@@ -207,13 +240,39 @@ class Checkpoints:
         """Waits for saves in flight.
 
         Raises:
-          CheckpointError: one of them failed.
+          CheckpointError: one of them failed, or cannot be found again.
         """
-        for manager in (self._last, self._best):
+        for name in ("last", "best"):
             try:
-                manager.wait_until_finished()
+                self._finish(name)
+            except CheckpointError:
+                raise
             except Exception as error:
                 raise self._explained(error) from error
+
+    def _finish(self, name: str) -> None:
+        """Waits for a save in flight, and looks for it as a reader would."""
+        try:
+            self._manager(name).wait_until_finished()
+        except Exception:
+            self._in_flight.pop(name, None)
+            raise
+        if name not in self._in_flight:
+            return
+        step, shapes = self._in_flight.pop(name)
+        folder = self._there / name
+        try:
+            if step not in ocp.utils.checkpoint_steps(folder):
+                raise _Unreadable("it is not listed")
+            self._verify(name, step, sizes_only=True)
+            if _saved_shapes(folder / str(step) / "tree") != shapes:
+                raise _Unreadable("its arrays are not those that were saved")
+        except (_Unreadable, *_DAMAGE) as error:
+            raise CheckpointError(
+                f"the checkpoint of update {step} was saved in {self._name}, but cannot be found "
+                f"again as it was ({self._first_line(error)}): another program changes the folder, "
+                "or the disk does not keep what is written. Give another --workdir."
+            ) from error
 
     def _manager(self, name: str):
         return self._last if name == "last" else self._best
@@ -222,12 +281,12 @@ class Checkpoints:
         # A copy of our own: the next update writes into the donated buffers.
         tree = jax.tree.map(lambda a: np.array(a), jax.device_get(tree))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-        free = shutil.disk_usage(self.workdir).free
         try:
-            if free < size:
+            (self.workdir / name).mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.workdir).free < size:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            self._manager(name).wait_until_finished()
-            self._in_flight[name] = step
+            self._finish(name)
+            self._in_flight[name] = step, _shapes(tree)
             saved = self._manager(name).save(
                 step,
                 args=ocp.args.Composite(
@@ -237,48 +296,81 @@ class Checkpoints:
             )
             if not saved:
                 raise RuntimeError(f"update {step} was not saved, orbax gives no reason")
+        except CheckpointError:
+            raise
         except Exception as error:
+            self._in_flight.pop(name, None)
             raise self._explained(error, size) from error
 
     def _list_files(self, name: str) -> None:
         """Writes down what a checkpoint consists of, just before it appears under its name."""
-        folder = self.workdir / name / f"{self._in_flight[name]}.orbax-checkpoint-tmp"
+        step, _ = self._in_flight[name]
+        folder = self.workdir / name / f"{step}.orbax-checkpoint-tmp"
         paths = [p for item in ("meta", "tree") for p in (folder / item).rglob("*") if p.is_file()]
         files = {str(path.relative_to(folder)): _measure(path) for path in sorted(paths)}
-        (folder / _LIST).write_text(json.dumps(files))
+        (folder / _LIST).write_text(json.dumps({"update": step} | files))
 
-    def _verify(self, name: str, step: int) -> bool:
+    def _verify(self, name: str, step: int, only: str = "", sizes_only: bool = False) -> bool:
         """Compares a checkpoint's files with their list; False if it is too old to have one.
 
+        Args:
+          only: the part whose files are looked at, all by default.
+          sizes_only: do not read them.
         Raises:
           _Unreadable: a file is not as it was written.
+          CheckpointError: one cannot be read, though it may be whole.
         """
         folder = self.workdir / name / str(step)
         try:
-            listed = json.loads((folder / _LIST).read_text())
+            listed = json.loads((folder / _LIST).read_bytes())
+            update = listed.pop("update", step)
+            listed = {file: (size, crc) for file, (size, crc) in listed.items()}
         except FileNotFoundError:
             return False
-        except ValueError as error:
+        except PermissionError as error:
+            raise self._denied(error) from error
+        except _DAMAGE as error:
             raise _Unreadable(f"{_LIST} is damaged") from error
+        if update != step:
+            raise _Unreadable(f"it is a copy of that of update {update}")
         for file, (size, crc) in listed.items():
+            if not file.startswith(only):
+                continue
             try:
-                found = _measure(folder / file)
-            except FileNotFoundError as error:
+                found = [(folder / file).stat().st_size, crc]
+                if found[0] == size and not sizes_only:
+                    found = _measure(folder / file)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
                 raise _Unreadable(f"{file} is missing") from error
             except OSError as error:  # no reason to go on without it
-                raise CheckpointError(f"cannot read the checkpoint: {error}") from error
+                raise self._denied(error) from error
             if found[0] != size:
                 raise _Unreadable(f"{file} has {found[0]} bytes of {size}")
             if found[1] != crc:
                 raise _Unreadable(f"{file} does not hold what was written")
         return True
 
+    def _denied(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"cannot read the checkpoint: {shown_path(error.filename or self.workdir)}: "
+            f"{error.strerror}. Give yourself the right to read it, or check the disk."
+        )
+
     def _meta(self, name: str, step: int) -> dict[str, Any]:
         only = ocp.args.Composite(meta=ocp.args.JsonRestore())
         try:
-            return self._manager(name).restore(step, args=only)["meta"]
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise _Unreadable(f"meta: {_first_line(error)}") from error
+            meta = self._manager(name).restore(step, args=only)["meta"]
+        except _DAMAGE as error:
+            raise _Unreadable(f"meta: {self._first_line(error)}") from error
+        if not isinstance(meta, dict):
+            raise _Unreadable("meta: not a dict")
+        return meta
+
+    def _metrics(self, step: int) -> dict[str, Any]:
+        metrics = self._meta("best", step).get("metrics")
+        if not isinstance(metrics, dict):
+            raise _Unreadable("meta: no metrics")
+        return metrics
 
     def _restore(
         self,
@@ -291,9 +383,9 @@ class Checkpoints:
         meta = self._meta(name, step)
         check(meta)
         try:
-            theirs = _saved_shapes(self.workdir / name / str(step) / "tree")
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise _Unreadable(f"tree: {_first_line(error)}") from error
+            theirs = _saved_shapes(self._there / name / str(step) / "tree")
+        except _DAMAGE as error:
+            raise _Unreadable(f"tree: {self._first_line(error)}") from error
         ours = _shapes(template)
         differing = sorted(
             key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
@@ -305,58 +397,66 @@ class Checkpoints:
             )
             more = f"\n  and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise CheckpointError(
-                f"the checkpoint of update {step} in {self.workdir} does not fit this model and "
+                f"the checkpoint of update {step} in {self._name} does not fit this model and "
                 f"optimizer:\n{rows}{more}\nUse another workdir, or put the config back."
             )
         try:
             tree = self._manager(name).restore(
                 step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(template))
             )["tree"]
-        except (FileNotFoundError, ValueError) as error:
+        except _DAMAGE as error:
             if verified or "PERMISSION_DENIED" in str(error):
                 raise CheckpointError(
-                    f"cannot read the checkpoint of update {step} in {self.workdir}: "
-                    f"{_first_line(error)}"
+                    f"cannot read the checkpoint of update {step} in {self._name}: "
+                    f"{self._first_line(error)}"
                 ) from error
-            raise _Unreadable(f"tree: {_first_line(error)}") from error
+            raise _Unreadable(f"tree: {self._first_line(error)}") from error
         return tree, meta
 
     def _put_aside(self, name: str, step: int, why: str, instead: str) -> None:
         folder = self.workdir / "broken"
-        folder.mkdir(exist_ok=True)
-        place, number = folder / f"{name}-{step}", 1
-        while place.exists():
-            number += 1
-            place = folder / f"{name}-{step}-{number}"
-        (self.workdir / name / str(step)).rename(place)
+        try:
+            folder.mkdir(exist_ok=True)
+            place, number = folder / f"{name}-{step}", 1
+            while os.path.lexists(place):
+                number += 1
+                place = folder / f"{name}-{step}-{number}"
+            (self.workdir / name / str(step)).rename(place)
+        except OSError as error:
+            reason, advice = why_not_written(error, self.workdir)
+            raise CheckpointError(
+                f"the checkpoint {name}/{step} in {self._name} cannot be read ({why}), nor be "
+                f"moved to broken/: {reason}. {advice}"
+            ) from error
         self._manager(name).reload()
         print(
-            f"the checkpoint {name}/{step} in {self.workdir} cannot be read ({why}): {instead}. "
+            f"the checkpoint {name}/{step} in {self._name} cannot be read ({why}): {instead}. "
             f"It was moved to {place.relative_to(self.workdir)} and may be deleted."
         )
 
     def _lost_best(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"the best weights in {self.workdir} (update {self.best}) cannot be read: {error}. Put "
+            f"the best weights in {self._name} (update {self.best}) cannot be read: {error}. Put "
             "the files back from a copy, or train on in this workdir: the next evaluation saves "
             "weights again."
         )
 
     def _explained(self, error: Exception, size: int | None = None) -> CheckpointError:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or any(
-            words in text for words in ("No space left", "RESOURCE_EXHAUSTED", "File too large")
-        ):
-            free = shutil.disk_usage(self.workdir).free
-            need = "" if size is None else f"{size / 2**20:.1f} MiB needed, "
-            text = f"the disk is full ({need}{free / 2**20:.1f} MiB free)"
+        why, advice = why_not_written(error, self.workdir, size)
         newest = newest_complete(self.workdir)
         saved = "none" if newest is None else f"update {newest}"
+        again = "starts again" if newest is None else "continues from there"
         return CheckpointError(
-            f"cannot save a checkpoint in {self.workdir}: {text}. Last complete checkpoint: "
-            f"{saved}. Free some space, or lower checkpoint.keep, and start the same command "
-            "again: it continues from there."
+            f"cannot save a checkpoint in {self._name}: {self._ours(why)}. Last complete "
+            f"checkpoint: {saved}. {advice} The same command then {again}."
         )
+
+    def _first_line(self, error: BaseException) -> str:
+        return self._ours((str(error).splitlines() or [type(error).__name__])[0][:200])
+
+    def _ours(self, text: str) -> str:
+        """A message of the library with the workdir's own name in it."""
+        return text.replace(str(self._there), self._name)
 
 
 class Elsewhere(Checkpoints):
@@ -381,8 +481,12 @@ class Elsewhere(Checkpoints):
 
 def newest_complete(workdir: Path) -> int | None:
     """Update of the newest complete state on disk; from any thread, whatever the others do."""
-    steps = (p.name for p in (Path(workdir) / "last").glob("*"))
-    return max((int(name) for name in steps if name.isdigit()), default=None)
+    try:
+        found = list((Path(workdir) / "last").iterdir())
+    except OSError:
+        return None
+    names = (p.name for p in found if re.fullmatch(r"0|[1-9]\d{0,17}", p.name, re.A) and p.is_dir())
+    return max(map(int, names), default=None)
 
 
 def _measure(path: Path) -> list[int]:
@@ -403,26 +507,3 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return _shapes(ocp.StandardCheckpointHandler().metadata(folder).tree)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def require_same_recipe(meta: dict[str, Any], recipe: Recipe, workdir: Path) -> None:
-    """Refuses to continue a run under another recipe.
-
-    Raises:
-      CheckpointError: names the fields that differ.
-    """
-    differing = recipe.differences(meta["recipe"])
-    if differing:
-        rows = "\n".join(
-            f"  {field}: checkpoint {theirs!r}, config {ours!r}"
-            for field, (theirs, ours) in differing.items()
-        )
-        raise CheckpointError(
-            f"{workdir} holds a run of another recipe ({meta['fingerprint']}, the config says "
-            f"{recipe.fingerprint}):\n{rows}\nUse another workdir, or put these fields back, or "
-            "continue all the same with --accept_other_recipe (its curve will be neither's)."
-        )

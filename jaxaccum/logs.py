@@ -20,7 +20,9 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from jaxaccum.data.texts import shown
 from jaxaccum.draw import Image, encode_image
+from jaxaccum.workdir import WorkdirError, why_not_written
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -54,6 +56,7 @@ class MetricsFile:
           ValueError: without an integer "step" and a "kind" of "train" or "eval", with a
             "fingerprint" of its own, or if the file ends in a torn line (call `rewind` first).
           TypeError: on any other value.
+          WorkdirError: the file cannot be written.
         """
         line = {key: _plain(value) for key, value in record.items()}
         if type(line.get("step")) is not int or line.get("kind") not in KINDS:
@@ -61,13 +64,16 @@ class MetricsFile:
         if "fingerprint" in line:
             raise ValueError("the file adds the fingerprint; a record must not bring its own")
         line["fingerprint"] = self.fingerprint
-        file = self._file or self._open()
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with self._told_if_it_fails():
+            file = self._file or self._open()
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
     def rewind(self, step: int) -> int:
-        """Drops every line after `step`, and a last line torn by a kill in mid-write.
+        """Drops every line after `step`, a last line torn by a kill in mid-write, and lines that
+        are no records, which it says.
 
         The file is replaced in one move, so a kill in here leaves the old or the new one. A missing
         file is an empty one.
@@ -76,36 +82,65 @@ class MetricsFile:
           How many lines were dropped.
 
         Raises:
-          ValueError: if a line other than the last is not a record.
+          WorkdirError: the file cannot be read or written.
         """
         self.close()
-        if not self.path.exists():
-            return 0
-        old = self.path.read_bytes()
+        with self._told_if_it_fails():
+            if not self.path.exists():
+                return 0
+            old = self.path.read_bytes()
         lines = old.removesuffix(b"\n").split(b"\n") if old else []
-        kept = []
+        kept, foreign = [], []
         for number, line in enumerate(lines, start=1):
             line_step = _step_of(line)
-            if line_step is None and number < len(lines):
-                raise ValueError(f"{self.path}, line {number} is not a record: {line[:80]!r}")
             if line_step is not None and line_step <= step:
                 kept.append(line + b"\n")
+            elif line_step is None and number < len(lines):
+                foreign.append(f"line {number}: {shown(line)}")
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            print(
+                f"{self.path}: left out {len(foreign)} lines that are no records "
+                f"({'; '.join(foreign[:3])}{more})"
+            )
         new = b"".join(kept)
         if new != old:
             fresh = self.path.with_name(self.path.name + ".new")
-            with fresh.open("wb") as file:
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
-            _sync_folder(self.path.parent)
+            with self._told_if_it_fails():
+                with fresh.open("wb") as file:
+                    file.write(new)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(fresh, self.path)
+                _sync_folder(self.path.parent)
         return len(lines) - len(kept)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the file has the evaluation of an update.
+
+        Raises:
+          WorkdirError: the file cannot be read.
+        """
+        with self._told_if_it_fails():
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        return any(
+            _step_of(line) == step and json.loads(line).get("kind") == "eval" for line in lines
+        )
+
+    @contextmanager
+    def _told_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why, advice = why_not_written(error, self.path.parent)
+            raise WorkdirError(f"{self.path}: {why}. {advice}") from error
 
     def close(self) -> None:
         """Closes the file; the next `write` opens it again."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with self._told_if_it_fails():
+                file.close()
 
     def _open(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +178,7 @@ def _step_of(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl, None if the line is not a record."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if type(step) is int else None
@@ -200,7 +235,10 @@ class Board:
 
 
 class Console:
-    """The run on the terminal: a progress bar, and lines above it; only lines if piped."""
+    """The run on the terminal: a progress bar, and lines above it; only lines if piped.
+
+    A terminal or a pipe that goes away does not end the run: it goes on without a word.
+    """
 
     def __init__(
         self,
@@ -233,6 +271,7 @@ class Console:
         self._marks: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=33)
         self._compiling = True
         self._bar: tqdm[Any] | None = None
+        self._gone = False
         if self._stream.isatty():
             self._bar = tqdm(
                 total=total_updates,
@@ -265,7 +304,8 @@ class Console:
                 seconds = self._left * self._samples_per_update / rate
                 eta = tqdm.format_interval(round(seconds))
                 self._bar.set_postfix_str(f"{rate:.1f} {self._unit}/s, {eta} left", refresh=False)
-            self._bar.update(n)
+            with self._while_there():
+                self._bar.update(n)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -278,15 +318,26 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with self._while_there():
+            if self._gone:
+                return
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with self._while_there():
+                self._bar.close()
+
+    @contextmanager
+    def _while_there(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._gone, self._bar = True, None
 
 
 def format_line(step: int, total: int, record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 TRY_AGAIN = 75  # EX_TEMPFAIL: the same command continues the run
 STOPPED_BY_HAND = 130  # what shells expect of Ctrl-C, so that a loop around the run ends, too
 
-# SIGTERM comes from Kubernetes, from cloud machines and from Slurm, SIGUSR1 from Slurm's --signal.
+# SIGTERM comes from Kubernetes, from cloud machines and from Slurm, SIGUSR1 from Slurm's --signal,
+# SIGHUP when a terminal is closed or its connection is lost.
 STATUS = {
     signal.SIGTERM: TRY_AGAIN,
     signal.SIGUSR1: TRY_AGAIN,
+    signal.SIGHUP: TRY_AGAIN,
     signal.SIGINT: STOPPED_BY_HAND,
 }
 
@@ -41,8 +43,8 @@ class Preemption:
     That is anywhere before `hold` is called, and then inside of `allowed` only. If the run has not
     left the context `grace` seconds after the signal, or when Ctrl-C is pressed again, the process
     ends from another thread: the main one may be inside of a long compilation, where no signal
-    reaches Python. In a thread other than the main one it does nothing: there, signals are the
-    caller's.
+    reaches Python. SIGHUP stays ignored where it is at the start, as under nohup. In a thread other
+    than the main one it does nothing: there, signals are the caller's.
 
     Attributes:
       signal: the first signal that came, or None.
@@ -75,7 +77,9 @@ class Preemption:
             self._watcher = threading.Thread(target=self._watch, name="preemption", daemon=True)
             self._watcher.start()
             self._old_pair = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._old = {number: signal.signal(number, self._arrived) for number in STATUS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            ours = [n for n in STATUS if not (n == signal.SIGHUP and nohup)]
+            self._old = {number: signal.signal(number, self._arrived) for number in ours}
             self._old_hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
             if self._peers:
                 self._peers.on_signal = self._told
@@ -105,7 +109,7 @@ class Preemption:
         """From here on `Preempted` is raised only inside of `allowed`."""
         self._raises = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
         """Work that may be dropped: a signal, also one that came before, raises `Preempted`."""
         try:
@@ -159,7 +163,9 @@ class Preemption:
                 return
             if number >= _TOLD and first is None and not told:
                 told = True
-                os.kill(os.getpid(), number - _TOLD)
+                number -= _TOLD
+                # What another process got may be ignored in this one.
+                os.kill(os.getpid(), number if number in self._old else signal.SIGTERM)
             if number not in STATUS:
                 continue
             if first is None:
@@ -192,10 +198,13 @@ def end_at_once(status: int) -> NoReturn:
     """
     for worker in multiprocessing.active_children():
         worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader may have gone
+            stream.flush()
     os._exit(status)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Tells the user, if a terminal is left: it may be what went away."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)

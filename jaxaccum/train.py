@@ -5,8 +5,8 @@ Trains a model from a config. Started again on the same workdir, it continues.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import sys
 from collections import deque
 from pathlib import Path
@@ -21,19 +21,26 @@ from jaxaccum import config as configs
 from jaxaccum import host_memory, plan, run, tasks
 from jaxaccum.accumulate import make_engine, require_constant_denominators
 from jaxaccum.accumulate.noise import NoiseScale
-from jaxaccum.checkpoint import (
-    Checkpoints,
-    Elsewhere,
-    newest_complete,
-    require_same_recipe,
-)
+from jaxaccum.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
 from jaxaccum.convert import identities, load_initial
+from jaxaccum.data.check import signature
 from jaxaccum.distributed import DistributedError, Peers
+from jaxaccum.divergence import Divergence
 from jaxaccum.draw import contact_sheet
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
 from jaxaccum.models.init import count
 from jaxaccum.preemption import Preempted, Preemption
+from jaxaccum.restart import (
+    NO_OBJECTS,
+    best_of,
+    finished,
+    require_same_recipe,
+    say_changes,
+    say_swapped,
+    sound,
+)
+from jaxaccum.workdir import WorkdirError, locked
 
 
 class TrainingError(RuntimeError):
@@ -56,13 +63,18 @@ def train(
         workdir.
     Raises:
       Preempted: a signal asked the process to end, see jaxaccum/preemption.py.
+      WorkdirError: another training runs in workdir, or it cannot be written.
+      TrainingError: too many windows were not finite, or at its end the run has diverged.
     """
     peers = peers or Peers()
 
     def kept() -> int | None:
         return newest_complete(workdir)
 
-    with Preemption(config.checkpoint.grace, kept, peers) as preemption:
+    with (
+        locked(workdir) if peers.first else contextlib.nullcontext(),
+        Preemption(config.checkpoint.grace, kept, peers) as preemption,
+    ):
         return _train(config, workdir, accept_other_recipe, preemption, peers)
 
 
@@ -98,6 +110,25 @@ def _train(
             f"process {peers.index} computes another run than process 0: {ours} instead of "
             f"{theirs}. Start all with the same command, on the same data."
         )
+    fingerprint = this.recipe.fingerprint
+    log_file = MetricsFile(workdir / "metrics.jsonl", fingerprint)
+    per_epoch = max(round(len(train_set) / this.recipe.nbs), 1)
+    every = {name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")}
+
+    def due(name: str, step: int) -> bool:
+        return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
+
+    def owes(step: int) -> bool:
+        """An evaluation is done when its line is there: a run may be stopped before it is."""
+        return step > 0 and due("eval", step) and not log_file.evaluated(step)
+
+    over = None
+    if peers.first:
+        over = finished(this, workdir, accept_other_recipe, owes)
+    over = peers.from_first("finished", over)
+    if over is not None:
+        return over
+
     stream = run.make_stream(this, train_set)
     engine = make_engine(this.task.forward, this.rule, this.window)
     params, stats = this.task.initialise(config.seed)
@@ -115,22 +146,13 @@ def _train(
     evaluator = this.task.evaluator(config, val_set)
     describe(this, train_set, count(params), workdir)
 
-    if peers.first:
-        workdir.mkdir(parents=True, exist_ok=True)
-    fingerprint = this.recipe.fingerprint
-    log_file = MetricsFile(workdir / "metrics.jsonl", fingerprint)
-    per_epoch = max(round(len(train_set) / this.recipe.nbs), 1)
-    every = {name: config[name].every or per_epoch for name in ("log", "eval", "checkpoint")}
-
-    def due(name: str, step: int) -> bool:
-        return every[name] > 0 and (step % every[name] == 0 or step == this.steps)
-
     # The first process alone saves and restores: what is divided it gets whole from the others.
     keep = config.checkpoint.keep
     with Checkpoints(workdir, keep) if peers.first else Elsewhere() as checkpoints:
         state = this.rule.init(params, stats)
         best: dict[str, float] = {}
-        noise_scale = NoiseScale()
+        noise_scale, divergence = NoiseScale(), Divergence()
+        signatures = {"train": signature(train_set), "val": signature(val_set)}
         if checkpoints.latest is not None:
             place = engine.shardings(state)
             if not peers.alone:
@@ -147,6 +169,8 @@ def _train(
 
             state, meta = checkpoints.restore(template, check)
             noise_scale = NoiseScale(meta.get("noise"))
+            divergence = Divergence(meta.get("divergence"))
+            say_changes(meta.get("signatures", {}), signatures)
             print(f"continuing from update {int(state.step)} in {workdir}")
         if not peers.alone:
             peers.meet("before the broadcast")  # here a signal still ends the run at once
@@ -158,8 +182,7 @@ def _train(
         owed = False
         if peers.first:
             log_file.rewind(done)
-            # An evaluation is done when its line is there: a run may be stopped before it is.
-            owed = done > 0 and due("eval", done) and not _evaluated(log_file.path, done)
+            owed = owes(done)
             # If a better one came after this checkpoint, nothing is left; it will come again.
             best = checkpoints.rewind(done - 1 if owed else done)
         owed, best = peers.from_first("owed", [owed, best])
@@ -169,6 +192,9 @@ def _train(
         console = Console(this.steps, done, this.recipe.nbs, this.task.unit, stream=stream_of_lines)
         board = Board(workdir / "events", done) if config.log.tensorboard and peers.first else None
         metric, more_is_better = this.task.monitor
+        measurable = getattr(val_set.report, "objects", 1) > 0
+        if every["eval"] > 0 and not measurable:
+            console.line(f"{NO_OBJECTS}; best/ will hold the weights of the last evaluation")
         plain = run.make_stream(this, train_set, plain=True) if config.eval.precise_bn else stream
         windows = stream.windows(
             this.samples_before(consumed), map(this.size_of, itertools.count(consumed)),
@@ -184,6 +210,8 @@ def _train(
                 "facts": this.task.facts(train_set),
                 "best": best,
                 "noise": noise_scale.state,
+                "divergence": divergence.state,
+                "signatures": signatures,
                 **more,
             }
 
@@ -218,10 +246,11 @@ def _train(
                         )
                     }  # fmt: skip
                 result, pictures = evaluator(weights["params"], weights["stats"], config.log.images)
-            better = result[metric] - best[metric] if best else np.nan
-            if not np.isnan(result[metric]) and (
-                not best or (better > 0 if more_is_better else better < 0)
-            ):
+            score, unknown = result[metric], np.isnan(result[metric])
+            better = score - best[metric] if best and not np.isnan(best[metric]) else 0.0
+            # Of equal scores the later is better: it has learned from more.
+            better = better >= 0 if more_is_better else better <= 0
+            if not measurable or (better and not unknown):
                 best = {"step": step, **result}
                 checkpoints.save_best(step, weights, meta_now(metrics=best))
                 checkpoints.wait()
@@ -231,11 +260,23 @@ def _train(
                 board.scalars({f"val/{k}": v for k, v in result.items()}, step)
                 if pictures:
                     board.image("val/samples", contact_sheet(pictures, 2), step)
-            if np.isnan(result[metric]):
+            if unknown and measurable:
                 console.line(f"{metric} is not a number: a prediction is not finite")
+            elif unknown:
+                console.line(f"{NO_OBJECTS}; these weights count as the best so far")
+            if str(divergence):
+                console.line(str(divergence))
+
+        reported = consumed
 
         def report(number: int, values: dict[str, jax.Array]) -> bool:
             """Reads the log of an update while the next one runs; whether it was one."""
+            nonlocal reported
+            ok = report_here(number, values)
+            reported = number + 1
+            return ok
+
+        def report_here(number: int, values: dict[str, jax.Array]) -> bool:
             log: dict[str, Any] = {k: v.item() for k, v in jax.device_get(values).items()}
             console.update(int(log["ok"]), samples=this.size_of(number))
             for line in stream.news():
@@ -246,6 +287,7 @@ def _train(
                 return False
             if config.log.noise_scale:
                 noise_scale.add(log["noise/trace"], log["noise/square"])
+            divergence.add(log["loss"], log["grad_norm"])
             step = int(log["step"])
             if not due("log", step) or not peers.first:
                 return True
@@ -288,6 +330,29 @@ def _train(
             pending.append((consumed, log))
             consumed, done = consumed + 1, done + 1
 
+        def rescue() -> None:
+            """Saves what an error would lose: if all of it was logged and is sound, and no other
+            process takes part, which may be anywhere."""
+            nonlocal done
+            if not peers.alone or every["checkpoint"] <= 0:
+                return
+            try:
+                while pending:
+                    done -= not report(*pending.popleft())
+                if done > saved and reported == consumed and sound(state, done):
+                    save(done)
+                    checkpoints.wait()
+                    console.line(
+                        f"an error ends the run; update {done} was saved, and the same command "
+                        "continues from there"
+                    )
+            except Exception as another:  # the first is the one to tell
+                kept = newest_complete(workdir)
+                console.line(
+                    f"an error ends the run, and what came after "
+                    f"{'the start' if kept is None else f'update {kept}'} is lost ({another})"
+                )
+
         stopped_at = done
         preempted = None
         preemption.hold()
@@ -312,10 +377,10 @@ def _train(
                         continue
                     stopped_at = done
                     with console.pause():
+                        if due("checkpoint", done):  # first: no evaluation may cost one
+                            save(done)
                         if due("eval", done):
                             evaluate_now(done)
-                        if due("checkpoint", done):
-                            save(done)
                 while done == this.steps and pending:  # a window skipped at the end is made up for
                     done -= not report(*pending.popleft())
         except Preempted as signalled:
@@ -328,6 +393,11 @@ def _train(
             if every["checkpoint"] > 0 and done > saved:
                 save(done)
                 checkpoints.wait()
+        except (CheckpointError, TrainingError, WorkdirError):
+            raise  # what failed is the saving, or the state is not worth it
+        except Exception:
+            rescue()
+            raise
         windows.close()
         console.close()
         if board:
@@ -337,14 +407,13 @@ def _train(
         if preempted:
             raise preempted
         if best:
-            print(f"best: update {best['step']}, {this.task.summary(best)} in {workdir / 'best'}")
+            print(f"best: {best_of(this, best, workdir)}")
+        if peers.first:
+            say_swapped("train", train_set)
+            say_swapped("val", val_set)
+        if str(divergence):
+            raise TrainingError(f"{divergence} Everything up to update {done} is kept.")
     return best
-
-
-def _evaluated(path: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the evaluation of an update."""
-    records = map(json.loads, path.read_bytes().splitlines() if path.exists() else [])
-    return any(r["step"] == step and r["kind"] == "eval" for r in records)
 
 
 def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path) -> None:

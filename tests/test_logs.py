@@ -1,5 +1,6 @@
 """Logs: what a kill may not tear, what a resumed run must repeat, what a reader sees."""
 
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.logs import Board, Console, MetricsFile, format_line
+from jaxaccum.workdir import WorkdirError
 
 
 def train(step):
@@ -138,11 +140,37 @@ def test_rewind_replaces_the_file_in_one_move(tmp_path, monkeypatch):
     assert log.path.read_bytes() == before
 
 
-def test_damage_before_the_last_line_is_reported(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not a record"):
-        MetricsFile(path, "abc").rewind(5)
+@pytest.mark.parametrize(
+    "line", [b"", b'{"st', b"\xff\x00", b"[1, 2]", b'{"step": "2"}', b"[" * 100_000, b"1" * 5000]
+)
+def test_lines_that_are_no_records_are_left_out_and_said(tmp_path, capsys, line):
+    log = MetricsFile(tmp_path / "metrics.jsonl", "abc")
+    write_steps(log, range(1, 5))
+    whole = log.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    log.path.write_bytes(b"".join([lines[0], line + b"\n", *lines[1:]]))
+    assert log.evaluated(2) and not log.evaluated(3)
+    assert log.rewind(4) == 1
+    assert log.path.read_bytes() == whole
+    said = capsys.readouterr().out
+    assert "left out 1 lines that are no records (line 2: " in said and len(said) < 1000
+    assert log.rewind(4) == 0 and capsys.readouterr().out == ""
+
+
+def test_a_file_that_cannot_be_read_or_written_is_an_error_of_ours(tmp_path, monkeypatch):
+    log = MetricsFile(tmp_path / "metrics.jsonl", "abc")
+    log.path.mkdir()
+    for call in (lambda: log.write(train(1)), lambda: log.rewind(1), lambda: log.evaluated(1)):
+        with pytest.raises(WorkdirError, match=r"metrics\.jsonl: Is a directory"):
+            call()
+    log.path.rmdir()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl: the disk is full"):
+        log.write(train(1))
 
 
 def test_nothing_is_appended_to_a_torn_line(tmp_path):
@@ -239,6 +267,29 @@ def test_console_prints_plain_lines_without_a_terminal():
     console.line("one line")
     console.close()
     assert stream.getvalue() == "one line\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_that_goes_away_does_not_end_the_run(terminal):
+    class Gone(io.StringIO):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            if self.gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    stream = Gone()
+    stream.gone = False
+    console = Console(3, stream=stream)
+    console.line("one")
+    stream.gone = True
+    for _ in range(3):
+        console.update()
+        console.line("two")
+    console.close()
+    assert "one" in stream.getvalue() and "two" not in stream.getvalue()
 
 
 def test_console_keeps_its_bar_below_the_lines():

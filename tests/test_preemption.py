@@ -112,6 +112,40 @@ def test_handlers_are_put_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_nohup_stays(capfd):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption(60, lambda: None) as preemption:
+            preemption.hold()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            with preemption.allowed():
+                pass
+            preemption._told(signal.SIGHUP)  # what another process of the run got ends this one
+            time.sleep(0.1)
+            assert preemption.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_the_terminal_may_be_what_went_away(monkeypatch):
+    class Gone:
+        def write(self, _):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(Preempted) as stopped, Preemption(60, lambda: 7) as preemption:
+        preemption.hold()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        with preemption.allowed():
+            pass
+    assert stopped.value.code == 75
+
+
 def test_other_threads_leave_signals_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 

@@ -204,7 +204,10 @@ class DetectionTask:
     def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
         """COCO mAP on the val split, and what that holds."""
         source = self.open(config, "val", self.names)
-        return self.evaluator(config, source), source.report.lines()
+        lines = source.report.lines()
+        if not source.report.objects:
+            lines.append("no objects in the validation set: there is no mAP to measure")
+        return self.evaluator(config, source), lines
 
     def summary(self, best: dict[str, Any]) -> str:
         """The metrics of an evaluation in a few words."""
