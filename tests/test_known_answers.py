@@ -217,9 +217,9 @@ known_answers.CASES = (test_known_answers.BROKEN,)
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 VERBS = {
-    "evaluate": (["--workdir=nowhere"], "nowhere holds no trained weights"),
+    "evaluate": (["--workdir=nowhere"], "nowhere: no such folder"),
     "predict": (
-        ["--workdir=nowhere", "--source=x", "--out=y"], "nowhere holds no trained weights",
+        ["--workdir=nowhere", "--source=x", "--out=y"], "nowhere: no such folder",
     ),
     "train": (
         ["--config=configs/quickstart.py", "--config.data.path=/nowhere", "--workdir=nowhere"],
