@@ -413,7 +413,7 @@ def test_command_line_errors_are_clear(tmp_path):
     )  # fmt: skip
     assert code == 1 and "use a microbatch of 8 or 16" in text and "Traceback" not in text
     code, text = command("jaxaccum.evaluate", f"--workdir={tmp_path / 'none'}")
-    assert code == 1 and "no trained weights" in text and "Traceback" not in text
+    assert code == 1 and "no such folder" in text and "Traceback" not in text
 
 
 # --- kill -9 ---
