@@ -105,11 +105,15 @@ def relative(a, b):
 
 
 GEOMETRIES = [(m, d) for m in (1, 4, 8, 16) for d in (1, 2, 4)]
+IN_CI = [(1, 2), (4, 4), (16, 2)]
 
 
 @pytest.mark.parametrize(
     ("microbatch", "devices"),
-    [pytest.param(*g, marks=[] if g == (16, 2) else pytest.mark.slow) for g in GEOMETRIES],
+    [
+        pytest.param(*g, marks=[pytest.mark.slow] + [pytest.mark.long] * (g not in IN_CI))
+        for g in GEOMETRIES
+    ],
 )
 def test_contrast_over_the_effective_batch(x64, in_one_pass, microbatch, devices):
     """At any geometry the gradient is that of one pass over all 48."""

@@ -85,7 +85,8 @@ def kitti(root, count=6):
         label = f"Car 0.00 0 -1.58 50 40 100 80 1.6 1.6 3.9 {i} 1.7 20 -1.6\n"
         label += "DontCare -1 -1 -10 5 5 30 30 -1 -1 -1 -1000 -1000 -1000 -10\n" * i
         (root / "label_2" / f"{i:06}.txt").write_text(label)
-        camera = " ".join(map(str, data.DEFAULT_CAMERA.reshape(-1) + np.float32(i)))
+        own = data.DEFAULT_CAMERA + np.float32([[i, 0, 0, 0], [0, i, 0, 0], [0, 0, 0, 0]])
+        camera = " ".join(map(str, own.reshape(-1)))
         (root / "calib" / f"{i:06}.txt").write_text(f"P2: {camera}\n")
     (root / "ImageSets").mkdir()
     frames = "".join(f"{i:06}\n" for i in range(count))

@@ -271,6 +271,7 @@ def test_a_turned_neighbour_is_found(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_error_of_a_completion_model_is_not_excused(monkeypatch):
     monkeypatch.setitem(completion.MODELS, "tiny", TINY)
     facts, data = completion_facts("tiny")

@@ -420,6 +420,7 @@ def test_command_line_errors_are_clear(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_the_run_is_the_uninterrupted_one(tmp_path):
     def start(workdir):
         return subprocess.Popen(
