@@ -115,6 +115,7 @@ def untouched(out: Path) -> dict[str, tuple[bytes, int]]:
     return {str(f): (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
 
 
+@pytest.mark.slow
 def test_what_was_done_is_not_done_again(killed_and_done):
     out, _, before = killed_and_done
     assert untouched(out) == before
@@ -122,6 +123,7 @@ def test_what_was_done_is_not_done_again(killed_and_done):
     assert log.count("compiling the update") == 2  # killed, and gone on with
 
 
+@pytest.mark.slow
 def test_a_run_that_is_in_both_phases_is_trained_once(killed_and_done):
     out, results, _ = killed_and_done
     runs = {p.name for p in (out / "runs").iterdir() if p.is_dir()}
@@ -142,6 +144,7 @@ def test_a_run_that_is_in_both_phases_is_trained_once(killed_and_done):
                 assert found["resident_bytes"] > 100 * MIB
 
 
+@pytest.mark.slow
 def test_the_learning_rate_follows_the_batch(killed_and_done):
     _, results, _ = killed_and_done
     own, fair = results["phases"]
@@ -150,6 +153,7 @@ def test_the_learning_rate_follows_the_batch(killed_and_done):
     assert all("0.002 * (effective batch) / 8" in rule for rule in results["rules"].values())
 
 
+@pytest.mark.slow
 def test_the_check_is_of_one_recipe_on_three_geometries(killed_and_done):
     _, results, _ = killed_and_done
     check = results["check"]
@@ -161,6 +165,7 @@ def test_the_check_is_of_one_recipe_on_three_geometries(killed_and_done):
     assert check["fingerprint"] == results["phases"][1]["tiny-t"][0]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_report_tells_it(killed_and_done):
     out, results, _ = killed_and_done
     text = (out / "report.md").read_text()
@@ -176,6 +181,7 @@ def test_the_report_tells_it(killed_and_done):
         assert f"({name}.png)" in text and (out / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_several_seeds_have_a_spread(killed_and_done, tmp_path):
     _, results, _ = killed_and_done
     results = copy.deepcopy(results)

@@ -280,6 +280,7 @@ def test_evaluation_gives_the_reference_s_numbers(name):
     check_evaluation(name)
 
 
+@pytest.mark.slow
 def test_training_gives_the_reference_s_losses_and_statistics():
     check_training("adapointr-projected", gradient=False)
 
@@ -442,6 +443,7 @@ def noise_for(table, samples, seed=0):
     return noise_of(samples, seed) if table.denoise else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", BOTH)
 def test_a_sample_does_not_know_its_batch(x64, table):
     """With running statistics, and with groups that are the same."""
@@ -464,6 +466,7 @@ def test_a_sample_does_not_know_its_batch(x64, table):
     same(changed["moments"], jax.tree.map(jnp.add, halves[0][1], halves[1][1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", BOTH)
 def test_padded_samples_do_not_count(x64, table):
     _, params, stats = tiny(table)
@@ -489,6 +492,7 @@ def test_a_fold_counts_every_point(x64):
     assert moments["increase_dim.1"]["count"] == 3 * 32
 
 
+@pytest.mark.slow
 def test_ordinary_queries_do_not_see_the_jittered_ones(x64):
     """Up to the maxima over all tokens in the head, and its batch norm."""
     _, params, stats = tiny()
@@ -591,6 +595,7 @@ def test_rematerialisation_needs_less_memory():
     assert temporary(model.clone(remat=True)) < 0.6 * temporary(model)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_coordinates():
     model, params, stats = tiny(dtype=jnp.float32)
     narrow = model.clone(dtype=jnp.bfloat16)

@@ -166,6 +166,7 @@ def test_windows_may_be_endless_and_abandoned(backend):
     assert list(stream().windows(0, [], backend=backend)) == []
 
 
+@pytest.mark.slow
 @needs_grain
 def test_worker_processes_give_the_same():
     """In a process of its own: workers import __main__, which must not be pytest's."""

@@ -287,6 +287,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_report_kittis_metrics(trained, monkeypatch, tmp_path):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if line["kind"] == "train"]
@@ -379,6 +380,7 @@ def test_the_published_recipe_is_one_argument():
         made("orignal")
 
 
+@pytest.mark.slow
 def test_the_exported_program_takes_cameras(trained, tmp_path):
     facts = export.export(trained, tmp_path / "program", platforms=["cpu"], batch=1)
     assert facts["image_size"] == [64, 96]

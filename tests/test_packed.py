@@ -164,6 +164,7 @@ def test_a_run_sees_the_same(sets, kind):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_the_packed_set(sets, tmp_path):
     """Started on the folder, continued on the packed set: as if it had stayed where it was."""
     config, there, _ = sets("yolo")
@@ -176,6 +177,7 @@ def test_a_run_moves_to_the_packed_set(sets, tmp_path):
     assert [json.loads(line) for line in found] == [json.loads(line) for line in expected]
 
 
+@pytest.mark.slow
 def test_worker_processes_see_the_same(sets, tmp_path):
     """In a process of its own: workers import __main__, which must not be pytest's."""
     for kind in ("yolo", "kitti", "pcn"):
@@ -299,6 +301,7 @@ def test_val_is_what_was_packed_as_such(sets):
         run.open_source(changed(there, compat=True), "train")
 
 
+@pytest.mark.slow
 def test_the_command(sets, tmp_path):
     config, _, _ = sets("yolo")
     command = [

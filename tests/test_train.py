@@ -81,6 +81,7 @@ def test_evaluation_does_not_depend_on_the_batch(trained):
     assert results[0]["map50_95"] == pytest.approx(results[1]["map50_95"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_precise_statistics_are_of_the_data_alone(trained):
     from jaxaccum.evaluation import recompute_statistics
 
@@ -272,6 +273,7 @@ def test_a_broken_checkpoint_is_put_aside_and_the_run_goes_on(trained, tmp_path,
     assert [p.name for p in (tmp_path / "w" / "broken").iterdir()] == ["last-12"]
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused(trained):
     with pytest.raises(
         checkpoint.CheckpointError, match=r"(?s)lr\.base: checkpoint 0\.001, config"
@@ -279,6 +281,7 @@ def test_another_recipe_is_refused(trained):
         train.train(tiny_config(**{"lr.base": 0.02}), trained)
 
 
+@pytest.mark.slow
 def test_another_recipe_if_the_user_insists(trained, tmp_path):
     import shutil
 
@@ -287,6 +290,7 @@ def test_another_recipe_if_the_user_insists(trained, tmp_path):
     assert records(tmp_path / "copy")[-1]["step"] == 13
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_workdir(trained, tmp_path, capsys):
     """Other classes: what fits is loaded, the class branch goes by name, and it is said."""
     path = yolo_folder(tmp_path / "set", "0 0.5 0.5 0.2 0.2\n")
@@ -302,6 +306,7 @@ def test_fine_tuning_from_a_workdir(trained, tmp_path, capsys):
         train.train(tiny_config(init_from=str(tmp_path / "none.pt")), tmp_path / "w2")
 
 
+@pytest.mark.slow
 def test_windows_that_are_not_finite_stop_the_run_and_name_the_samples(tmp_path):
     config = tiny_config(**{"lr.base": 1e30, "max_skipped": 2, "optimizer.clip": 0.0,
                             "eval.every": -1, "checkpoint.every": -1})  # fmt: skip
@@ -309,6 +314,7 @@ def test_windows_that_are_not_finite_stop_the_run_and_name_the_samples(tmp_path)
         train.train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_compat_is_another_recipe_and_trains(tmp_path):
     config = tiny_config(compat=True, nbs=8, steps=6, **{"lr.warmup_epochs": 0.02})
     train.train(config, tmp_path)
@@ -316,6 +322,7 @@ def test_compat_is_another_recipe_and_trains(tmp_path):
     assert samples[0] < samples[-1] == 8  # the number of microbatches ramps up
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_so(tmp_path, monkeypatch):
     import collections
 
