@@ -83,6 +83,39 @@ def test_denominator_below_its_floor(x64):
         assert_one_run(equivalence.differences(run(geometry, amount=0.11), whole), True)
 
 
+def losing(rows, filled_with):
+    """Effective batches in which some samples were lost: weight 0, the arrays of another sample."""
+
+    def batches():
+        for batch in toy.make_batches(11, np.float64)():
+            for name in ("x", "y", "objects"):
+                batch[name][rows] = batch[name][filled_with]
+            batch["weight"][rows] = 0
+            yield batch
+
+    return batches
+
+
+@pytest.mark.parametrize("bn_group", ["frozen", 4])
+def test_samples_that_were_lost_are_lost_on_every_geometry(x64, bn_group):
+    """One in a group, and a whole group; what fills their places counts for nothing."""
+
+    def trace(geometry, filled_with=0):
+        recipe, lost = Recipe(11, bn_group), [1, 4, 5, 6, 7]
+        return equivalence.trace(
+            toy.make_forward(recipe.group), toy.make_rule(11), recipe, geometry,
+            *toy.initial(np.float64), losing(lost, filled_with), UPDATES,
+        )  # fmt: skip
+
+    whole = trace(Geometry(12))
+    nothing_lost = equivalence.differences(reference(True, 11, bn_group), whole)
+    assert nothing_lost["gradient"] > 1e-3
+    for geometry, filled_with in (
+        (Geometry(12), 9), (Geometry(4), 0), (Geometry(4, 2), 9), (Geometry(4, 2, "multisteps"), 9),
+    ):  # fmt: skip
+        assert_one_run(equivalence.differences(trace(geometry, filled_with), whole), True)
+
+
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
