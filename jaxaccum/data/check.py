@@ -11,26 +11,23 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
-from tqdm import tqdm
 
 from jaxaccum import user_cache
 from jaxaccum.data.base import DataError
 from jaxaccum.data.images import FileSource
-from jaxaccum.data.stream import suit_process, thread_count
+from jaxaccum.data.one_pass import on_all_cores, signature_of, stamp
+from jaxaccum.data.stream import suit_process
 
 SKIPPED = "image that cannot be decoded"
 _RULES = 1  # of what is decodable; another number makes what is known be found out again
 _LARGE = 1 << 24  # pixels; images of more are decoded one at a time, or memory would be short
-_AT_ONCE = 16  # images that a thread takes on
 _SHOWN = 5  # errors in a message
 
-Stamp = tuple[int, int]
 AnySource = TypeVar("AnySource")
 
 
@@ -70,13 +67,6 @@ def signature(source: Any) -> str | None:
     return getattr(source, "signature", None)
 
 
-def signature_of(stamps: Iterable[Stamp]) -> str:
-    """The signature of files of these sizes and times, in ns."""
-    listed = list(stamps)
-    hashes = (hashlib.sha256(repr([s[i] for s in listed]).encode()).hexdigest() for i in (0, 1))
-    return ", ".join([f"{len(listed)} files", *(text[:12] for text in hashes)])
-
-
 def changed_since(before: str, now: str) -> str | None:
     """What to say if the signature of a data set was another before; None if it was not."""
     if before == now:
@@ -94,15 +84,7 @@ def changed_files(source: Any) -> list[str]:
     if not isinstance(source, FileSource):
         return []
     files = [(source.file(i), source.header(i).stamp) for i in range(len(source))]
-    return [file for file, stamp in files if _stamp(file) != stamp]
-
-
-def _stamp(file: str) -> Stamp | None:
-    try:
-        told = os.stat(file)
-    except OSError:
-        return None
-    return told.st_size, told.st_mtime_ns
+    return [file for file, known in files if stamp(file) != known]
 
 
 def _broken(source: FileSource) -> dict[int, str]:
@@ -137,29 +119,18 @@ def _broken(source: FileSource) -> dict[int, str]:
 
 
 def _examined(source: FileSource, indices: Sequence[int]) -> Iterator[tuple[int, str, bool]]:
-    """Decodes images on all cores, with a bar on a terminal if that takes longer than a second.
+    """Decodes images on all cores.
 
-    Yields:
+    Returns:
       Index, what is wrong or "", and whether that is the file's fault and not the disk's.
     """
     large = threading.Lock()
 
-    def examine(part: Sequence[int]) -> list[tuple[int, str, bool]]:
-        return [(index, *_decodes(source, index, large)) for index in part]
+    def examine(index: int) -> tuple[int, str, bool]:
+        return (index, *_decodes(source, index, large))
 
     suit_process()
-    parts = [indices[i : i + _AT_ONCE] for i in range(0, len(indices), _AT_ONCE)]
-    pool = ThreadPoolExecutor(thread_count(), thread_name_prefix="check")
-    bar = tqdm(
-        total=len(indices), unit=" images", desc="decoding every image once", delay=1, disable=None
-    )
-    try:
-        for done in as_completed([pool.submit(examine, part) for part in parts]):
-            yield from done.result()
-            bar.update(len(done.result()))
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
+    return on_all_cores(indices, examine, unit="images", told="decoding every image once")
 
 
 def _decodes(source: FileSource, index: int, large: threading.Lock) -> tuple[str, bool]:

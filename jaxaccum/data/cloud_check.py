@@ -12,25 +12,21 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxaccum import user_cache
 from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.cloud_files import read_cloud
+from jaxaccum.data.one_pass import Stamp, on_all_cores, signature_of, stamp
 from jaxaccum.data.texts import shown_path
 
 UNREADABLE = "cloud that cannot be read"
 UNEQUAL = "cloud with another number of points than most"
 _RULES = 1  # of what is readable; another number makes what is known be found out again
-_AT_ONCE = 16  # files that a thread takes on
 _SHOWN = 5  # errors in a message
-
-Stamp = tuple[int, int]
 
 
 def points_in(file: Path) -> int:
@@ -61,10 +57,10 @@ class Check:
           equal: whether all of the first files are to have as many points.
         """
         files = list(itertools.chain.from_iterable(groups))
-        stamps = {file: _stamp(file) for file in files}
+        stamps = {file: stamp(file) for file in files}
         place = _place(where)
         known = _load(place)
-        keys = {file: _key(file, stamp) for file, stamp in stamps.items()}
+        keys = {file: _key(file, one) for file, one in stamps.items()}
         good = {file: known[key] for file, key in keys.items() if key in known}
         wrong: dict[Path, str] = {}
         unknown = [file for file in stamps if file not in good]
@@ -86,7 +82,7 @@ class Check:
                     f"{shown_path(file)}: {good[file]} points, but most complete clouds have "
                     f"{points}. Sample all of a data set to the same number of points."
                 )
-        return Checked(self, where, groups, wrong, unequal, points, _signature(stamps.values()))
+        return Checked(self, where, groups, wrong, unequal, points, signature_of(stamps.values()))
 
 
 @dataclass(frozen=True)
@@ -140,47 +136,17 @@ def _examined(
 ) -> Iterable[tuple[Path, int, str]]:
     """Each file with its points, and what is wrong or ""."""
 
-    def look(part: Sequence[Path]) -> list[tuple[Path, int, str]]:
-        found = []
-        for file in part:
-            try:
-                found.append((file, read(file), ""))
-            except DataError as error:
-                found.append((file, 0, str(error)))
-        return found
+    def look(file: Path) -> tuple[Path, int, str]:
+        try:
+            return file, read(file), ""
+        except DataError as error:
+            return file, 0, str(error)
 
-    parts = [files[i : i + _AT_ONCE] for i in range(0, len(files), _AT_ONCE)]
-    # disable=None: on a terminal only.
-    bar = tqdm(
-        total=len(files), unit=" clouds", desc="reading every cloud once", delay=1, disable=None
-    )
-    pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 1), thread_name_prefix="check")
-    try:
-        for found in pool.map(look, parts):
-            bar.update(len(found))
-            yield from found
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
+    return on_all_cores(files, look, unit="clouds", told="reading every cloud once")
 
 
-def _stamp(file: Path) -> Stamp | None:
-    """Size in bytes and time of modification in ns; None if there is no such file."""
-    try:
-        told = os.stat(file)
-    except (OSError, ValueError):
-        return None
-    return told.st_size, told.st_mtime_ns
-
-
-def _signature(stamps: Iterable[Stamp | None]) -> str:
-    listed = [stamp or (-1, -1) for stamp in stamps]
-    hashes = (hashlib.sha256(repr([s[i] for s in listed]).encode()).hexdigest() for i in (0, 1))
-    return ", ".join([f"{len(listed)} files", *(text[:12] for text in hashes)])
-
-
-def _key(file: Path, stamp: Stamp | None) -> bytes:
-    text = f"{_RULES}\0{os.path.abspath(file)}\0{stamp}"
+def _key(file: Path, known: Stamp | None) -> bytes:
+    text = f"{_RULES}\0{os.path.abspath(file)}\0{known}"
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
