@@ -39,6 +39,23 @@ def pytest_runtest_setup(item):
         pytest.skip(f"not run: the {MINUTES:g} minutes of JAXACCUM_TEST_MINUTES are over")
 
 
+def environment() -> dict[str, str]:
+    """What a process started now is given, but for what libraries are told on purpose."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "TPU_", "OPENCV_"))
+    }
+
+
+@pytest.fixture(autouse=True)
+def the_environment_stays():
+    """A variable left behind decides what the next test starts, on some orders of tests only."""
+    before = environment()
+    yield
+    assert environment() == before
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of development data; a test that needs it skips where it is absent."""

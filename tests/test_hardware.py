@@ -183,10 +183,9 @@ def test_more_than_there_is_is_refused(laid, backend, there, said):
     ],
 )  # fmt: skip
 def test_the_users_own_xla_flags_stand(monkeypatch, before, after, said):
+    monkeypatch.setenv("XLA_FLAGS", before or "")  # so that it is put back, also where none was
     if before is None:
-        monkeypatch.delenv("XLA_FLAGS", raising=False)
-    else:
-        monkeypatch.setenv("XLA_FLAGS", before)
+        monkeypatch.delenv("XLA_FLAGS")
     assert hardware.tell_xla(["--a_flag=true", "--b=false"]) == said
     assert os.environ["XLA_FLAGS"] == after
 
