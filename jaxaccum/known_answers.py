@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,13 +326,13 @@ def require(allow_wrong: bool = False) -> None:
     circumstances = _circumstances(device)
     name = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]
     file = user_cache.folder() / "known_answers" / f"{name}.json"
-    if _is_remembered(file, circumstances):
+    if user_cache.load(file) == circumstances:
         return
     with ThreadPoolExecutor() as pool:  # compiling takes nearly all of the time
         asked = itertools.product(CASES, _dtypes(device))
         found = [text for text in pool.map(lambda each: wrong(*each), asked) if text]
     if not found:
-        _remember(file, circumstances)
+        user_cache.save(file, circumstances)
         return
     kind = f"{device.platform} ({_processor() if device.platform == 'cpu' else device.device_kind})"
     message = (
@@ -384,25 +383,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def _is_remembered(file: Path, circumstances: dict[str, Any]) -> bool:
-    try:
-        return json.loads(file.read_text()) == circumstances
-    except (OSError, ValueError):
-        return False
-
-
-def _remember(file: Path, circumstances: dict[str, Any]) -> None:
-    """Writes in one move, so that others read all or nothing. What cannot be written is computed
-    again next time."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False) as new:
-            try:
-                new.write(json.dumps(circumstances, indent=1) + "\n")
-                new.close()
-                os.replace(new.name, file)
-            except OSError:
-                os.unlink(new.name)
-                raise

@@ -186,8 +186,8 @@ def test_many_at_once_leave_one_whole_file(tmp_path):
     seen = []
 
     def start():
-        known_answers._remember(file, circumstances)
-        seen.append(known_answers._is_remembered(file, circumstances))
+        user_cache.save(file, circumstances)
+        seen.append(user_cache.load(file) == circumstances)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from jaxaccum import user_cache
 
 Boxes = NDArray[np.float32]
 Classes = NDArray[np.int32]
@@ -122,6 +124,29 @@ class Report(Findings):
             self.images += 1
             self.objects += len(one)
             self.backgrounds += len(one) == 0
+
+    def count_once(self, kind: str, identity: str, count: Callable[[], None]) -> None:
+        """Fills in what follows from an identity alone, and keeps it in the user's cache.
+
+        Args:
+          kind: of data set, the name of a folder.
+          identity: of the data set, the name of a file.
+          count: fills in the counts where they are not known yet.
+        """
+        file = user_cache.folder() / kind / f"{identity}.json"
+        known, counts = user_cache.load(file), self._counts()
+        if (
+            isinstance(known, dict)
+            and known.keys() == counts.keys()
+            and all(type(number) is int and number >= 0 for number in known.values())
+        ):
+            vars(self).update(known)
+            return
+        count()
+        user_cache.save(file, self._counts())
+
+    def _counts(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if type(value) is int}
 
     def summary(self) -> str:
         """What was kept, in one line."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxaccum import user_cache
 from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.texts import read_text, shown, shown_path
 
@@ -349,16 +350,11 @@ def _read_cache(
 
 
 def _write_cache(file: Path, encoder: TextEncoder, known: dict[bytes, Vectors]) -> None:
-    """Replaces the file by another, complete one; of two writers at once the last one stays."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)
-    with open(half, "wb") as opened:
-        np.savez(
-            opened, format=_FORMAT, encoder=encoder.name, keys=keys,
-            vectors=np.stack(list(known.values())),
-        )  # fmt: skip
-    os.replace(half, file)
+    vectors = np.stack(list(known.values()))
+    content = io.BytesIO()
+    np.savez(content, format=_FORMAT, encoder=encoder.name, keys=keys, vectors=vectors)
+    user_cache.write(file, content.getvalue())
 
 
 def _key(shape: str, compat: bool) -> str:

@@ -187,11 +187,5 @@ def _load(place: Path) -> dict[str, list[Any]]:
 def _save(place: Path, files: Mapping[str, list[Any]]) -> None:
     """Writes the file in one move. Where that cannot be, the next start has to look again."""
     text = json.dumps({"decoders": _decoders(), "files": files}).encode()
-    fresh = place.with_name(f"{place.name}.{os.getpid()}.new")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-        os.replace(fresh, place)
-    except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
+    with contextlib.suppress(OSError):
+        user_cache.write(place, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)

@@ -7,6 +7,7 @@ an unchanged set costs a look at its folders the next time.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import sys
@@ -172,14 +173,11 @@ def _load(place: Path) -> dict[bytes, int]:
 
 
 def _save(place: Path, known: dict[bytes, int]) -> None:
-    """Replaces the file by another, complete one; of two writers at once the last one stays."""
-    half = place.with_name(f"{place.name}.{os.getpid()}.part")
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 16)
+    content = io.BytesIO()
+    np.savez(content, keys=keys, points=np.fromiter(known.values(), np.int64, len(known)))
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "wb") as opened:
-            np.savez(opened, keys=keys, points=np.fromiter(known.values(), np.int64, len(known)))
-        os.replace(half, place)
+        user_cache.write(place, content.getvalue())
     except OSError as error:
         print(
             f"note: which clouds can be read is not kept in {place} ({error.strerror}); the next "

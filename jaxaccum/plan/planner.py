@@ -12,7 +12,6 @@ import bisect
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -283,8 +282,8 @@ class Planner:
             ).encode()
         ).hexdigest()[:32]  # fmt: skip
         file = None if self.cache is None else self.cache / f"{key}.json"
-        if file is not None and file.exists():
-            return json.loads(file.read_text())
+        if file is not None and (known := user_cache.load(file)) is not None:
+            return known
         self.compilations += 1
         try:
             compiled = lowered.compile(**self._effort())
@@ -304,8 +303,7 @@ class Planner:
                 "bytes": round(cost.get("bytes accessed", 0)),
             }
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(account))
+            user_cache.save(file, account)
         return account
 
     def _effort(self) -> dict[str, Any]:
