@@ -59,6 +59,7 @@ if [[ $lane == pre ]]; then # without the pins: what else it asks for comes alon
 fi
 
 status=0
+export XLA_FLAGS=${XLA_FLAGS-} # as users compile: tests/conftest.py sets this only if it is not set
 "$python" -m pytest -n auto --dist loadfile --durations=10 "${selection[@]}" || status=1
 workdir=$(mktemp -d)
 trap 'rm -rf "$workdir"' EXIT

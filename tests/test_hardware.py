@@ -29,14 +29,16 @@ def get_config():
 """
 
 
-def check(folder: Path, *flags: str, first: str = "pass") -> subprocess.CompletedProcess:
+def check(
+    folder: Path, *flags: str, first: str = "pass", xla: str = os.environ["XLA_FLAGS"]
+) -> subprocess.CompletedProcess:
     """Runs the script with a network that compiles in seconds."""
     config = folder / "config.py"
     config.write_text(CONFIG.format(first=first))
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "equivalence.py", f"--config={config}", *flags],
         text=True, capture_output=True, timeout=900, cwd=folder,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"XLA_FLAGS": xla},
     )  # fmt: skip
 
 
@@ -67,6 +69,15 @@ def test_processes_and_a_divided_state_are_one_run(tmp_path):
     assert "on cpu, 4 devices\n" in done.stdout
     assert "12x1x1 scan run again: bit for bit\n" in done.stdout
     assert "one run on every geometry" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_law_as_users_compile(tmp_path):
+    """With all of XLA's optimizations, which other tests leave out (tests/conftest.py)."""
+    done = check(tmp_path, "--geometries=12x1x1,4x2x2", "--x64", "--updates=2", xla="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for verdict, (gradient, loss, *_) in rows(done.stdout).values():
+        assert verdict == "ok" and gradient < 1e-12 and loss < 1e-12
 
 
 @pytest.mark.slow
