@@ -128,7 +128,7 @@ def convert(
     found = read(source)
     name = model or weights.guess_model(found)
     config, names, facts = _described(found, name, source, names)
-    task = tasks.of(config).create(config, names, None, np.dtype(np.float32))
+    task = tasks.of(config).create(config, names, np.dtype(np.float32))
     params, stats = task.initialise(0)
     source_weights = Weights(found.state, None, found.model, found.origin)
     params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)

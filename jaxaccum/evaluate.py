@@ -63,7 +63,7 @@ def evaluate(
         train_set = run.open_source(own, "train", trained.names)
         this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
         stream = run.make_stream(this, train_set, plain=True)
-        stats = recompute_statistics(trained.task, trained.params, stats, stream, precise_bn)
+        stats = recompute_statistics(this, trained.params, stats, stream, precise_bn)
     metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
     for line in trained.task.tables(metrics):
         print(line)

@@ -8,14 +8,15 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.accumulate import batchnorm
-from jaxaccum.tasks import Stream, Task
+from jaxaccum import run
+from jaxaccum.accumulate import batchnorm, grouped
+from jaxaccum.tasks import Stream
 
 PyTree = Any
 
 
 def recompute_statistics(
-    task: Task, params: PyTree, stats: PyTree, stream: Stream, samples: int
+    this: run.Run, params: PyTree, stats: PyTree, stream: Stream, samples: int
 ) -> PyTree:
     """Running statistics of the given weights over training samples.
 
@@ -23,15 +24,16 @@ def recompute_statistics(
     groups are merged exactly.
 
     Args:
+      this: the run; its recipe says the groups.
       stream: the run's samples, better without strong augmentation.
       samples: how many to use, from the start, rounded up to whole groups.
     Raises:
       ValueError: the recipe has no groups (bn_group "frozen").
     """
-    if task.group is None:
+    group = this.recipe.group
+    if group is None:
         raise ValueError("eval.precise_bn needs batch statistics; this recipe's are frozen")
-    moments_of, group = _moments_of(cast(Any, task)), task.group
-    total = None
+    moments_of, total = _moments_of(cast(Any, this.task), group), None
     for batch in stream.windows(0, [group] * -(-samples // group)):
         new = moments_of(params, stats, batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
@@ -39,6 +41,7 @@ def recompute_statistics(
 
 
 @functools.cache
-def _moments_of(task: Any):
+def _moments_of(task: Any, group: int):
     """Compiled once per task: (params, stats, batch of one group) -> moments."""
-    return jax.jit(lambda params, stats, batch: task.forward(params, stats, batch).moments)
+    forward = grouped(task.forward, group)
+    return jax.jit(lambda params, stats, batch: forward(params, stats, batch).moments)

@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxaccum import config as configs
 from jaxaccum import tasks
-from jaxaccum.accumulate import Recipe
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.data import texts
 from jaxaccum.run import compute_dtype
@@ -64,9 +63,7 @@ def load(workdir: Path) -> Trained:
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
-        learned = config.bn_group == "frozen" or not configs.is_compat(config)
-        recipe = Recipe(config.nbs, config.bn_group if learned else config.microbatch)
-        task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
+        task = tasks.of(config).create(config, names, compute_dtype(config))
         params, stats = task.initialise(0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(

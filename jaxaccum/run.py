@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxaccum import config as configs
 from jaxaccum import optim, tasks, user_cache
-from jaxaccum.accumulate import Geometry, GeometryError, Recipe, UpdateRule, Window
+from jaxaccum.accumulate import Geometry, GeometryError, Recipe, UpdateRule, Window, grouped
+from jaxaccum.accumulate.terms import Grouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Run:
     def steps(self) -> int:
         """Updates of the run."""
         return len(self.sizes)
+
+    @functools.cached_property
+    def forward(self) -> Grouped:
+        """The task's, given the recipe's groups."""
+        return grouped(self.task.forward, self.recipe.group)
 
     def size_of(self, window: int) -> int:
         """Samples of a window; those made up for skipped ones are like the last."""
@@ -103,7 +109,7 @@ def prepare(
     window = Window(
         recipe, Geometry(config.microbatch, devices, config.engine, config.fsdp or devices)
     )
-    task = tasks.of(config).create(config, names, recipe.group, compute_dtype(config))
+    task = tasks.of(config).create(config, names, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)
     ema = config.ema
     if config.log.noise_scale and window.steps * devices == 1:

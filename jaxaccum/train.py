@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxaccum import config as configs
 from jaxaccum import host_memory, plan, run, tasks
-from jaxaccum.accumulate import make_engine, require_constant_denominators
+from jaxaccum.accumulate import make_engine
 from jaxaccum.accumulate.noise import NoiseScale
 from jaxaccum.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
 from jaxaccum.convert import identities, load_initial
@@ -141,8 +141,6 @@ def _train(
     stats, lines = this.task.load_frozen(config, stats)
     for line in lines:
         print(line)
-    whole_groups = this.window.geometry.microbatch * this.window.span
-    require_constant_denominators(this.task.forward, params, stats, this.task.example(whole_groups))
     evaluator = this.task.evaluator(config, val_set)
     describe(this, train_set, count(params), workdir)
 
@@ -241,7 +239,7 @@ def _train(
                 if config.eval.precise_bn:
                     weights = weights | {
                         "stats": recompute_statistics(
-                            this.task, weights["params"], weights["stats"], plain,
+                            this, weights["params"], weights["stats"], plain,
                             config.eval.precise_bn,
                         )
                     }  # fmt: skip

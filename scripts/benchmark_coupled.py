@@ -72,7 +72,10 @@ def measure_cost(this, make_engine, params, stats, batch) -> None:
         compiled[name] = made[name].lower(states[name], *placed).compile()
     microbatch = this.window.geometry.microbatch
     one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], batch))
-    forward = jax.jit(lambda p, s, b: plain.forward(p, s, b).numerators)
+    from jaxaccum.accumulate import grouped
+
+    plain = grouped(plain.forward, this.recipe.group)
+    forward = jax.jit(lambda p, s, b: plain(p, s, b).numerators)
     jax.block_until_ready(forward(params, stats, one))
     seconds: dict[str, list[float]] = {"without": [], "with": [], "forward": []}
     for repeat in range(REPEATS.value + 1):
@@ -107,12 +110,12 @@ def measure_departure(this, params, stats, batch) -> None:
     from jaxaccum.losses import alignment
     from jaxaccum.tasks import captioned
 
-    task, count = this.task, len(batch["weight"])
+    count = len(batch["weight"])
 
     @jax.jit
     def contrast(params, stats, batch, part):
         def loss(params):
-            features = task.forward(params, stats, batch).features
+            features = this.forward(params, stats, batch).features
             scale = params[captioned.MODULE]["logit_scale"]
             cosines, _ = alignment.similarities(
                 features["cloud"], features["text"], jnp.ones(count)

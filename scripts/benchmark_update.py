@@ -68,7 +68,7 @@ def main(_) -> int:
         one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], batch))
         if single is None:  # the sums do not depend on the effective batch
             single = jax.jit(
-                lambda p, s, b, this=this: this.rule.objective.sums(this.task.forward, p, s, b)
+                lambda p, s, b, this=this: this.rule.objective.sums(this.forward, p, s, b)
             )
             single(*start, one)
         passes, ratios = [], {name: [] for name in made}

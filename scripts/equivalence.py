@@ -10,9 +10,10 @@ of several processes together (4x2x2p2), which are started here. On a CPU the de
 
 Runs the first updates of the config's own training (its model, data, augmentation, optimizer) on
 each geometry and engine and prints the relative differences from the first. Exit status 1 beyond
-rounding, which depends on the dtype: see `Tolerance` in jaxaccum/equivalence.py. With --repeat the
-first runs again at the end, and must be the same bit for bit on a CPU; elsewhere it is told. In
-bfloat16 and tf32 the first geometry also runs in float32, which tells how much rounding there is.
+rounding, which depends on the dtype: see `Tolerance` in jaxaccum/accumulate/equivalence.py. With
+--repeat the first runs again at the end, and must be the same bit for bit on a CPU; elsewhere it is
+told. In bfloat16 and tf32 the first geometry also runs in float32, which tells how much rounding
+there is.
 The effective batch is the first geometry's product, unless --config.nbs is given.
 """
 
@@ -92,7 +93,8 @@ def settle(geometries: list[Laid]):
 
 def measure(config, train_set, laid: Laid, engine: str, peers=None):
     """(trace, recipe) of one geometry, computed by this process, or by `peers` together."""
-    from jaxaccum import equivalence, run
+    from jaxaccum import run
+    from jaxaccum.accumulate import equivalence
 
     with config.unlocked():
         config.microbatch, config.devices, config.engine = laid.microbatch, laid.devices, engine
@@ -183,7 +185,8 @@ def main(_) -> int:
     hardware.require_devices(geometries, jax.default_backend(), there, hardware.described())
     logging.set_verbosity(logging.ERROR)
 
-    from jaxaccum import equivalence, known_answers, run
+    from jaxaccum import known_answers, run
+    from jaxaccum.accumulate import equivalence
 
     run.use_compilation_cache()
     try:

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import known_answers, models
-from jaxaccum.accumulate import Sums
+from jaxaccum.accumulate import Sums, grouped
+from jaxaccum.accumulate.equivalence import distance
 from jaxaccum.accumulate.terms import add
 from jaxaccum.data import Augment, Scenes, TrainStream
-from jaxaccum.equivalence import distance
 from jaxaccum.inference import load
 from jaxaccum.run import use_compilation_cache
 from jaxaccum.tasks.detection import DetectionTask
@@ -84,7 +84,7 @@ class Gradients:
     def _sums(self, batch: PyTree, microbatch: int, group: int | None):
         key = microbatch, group
         if key not in self._programs:
-            forward = dataclasses.replace(self.task, group=group).forward
+            forward = grouped(self.task.forward, group)
             self._programs[key] = jax.jit(
                 lambda params, stats, part: self.objective.sums(forward, params, stats, part)
             )
@@ -201,7 +201,7 @@ def main() -> int:
     else:
         name, classes, origin = args.model, len(Scenes.names), "weights freshly drawn"
     model = models.create(name, num_classes=classes, dtype=jnp.dtype("float64"))
-    task = DetectionTask(model, args.size, None)
+    task = DetectionTask(model, args.size)
     if args.workdir:
         params, stats = jax.tree.map(
             lambda a: np.asarray(a, np.float64), (trained.params, trained.stats)

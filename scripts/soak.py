@@ -265,7 +265,7 @@ def compare(disturbed: Path, whole: Path, tolerance: float | None) -> bool:
     """
     import jax
 
-    from jaxaccum.equivalence import distance
+    from jaxaccum.accumulate.equivalence import distance
 
     (ours, our_log, our_best), (theirs, their_log, their_best) = load(disturbed), load(whole)
     pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))

@@ -71,7 +71,8 @@ def main() -> int:
         own = pointbert.Frozen(params["encoder"], stats, params["projection"])
         return pointbert.embed(model, own, points)
 
-    def forward(params, stats, batch):
+    def forward(params, stats, batch, groups):
+        del groups  # none is normalised by its batch
         vectors = embed(params, stats, batch["complete"])
         features = {
             "cloud": vectors,

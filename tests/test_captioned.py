@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from tiny_completion import CAPTIONED, tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, equivalence, evaluate, inference, predict, run, train
-from jaxaccum.accumulate import Geometry
+from jaxaccum import data, evaluate, inference, predict, run, train
+from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion, pointbert, weights
 from jaxaccum.models.weights import WeightsError

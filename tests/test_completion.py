@@ -11,8 +11,9 @@ import pytest
 from tiny_completion import tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, equivalence, evaluate, inference, predict, run, train
-from jaxaccum.accumulate import Geometry, require_constant_denominators
+from jaxaccum import data, evaluate, inference, predict, run, train
+from jaxaccum.accumulate import Geometry, equivalence
+from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
 
@@ -102,11 +103,11 @@ def test_denominators_and_parameters_without_gradient():
             tiny_config(model=name), names=source.names, samples=len(source), identity={}
         )
         params, stats = this.task.initialise(0)
-        require_constant_denominators(this.task.forward, params, stats, this.task.example(2))
+        check(this.forward, this.rule.objective, params, stats, this.task.example(2))
         batch = next(run.make_stream(this, source).windows(0, [2], backend="threads"))
-        sums = jax.jit(
-            lambda p, s, b, this=this: this.rule.objective.sums(this.task.forward, p, s, b)
-        )(params, stats, batch)
+        sums = jax.jit(lambda p, s, b, this=this: this.rule.objective.sums(this.forward, p, s, b))(
+            params, stats, batch
+        )
         dead = {
             "/".join(key.key for key in path)
             for path, leaf in jax.tree_util.tree_leaves_with_path(sums.gradients["samples"])
@@ -284,8 +285,8 @@ def trace_of(this, source):
 
     params, stats = this.task.initialise(0)
     batch = next(run.make_stream(this, source).windows(0, [4], backend="threads"))
-    moments = this.task.forward(params, stats, {k: v[:2] for k, v in batch.items()}).moments
-    more = this.task.forward(params, stats, {k: v[2:] for k, v in batch.items()}).moments
+    moments = this.forward(params, stats, {k: v[:2] for k, v in batch.items()}).moments
+    more = this.forward(params, stats, {k: v[2:] for k, v in batch.items()}).moments
     total = jax.tree.map(lambda a, b: a + b, moments, more)
     engine = make_engine(this.task.forward, this.rule, this.window)
     state, _ = engine.update(engine.init(params, stats), batch)

@@ -9,7 +9,6 @@ import optax
 import pytest
 import toy
 
-from jaxaccum import equivalence
 from jaxaccum.accumulate import (
     Coupled,
     Geometry,
@@ -19,6 +18,7 @@ from jaxaccum.accumulate import (
     Recipe,
     Term,
     UpdateRule,
+    equivalence,
     sample_keys,
 )
 from jaxaccum.losses import alignment
@@ -26,28 +26,24 @@ from jaxaccum.losses import alignment
 NBS, SEED = 11, 7
 
 
-def embed(params, stats, batch, group):
+def embed(params, stats, batch, groups):
     """A net with batch norm and noise keyed by sample; (outputs, moments)."""
     keys = sample_keys(SEED, batch["epoch"], batch["index"])
     noise = jax.vmap(lambda k: jax.random.normal(k, batch["x"].shape[1:], jnp.float32))(keys)
     x = batch["x"] + 0.3 * noise.astype(batch["x"].dtype)
-    groups = None if group is None else Groups(group, batch["weight"])
     variables = {"params": params["net"], "batch_stats": stats}
     return toy.NET.apply(variables, x, groups, mutable=["moments"])
 
 
-def make_forward(group):
-    def forward(params, stats, batch):
-        out, changed = embed(params, stats, batch, group)
-        weight = batch["weight"]
-        error = jnp.sum(jnp.square(out[..., 0] - batch["y"]), axis=1)
-        features = {"cloud": out.reshape(len(out), -1), "text": batch["text"]}
-        return Output(
-            {"fit": jnp.sum(weight * error)}, {"samples": jnp.sum(weight)},
-            changed.get("moments", {}), features,
-        )  # fmt: skip
-
-    return forward
+def forward(params, stats, batch, groups):
+    out, changed = embed(params, stats, batch, groups)
+    weight = batch["weight"]
+    error = jnp.sum(jnp.square(out[..., 0] - batch["y"]), axis=1)
+    features = {"cloud": out.reshape(len(out), -1), "text": batch["text"]}
+    return Output(
+        {"fit": jnp.sum(weight * error)}, {"samples": jnp.sum(weight)},
+        changed.get("moments", {}), features,
+    )  # fmt: skip
 
 
 def contrast(params, features, weight):
@@ -89,7 +85,7 @@ def batches(dtype, nbs=NBS):
 def run(geometry, bn_group=4, terms="both", updates=3, dtype=np.float64):
     recipe = Recipe(NBS, bn_group)
     return equivalence.trace(
-        make_forward(recipe.group), make_rule(TERMS[terms]), recipe, geometry, *initial(dtype),
+        forward, make_rule(TERMS[terms]), recipe, geometry, *initial(dtype),
         lambda: batches(dtype), updates,
     )  # fmt: skip
 
@@ -98,16 +94,15 @@ def in_one_pass(bn_group, terms):
     """The gradient and the loss of the first effective batch, written down directly."""
     params, stats = initial(np.float64)
     batch = next(batches(np.float64))
-    forward = make_forward(bn_group)
 
     def loss(params):
         if bn_group == "frozen":
-            out = make_forward(None)(params, stats, batch)
+            out = forward(params, stats, batch, None)
         else:  # groups of four, the last filled up
             place = np.arange(12) % NBS
             laid = {k: v[place] for k, v in batch.items()}
             laid["weight"] = (np.arange(12) < NBS).astype(np.float64)
-            out = forward(params, stats, laid)
+            out = forward(params, stats, laid, Groups(bn_group, laid["weight"]))
         value = 2 * out.numerators["fit"] / NBS
         weight = np.ones(NBS)
         features = jax.tree.map(lambda a: a[:NBS], out.features)
@@ -146,7 +141,7 @@ def test_contrasting_within_microbatches_is_another_gradient(x64):
             total = 0.0
             for start in range(0, NBS, size):
                 part = jax.tree.map(lambda a, s=start: a[s : s + size], batch)
-                features = make_forward(None)(params, stats, part).features
+                features = forward(params, stats, part, None).features
                 value = contrast(params, features, part["weight"])
                 total += value * len(part["weight"]) / NBS
             return total
@@ -171,7 +166,7 @@ def test_a_shorter_window(x64):
     found = []
     for nbs, geometry in ((8, Geometry(4)), (16, Geometry(4))):
         engine = make_engine(
-            make_forward(None), make_rule(TERMS["both"]), Window(Recipe(nbs, "frozen"), geometry)
+            forward, make_rule(TERMS["both"]), Window(Recipe(nbs, "frozen"), geometry)
         )
         _, log = engine.update(engine.init(*initial(np.float64)), next(batches(np.float64, 8)), 2)
         found.append(float(log["loss"]))
@@ -186,7 +181,7 @@ def test_memory_is_flat():
     for steps in (4, 32):
         nbs = 4 * steps
         engine = make_engine(
-            make_forward(4), make_rule(TERMS["contrast"]), Window(Recipe(nbs, 4), Geometry(4))
+            forward, make_rule(TERMS["contrast"]), Window(Recipe(nbs, 4), Geometry(4))
         )
         state = engine.init(*initial(np.float32))
         placed = engine.place(next(batches(np.float32, nbs)))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import data, equivalence, run
-from jaxaccum.accumulate import Geometry, Output, require_constant_denominators
+from jaxaccum import data, run
+from jaxaccum.accumulate import ContractError, Geometry, equivalence, grouped
+from jaxaccum.accumulate.checks import check
 
 NBS, UPDATES = 10, 2  # uneven tails; some of the scenes have no objects
 
@@ -77,17 +78,17 @@ def test_denominators_carry_no_gradient():
     this = run.prepare(tiny_config(), names=source.names, samples=4, identity={})
     params, stats = this.task.initialise(0)
     example = this.task.example(2)
-    require_constant_denominators(this.task.forward, params, stats, example)
+    check(this.forward, this.rule.objective, params, stats, example)
 
     def leaking(params, stats, batch):
-        out = this.task.forward(params, stats, batch)
+        out = this.forward(params, stats, batch)
         leak = jnp.sum(params["model.5"]["cv2.0.2"]["bias"])
-        return Output(
-            out.numerators, {"target_scores": out.denominators["target_scores"] + leak}, {}
+        return out._replace(
+            denominators={"target_scores": out.denominators["target_scores"] + leak}
         )
 
-    with pytest.raises(ValueError, match=r"\['target_scores'\] carry a gradient"):
-        require_constant_denominators(leaking, params, stats, example)
+    with pytest.raises(ContractError, match=r"\['target_scores'\] carry a gradient"):
+        check(leaking, this.rule.objective, params, stats, example)
 
 
 def test_the_gradient_of_a_pool_inside_of_a_model(x64):
@@ -102,13 +103,13 @@ def test_the_gradient_of_a_pool_inside_of_a_model(x64):
 
     source = data.Scenes("train", size=64, length=40)
     model = models.create("yolov8-n", num_classes=len(source.names), dtype=jnp.float64)
-    task = DetectionTask(model, 64, 2)
+    task = DetectionTask(model, 64)
     params, stats = task.initialise(0, np.float64)
     stream = run.make_stream(
         run.prepare(tiny_config(), names=tuple("abcdef"), samples=40, identity={}), source
     )
     batch = next(stream.windows(0, [4], backend="threads"))
-    sums = jax.jit(lambda b: task.objective(4).sums(task.forward, params, stats, b))
+    sums = jax.jit(lambda b: task.objective(4).sums(grouped(task.forward, 2), params, stats, b))
     whole = sums(batch)
     halves = [sums(jax.tree.map(lambda a, i=i: a[i : i + 2], batch)) for i in (0, 2)]
     both = add(*halves)

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny_config3d
 
 from jaxaccum import config as configs
-from jaxaccum import convert, data, equivalence, evaluate, export, inference, predict, run, train
-from jaxaccum.accumulate import Geometry, require_constant_denominators
+from jaxaccum import convert, data, evaluate, export, inference, predict, run, train
+from jaxaccum.accumulate import Geometry, equivalence
+from jaxaccum.accumulate.checks import check
 from jaxaccum.data import streets
 from jaxaccum.data.streets import StreetsSource
 from jaxaccum.losses import solids as losses
@@ -269,7 +270,7 @@ def test_denominators_are_constants():
         this = run.prepare(config, names=data.open_source3d("", "val").names, samples=12,
                            identity={})  # fmt: skip
         params, stats = jax.eval_shape(lambda t=this.task: t.initialise(0))
-        require_constant_denominators(this.task.forward, params, stats, this.task.example(2))
+        check(this.forward, this.rule.objective, params, stats, this.task.example(2))
 
 
 # --- the verbs ---

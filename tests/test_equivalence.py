@@ -15,13 +15,13 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxaccum import equivalence
 from jaxaccum.accumulate import (
     Geometry,
     GeometryError,
     Objective,
     Recipe,
     engines,
+    equivalence,
     make_engine,
     update,
 )
@@ -34,7 +34,7 @@ def run(geometry, nbs=8, bn_group=4, *, forward=None, objective=Objective, amoun
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     recipe = Recipe(nbs, bn_group)
     return equivalence.trace(
-        forward or toy.make_forward(recipe.group), toy.make_rule(nbs, objective), recipe, geometry,
+        forward or toy.make_forward(), toy.make_rule(nbs, objective), recipe, geometry,
         *toy.initial(dtype), toy.make_batches(nbs, dtype, amount=amount), UPDATES,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_samples_that_were_lost_are_lost_on_every_geometry(x64, bn_group):
     def trace(geometry, filled_with=0):
         recipe, lost = Recipe(11, bn_group), [1, 4, 5, 6, 7]
         return equivalence.trace(
-            toy.make_forward(recipe.group), toy.make_rule(11), recipe, geometry,
+            toy.make_forward(), toy.make_rule(11), recipe, geometry,
             *toy.initial(np.float64), losing(lost, filled_with), UPDATES,
         )  # fmt: skip
 
@@ -177,9 +177,9 @@ BROKEN = {  # name: (how `run` is called, effective batch, bn_group)
     "divide per microbatch": (dict(objective=DividesPerMicrobatch), 8, 4),
     "clamp per microbatch": (dict(objective=ClampsPerMicrobatch, amount=0.11), 8, 4),
     "mean instead of sum": (dict(objective=AveragesInsteadOfSums), 8, 4),
-    "statistics per microbatch": (dict(forward=forward(4, group_of=lambda size: size)), 8, 4),
-    "noise by place": (dict(forward=forward(4, by_place=True)), 8, 4),
-    "padding not masked": (dict(forward=forward(None, mask=False)), 10, "frozen"),
+    "statistics per microbatch": (dict(forward=forward(group_of=lambda size: size)), 8, 4),
+    "noise by place": (dict(forward=forward(by_place=True)), 8, 4),
+    "padding not masked": (dict(forward=forward(mask=False)), 10, "frozen"),
 }
 
 
@@ -201,14 +201,14 @@ def test_the_check_notices(x64, name, geometry):
 
 def in_bfloat16(forward):
     """The task with a network that computes in bfloat16."""
-    return lambda params, stats, batch: forward(
-        params, stats, batch | {"x": batch["x"].astype(jnp.bfloat16)}
+    return lambda params, stats, batch, groups: forward(
+        params, stats, batch | {"x": batch["x"].astype(jnp.bfloat16)}, groups
     )
 
 
 def rounded(nbs, bn_group, forward=None, **options):
     """(the task in bfloat16, its run as one microbatch, how far geometries may be from that)."""
-    forward = forward or toy.make_forward(Recipe(nbs, bn_group).group)
+    forward = forward or toy.make_forward()
     task = in_bfloat16(forward)
     whole = run(Geometry(nbs), nbs, bn_group, forward=task, **options)
     exact = run(Geometry(nbs), nbs, bn_group, forward=forward, **options)
@@ -296,7 +296,7 @@ def test_the_check_notices_statistics_moved_per_microbatch(x64, monkeypatch, eng
 def test_a_window_that_is_not_finite_is_skipped(engine):
     recipe = Recipe(8, 4)
     rule = toy.make_rule(8)
-    machine = make_engine(toy.make_forward(4), rule, Window(recipe, Geometry(4, 2, engine)))
+    machine = make_engine(toy.make_forward(), rule, Window(recipe, Geometry(4, 2, engine)))
     state = machine.init(*toy.initial(np.float32))
     before = jax.device_get(state)
     batches = toy.make_batches(8, np.float32)()
@@ -316,14 +316,14 @@ def test_a_window_that_is_not_finite_is_skipped(engine):
 def test_a_ramp_of_the_effective_batch(x64, engine):
     """A smaller effective batch in the room of the full one, without a second compilation."""
     machine = make_engine(
-        toy.make_forward(4), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
+        toy.make_forward(), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
     )
     state = machine.init(*toy.initial(np.float64))
     batch = next(toy.make_batches(8, np.float64)())
     half = {k: v[:4] for k, v in batch.items()}
     ramped, _ = machine.update(state, half, steps=1)
 
-    whole = make_engine(toy.make_forward(4), toy.make_rule(8), Window(Recipe(4, 4), Geometry(4)))
+    whole = make_engine(toy.make_forward(), toy.make_rule(8), Window(Recipe(4, 4), Geometry(4)))
     expected, _ = whole.update(whole.init(*toy.initial(np.float64)), half)
     assert equivalence.distance(ramped.params, expected.params) < 1e-14
     machine.update(ramped, batch)
@@ -335,7 +335,7 @@ def test_a_ramp_of_the_effective_batch(x64, engine):
 def test_several_processes_compute_whole_windows_only(engine):
     """A shorter window would leave out the last samples of every process's share."""
     machine = make_engine(
-        toy.make_forward(4), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
+        toy.make_forward(), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
     )
     state = machine.init(*toy.initial(np.float32))
     batch = next(toy.make_batches(8, np.float32)())
@@ -348,12 +348,12 @@ def test_several_processes_compute_whole_windows_only(engine):
 
 def test_the_gradient_is_that_of_the_ratio(x64):
     """Against plain autodiff of the loss over the whole effective batch."""
-    nbs, forward = 8, toy.make_forward(None)
+    nbs, forward = 8, toy.make_forward()
     params, stats = toy.initial(np.float64)
     batch = next(toy.make_batches(nbs, np.float64)())
 
     def loss(params):
-        out = forward(params, stats, batch)
+        out = forward(params, stats, batch, None)
         fit = 2.0 * out.numerators["fit"] / jnp.maximum(out.denominators["objects"], 1)
         calm = 0.5 * out.numerators["calm"] / jnp.maximum(out.denominators["points"], 1)
         return nbs * (fit + calm)
@@ -368,7 +368,7 @@ def test_clipping_acts_once_on_the_divided_gradient(x64):
     rule = dataclasses.replace(
         toy.make_rule(8), optimizer=optax.scale(-1.0), clip=0.01, ema_decay=None
     )
-    machine = make_engine(toy.make_forward(4), rule, Window(Recipe(8, 4), Geometry(4)))
+    machine = make_engine(toy.make_forward(), rule, Window(Recipe(8, 4), Geometry(4)))
     params, stats = toy.initial(np.float64)
     state, log = machine.update(
         machine.init(params, stats), next(toy.make_batches(8, np.float64)())

@@ -35,7 +35,7 @@ yolo.FAMILIES["pooled"] = yolo.Family(
 
 def a_run(folder, config, names, facts):
     """A workdir with initial weights, its statistics random, as the best ones of a run."""
-    task = tasks.of(config).create(config, names, None, np.dtype(np.float32))
+    task = tasks.of(config).create(config, names, np.dtype(np.float32))
     params, stats = task.initialise(0)
     rng = np.random.default_rng(0)
     stats = jax.tree.map(lambda a: rng.uniform(0.5, 1.5, a.shape).astype(a.dtype), stats)

@@ -8,8 +8,7 @@ import pytest
 import toy
 from toy import Geometry, Recipe
 
-from jaxaccum import equivalence
-from jaxaccum.accumulate import GeometryError, batchnorm, fsdp
+from jaxaccum.accumulate import GeometryError, batchnorm, equivalence, fsdp
 from jaxaccum.accumulate.recipe import Window
 
 NBS, GROUP = 16, 4
@@ -23,7 +22,7 @@ def small_leaves(monkeypatch):
 
 def run_toy(geometry, dtype=np.float64, group=GROUP, nbs=NBS, updates=3):
     return equivalence.trace(
-        toy.make_forward(group), toy.make_rule(nbs), Recipe(nbs, group or "frozen"), geometry,
+        toy.make_forward(), toy.make_rule(nbs), Recipe(nbs, group or "frozen"), geometry,
         *toy.initial(dtype), toy.make_batches(nbs, dtype), updates,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ DEVICES = 4
 
 def engine(kind="scan", devices=DEVICES, nbs=32, microbatch=4, fsdp=1):
     window = Window(Recipe(nbs, 4), Geometry(microbatch, devices, kind, fsdp))
-    made = make_engine(toy.make_forward(4), toy.make_rule(nbs), window)
+    made = make_engine(toy.make_forward(), toy.make_rule(nbs), window)
     state = made.init(*toy.initial(np.float32))
     return made, state, next(toy.make_batches(nbs, np.float32)())
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import data, equivalence, run
-from jaxaccum.accumulate import Geometry
+from jaxaccum import data, run
+from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.models import blocks, yolo
 
 NBS, GROUP, UPDATES = 10, 2, 2

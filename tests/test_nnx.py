@@ -7,8 +7,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxaccum import equivalence
-from jaxaccum.accumulate import Geometry, Objective, Output, Recipe, Term, UpdateRule
+from jaxaccum.accumulate import Geometry, Objective, Output, Recipe, Term, UpdateRule, equivalence
 
 
 class Net(nnx.Module):
@@ -24,7 +23,7 @@ def adapt(model: nnx.Module):
     """(params, forward) of an NNX model; parameters are its state, a pytree."""
     graph, params = nnx.split(model)
 
-    def forward(params, stats, batch):
+    def forward(params, stats, batch, groups):
         out = nnx.merge(graph, params, copy=True)(batch["x"])
         weight = batch["weight"]
         error = jnp.sum(weight * jnp.square(out - batch["y"]))

@@ -24,6 +24,7 @@ from jaxaccum.accumulate import (
     Term,
     UpdateRule,
     Window,
+    grouped,
     make_engine,
 )  # fmt: skip
 from jaxaccum.accumulate.noise import NoiseScale
@@ -33,7 +34,7 @@ TRUE_GRADIENT = np.linspace(0.2, 1.0, WIDTH)
 SPREAD = 0.7  # standard deviation of one sample's gradient in each coordinate
 
 
-def linear(params, stats, batch):
+def linear(params, stats, batch, groups):
     """A loss whose gradient for a sample is the sample."""
     weight = batch["weight"]
     value = jnp.sum(weight * (batch["x"] @ params["w"]))
@@ -101,7 +102,7 @@ def test_two_denominators_are_one_gradient():
         rule, optimizer=optax.sgd(0.0), clip=0.0,
         objective=dataclasses.replace(rule.objective, noise=True),
     )  # fmt: skip
-    forward = toy.make_forward(None)
+    forward = toy.make_forward()
     params, stats = toy.initial(np.float32)
     batch = next(toy.make_batches(8, np.float32)())
     made = make_engine(forward, rule, window)
@@ -109,7 +110,7 @@ def test_two_denominators_are_one_gradient():
 
     objective = dataclasses.replace(rule.objective, noise=False)
     quarters = [{k: a[i : i + 2] for k, a in batch.items()} for i in range(0, 8, 2)]
-    sums = [objective.sums(forward, params, stats, one) for one in quarters]
+    sums = [objective.sums(grouped(forward, None), params, stats, one) for one in quarters]
     whole = {name: sum(s.denominators[name] for s in sums) for name in objective.floors}
     parts = [
         np.concatenate(

@@ -283,7 +283,7 @@ def test_clouds_are_evaluated_and_described_as_their_source(sets):
     config, there, _ = sets("shapenet")
     one, other = (data.open_clouds(c.data.path, "test") for c in (config, there))
     assert len(one) == len(other) == 16 and one.identity == other.identity
-    task = tasks.of(there).create(there, other.names, None, np.float32)
+    task = tasks.of(there).create(there, other.names, np.float32)
     assert sorted(task.full_evaluator(there)[0].sources) == [
         "easy/", "hard/", "median/", "unseen/easy/", "unseen/hard/", "unseen/median/"
     ]  # fmt: skip

@@ -11,13 +11,13 @@ import pytest
 from jaxaccum import models
 from jaxaccum.accumulate import (
     Geometry,
-    Groups,
     Objective,
     Output,
     Recipe,
     Term,
     UpdateRule,
     Window,
+    grouped,
     make_engine,
 )
 from jaxaccum.models import blocks, yolo
@@ -48,12 +48,11 @@ def make(dtype, size):
     return plain, plain.clone(remat=True), start, images
 
 
-def forward_of(model, group):
+def forward_of(model):
     """A task whose loss is a sum over the raw predictions."""
 
-    def forward(params, stats, batch):
+    def forward(params, stats, batch, groups):
         weight = batch["weight"]
-        groups = None if group is None else Groups(group, weight)
         out, changed = model.apply(
             {"params": params, "batch_stats": stats}, batch["image"], groups, mutable=["moments"]
         )
@@ -80,7 +79,7 @@ def test_the_same_gradients_and_moments(x64, group):
 
     def compute(model):
         def loss(params):
-            out = forward_of(model, group)(params, start[1], batch)
+            out = grouped(forward_of(model), group)(params, start[1], batch)
             return out.numerators["loss"], out
 
         return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(start[0]))
@@ -99,7 +98,7 @@ def test_the_same_update_on_two_devices(x64):
     after = []
     for model in (plain, remat):
         window = Window(Recipe(3, 1), Geometry(1, 2, "scan"))
-        engine = make_engine(forward_of(model, 1), rule, window)
+        engine = make_engine(forward_of(model), rule, window)
         state, log = engine.update(engine.init(*start), batch)
         assert log["ok"]
         after.append(jax.device_get({"params": state.params, "stats": state.stats}))
@@ -117,7 +116,7 @@ def test_less_memory():
 
     def temporary(model):
         def loss(params, batch):
-            return forward_of(model, 8)(params, start[1], batch).numerators["loss"]
+            return grouped(forward_of(model), 8)(params, start[1], batch).numerators["loss"]
 
         compiled = jax.jit(jax.grad(loss)).lower(start[0], batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes

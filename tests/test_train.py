@@ -91,7 +91,7 @@ def test_precise_statistics_are_of_the_data_alone(trained):
     others = jax.tree.map(lambda a: a * 3 + 1, found.stats)
     ours, theirs = (
         recompute_statistics(
-            found.task, found.params, stats, run.make_stream(this, source, plain=True), 8
+            this, found.params, stats, run.make_stream(this, source, plain=True), 8
         )
         for stats in (found.stats, others)
     )

@@ -372,7 +372,7 @@ def unevaluated(tmp_path_factory):
     """A run with two checkpoints that never evaluated; the newer's average is all its own."""
     workdir = tmp_path_factory.mktemp("run") / "unevaluated"
     config = tiny.tiny_config(steps=2)
-    task = tasks.of(config).create(config, ("a", "b"), None, np.dtype(np.float32))
+    task = tasks.of(config).create(config, ("a", "b"), np.dtype(np.float32))
     params, stats = jax.device_get(task.initialise(0))
     meta = {"fingerprint": "f", "config": config.to_dict(), "names": ["a", "b"], "facts": {}}
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -433,7 +433,7 @@ def run_of_a_detector(tmp_path_factory):
 
 def export_run(workdir):
     config = tiny.tiny_config()
-    task = tasks.of(config).create(config, ("a", "b"), None, np.dtype(np.float32))
+    task = tasks.of(config).create(config, ("a", "b"), np.dtype(np.float32))
     params, stats = task.initialise(0)
     meta = {"fingerprint": "", "config": config.to_dict(), "names": ["a", "b"], "facts": {}}
     with checkpoint.Checkpoints(workdir) as checkpoints:

@@ -34,17 +34,17 @@ class Net(nn.Module):
 NET = Net()
 
 
-def make_forward(group, *, by_place=False, group_of=None, mask=True):
+def make_forward(*, by_place=False, group_of=None, mask=True):
     """The task. The keyword arguments break it for the tests that must notice."""
 
-    def forward(params, stats, batch):
+    def forward(params, stats, batch, groups):
         weight = batch["weight"] if mask else jnp.ones_like(batch["weight"])
         place = jnp.arange(len(weight), dtype=jnp.int32)
         keys = sample_keys(SEED, batch["epoch"], place if by_place else batch["index"])
         x = batch["x"]
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], jnp.float32))(keys)
         x = x + 0.3 * noise.astype(x.dtype)
-        size = group if group_of is None else group_of(len(weight))
+        size = groups and (groups.size if group_of is None else group_of(len(weight)))
         groups = None if size is None else Groups(size, weight)
         out, changed = NET.apply(
             {"params": params, "batch_stats": stats}, x, groups, mutable=["moments"]

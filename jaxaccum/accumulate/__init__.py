@@ -1,18 +1,26 @@
 """Exact gradient accumulation: the law, kept in one place.
 
 Knows no model and no data set. A task is a function
-`(params, stats, microbatch) -> Output(numerators, denominators, moments)`.
+`(params, stats, microbatch, groups) -> Output(numerators, denominators, moments)`.
 """
 
-from jaxaccum.accumulate.batchnorm import GroupBatchNorm, Groups
+from typing import TYPE_CHECKING, Any
+
+from jaxaccum.accumulate.batchnorm import Groups
+from jaxaccum.accumulate.checks import ContractError, grouped
 from jaxaccum.accumulate.coupled import Coupled
 from jaxaccum.accumulate.engines import make_engine
+from jaxaccum.accumulate.equivalence import verify
 from jaxaccum.accumulate.randomness import sample_keys
 from jaxaccum.accumulate.recipe import Geometry, GeometryError, Recipe, Window
-from jaxaccum.accumulate.terms import Objective, Output, Sums, Term, require_constant_denominators
+from jaxaccum.accumulate.terms import Objective, Output, Sums, Term
 from jaxaccum.accumulate.update import State, UpdateRule
 
+if TYPE_CHECKING:
+    from jaxaccum.accumulate.linen import GroupBatchNorm
+
 __all__ = [
+    "ContractError",
     "Coupled",
     "Geometry",
     "GeometryError",
@@ -26,7 +34,17 @@ __all__ = [
     "Term",
     "UpdateRule",
     "Window",
+    "grouped",
     "make_engine",
-    "require_constant_denominators",
     "sample_keys",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The layer, which needs Flax, is imported when it is asked for: the rest does without."""
+    if name == "GroupBatchNorm":
+        from jaxaccum.accumulate.linen import GroupBatchNorm
+
+        return GroupBatchNorm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

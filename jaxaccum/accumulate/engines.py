@@ -24,6 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccum.accumulate import batchnorm, fsdp
+from jaxaccum.accumulate.checks import check, check_batch, grouped
 from jaxaccum.accumulate.coupled import Coupling
 from jaxaccum.accumulate.recipe import GeometryError, Window
 from jaxaccum.accumulate.terms import Forward, Sums, add
@@ -47,13 +48,15 @@ def make_engine(forward: Forward, rule: UpdateRule, window: Window, devices=None
     """The engine that the geometry asks for.
 
     Args:
-      forward: the task, (params, stats, microbatch) -> Output.
+      forward: the task, (params, stats, microbatch, groups) -> Output.
       rule: the recipe's update.
       window: recipe and geometry.
       devices: the devices to use; the first `geometry.devices` of `jax.devices()` if None, those
         of each process together.
     Raises:
       GeometryError: not enough devices, or an engine that cannot compute the recipe.
+      ContractError: forward cannot be called so. What it returns is checked before the first
+        update (accumulate.checks).
     """
     wanted = window.geometry.devices
     if devices is None:
@@ -80,7 +83,9 @@ class _Engine:
     """
 
     def __init__(self, forward: Forward, rule: UpdateRule, window: Window, mesh: Mesh):
-        self.forward, self.rule, self.window, self.mesh = forward, rule, window, mesh
+        self.forward = grouped(forward, window.recipe.group)
+        self.rule, self.window, self.mesh = rule, window, mesh
+        self._checked = False
         self.replicated = NamedSharding(mesh, REPLICATED)
         self.share: np.ndarray | None = None
         if jax.process_count() > 1:
@@ -137,6 +142,26 @@ class _Engine:
         return jax.tree.map(
             lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree
         )
+
+    def _check(self, state: State, batch: PyTree) -> None:
+        """Refuses a contract that is not kept, before the first program is made."""
+        if self._checked:
+            return
+        check_batch(batch)
+        samples = self.window.geometry.microbatch * self.window.span  # groups lie here whole
+
+        def shapes(tree: PyTree, leading: tuple[int, ...] = ()) -> PyTree:
+            def one(a):
+                shape = (*leading, *a.shape[1:]) if leading else a.shape
+                return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(a.dtype))
+
+            return jax.tree.map(one, tree)
+
+        check(
+            self.forward, self.rule.objective, shapes(state.params), shapes(state.stats),
+            shapes(batch, (samples,)),
+        )  # fmt: skip
+        self._checked = True
 
     def _split(self, batch: PyTree) -> PyTree:
         if self.share is None:
@@ -267,6 +292,7 @@ class ScanEngine(_Engine):
         return self._jitted
 
     def update(self, state, batch, steps=None):
+        self._check(state, batch)
         return self._program(state)(state, *self.place(batch, steps))
 
     def place(self, batch: PyTree, steps: int | None = None):
@@ -280,6 +306,7 @@ class ScanEngine(_Engine):
         return self._program(state).lower(state, microbatches, steps)
 
     def lowered(self, state, batch):
+        self._check(state, batch)
         microbatches = self._laid(batch, (self.window.steps, self._width), LAID)
         return [self.lower(self._placed(state), microbatches, np.int32(self.window.steps))]
 
@@ -411,6 +438,7 @@ class MultiStepsEngine(_Engine):
         self._between = jax.jit(self._couple)
 
     def update(self, state, batch, steps=None):
+        self._check(state, batch)
         self._require_room(batch, steps)
         microbatches = self._split(batch)
         steps = np.int32(self.window.steps if steps is None else steps)
@@ -441,6 +469,7 @@ class MultiStepsEngine(_Engine):
         return result
 
     def lowered(self, state, batch):
+        self._check(state, batch)
         one = self._laid(batch, (self._width,), PER_DEVICE)
         state, steps, programs, coupling = self._placed(state), np.int32(1), [], None
         if self.rule.objective.coupled:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from jaxaccum.accumulate import noise
+from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
 PyTree = Any
@@ -53,8 +53,15 @@ class Output(NamedTuple):
     features: PyTree = ()
 
 
-Forward = Callable[[PyTree, PyTree, PyTree], Output]
-"""(params, stats, microbatch) -> Output. Padded samples have `microbatch["weight"] == 0`."""
+Forward = Callable[[PyTree, PyTree, PyTree, Groups | None], Output]
+"""(params, stats, microbatch, groups) -> Output.
+
+Padded samples have `microbatch["weight"] == 0`. `groups` says how samples share batch statistics;
+None stands for the running statistics (a recipe whose bn_group is "frozen").
+"""
+
+Grouped = Callable[[PyTree, PyTree, PyTree], Output]
+"""A forward that has been given its groups (accumulate.checks.grouped)."""
 
 
 class Sums(NamedTuple):
@@ -116,7 +123,7 @@ class Objective:
         """The denominator `name`, floored."""
         return jnp.maximum(denominators[name], self.floors[name])
 
-    def features(self, forward: Forward, params: PyTree, stats: PyTree, batch: PyTree):
+    def features(self, forward: Grouped, params: PyTree, stats: PyTree, batch: PyTree):
         """The first pass over a microbatch of a window with coupled terms.
 
         Returns:
@@ -139,7 +146,7 @@ class Objective:
 
     def sums(
         self,
-        forward: Forward,
+        forward: Grouped,
         params: PyTree,
         stats: PyTree,
         batch: PyTree,
@@ -262,40 +269,3 @@ def _sums(gradients: Mapping[str, PyTree], out: Output, batch: PyTree) -> Sums:
 def add(a: PyTree, b: PyTree) -> PyTree:
     """Leafwise sum of two trees of one structure."""
     return jax.tree.map(jnp.add, a, b)
-
-
-def require_constant_denominators(
-    forward: Forward, params: PyTree, stats: PyTree, batch: PyTree
-) -> None:
-    """Refuses a task whose denominators depend on the parameters.
-
-    The division by a denominator happens outside of the gradient, so it must be a constant. The
-    check traces a directional derivative and looks for a path from its input to its output; it
-    compiles and computes nothing.
-
-    Args: as of `forward`; arrays or `jax.ShapeDtypeStruct`.
-    Raises:
-      ValueError: names the denominators that carry a gradient.
-    """
-    names: list[str] = []
-
-    def derivative(params, stats, batch, tangent):
-        def denominators(p):
-            out = dict(forward(p, stats, batch).denominators)
-            names[:] = sorted(out)
-            return [out[name] for name in names]
-
-        return jax.jvp(denominators, (params,), (tangent,))[1]
-
-    jaxpr = jax.make_jaxpr(derivative)(params, stats, batch, params).jaxpr
-    tangents = len(jax.tree.leaves(params))
-    guilty = []
-    for i, name in enumerate(names):  # what is left once all that this output ignores is removed
-        _, used = partial_eval.dce_jaxpr(jaxpr, [j == i for j in range(len(names))])
-        if any(used[-tangents:]):
-            guilty.append(name)
-    if guilty:
-        raise ValueError(
-            f"the denominators {guilty} carry a gradient; a denominator is a constant of the "
-            "update: put jax.lax.stop_gradient around what it is computed from"
-        )

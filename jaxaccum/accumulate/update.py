@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +20,8 @@ from jaxaccum.accumulate.terms import Objective, Sums
 PyTree = Any
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """All that a run learns and counts; the same on every geometry and engine.
 
@@ -41,6 +41,10 @@ class State:
     step: jax.Array
     windows: jax.Array
     skipped_in_row: jax.Array
+
+    def replace(self, **changes: Any) -> State:
+        """This state with other values for some fields."""
+        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,9 +250,9 @@ class Planner:
             ),
             (state.params, state.stats, this.task.example(self.unit)),
         )
-        passes = [lambda *a: objective.sums(this.task.forward, *a)]
+        passes = [lambda *a: objective.sums(this.forward, *a)]
         if this.rule.objective.coupled:
-            passes.append(lambda *a: objective.features(this.task.forward, *a))
+            passes.append(lambda *a: objective.features(this.forward, *a))
         costs = [jax.jit(f).lower(*arguments).cost_analysis() or {} for f in passes]
         return sum(float(cost.get("flops", 0.0)) for cost in costs) / self.unit
 

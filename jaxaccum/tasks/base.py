@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import ml_collections
 import numpy as np
 
-from jaxaccum.accumulate import Objective, Output
+from jaxaccum.accumulate import Groups, Objective, Output
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
@@ -65,7 +65,6 @@ class Task(Protocol):
       unit: what a sample is called, in the plural.
       monitor: the metric that decides which weights are best, and whether more of it is better.
       model: the network.
-      group: samples that share batch statistics; None to use the running ones.
       names: of the classes or categories.
     """
 
@@ -74,9 +73,6 @@ class Task(Protocol):
 
     @property
     def model(self) -> Any: ...
-
-    @property
-    def group(self) -> int | None: ...
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -97,7 +93,6 @@ class Task(Protocol):
         cls,
         config: ml_collections.ConfigDict,
         names: Sequence[str],
-        group: int | None,
         dtype: Any,
     ) -> Task: ...
 
@@ -117,7 +112,9 @@ class Task(Protocol):
 
     def objective(self, nbs: int, compat: bool = False) -> Objective: ...
 
-    def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
+    def forward(
+        self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
+    ) -> Output:
         """Numerators, denominators and moments of a microbatch."""
         ...
 

@@ -39,7 +39,6 @@ class CompletionTask:
 
     Attributes:
       model: the network.
-      group: samples that share batch statistics; None to use the running ones.
       gains: of the terms coarse, fine, denoise.
       seed: of the noise.
       names: of the categories.
@@ -50,7 +49,6 @@ class CompletionTask:
     monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
 
     model: Any
-    group: int | None
     gains: tuple[float, float, float] = (1.0, 1.0, 0.5)
     seed: int = 0
     names: tuple[str, ...] = ()
@@ -80,7 +78,7 @@ class CompletionTask:
 
     @classmethod
     def create(
-        cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any
     ) -> CompletionTask:
         """The task of a config.
 
@@ -96,7 +94,7 @@ class CompletionTask:
             raise configs.ConfigError(f"text.encoder: {error}") from None
         loss = config.loss
         return cls(
-            model, group, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names),
+            model, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names),
             captioned.Alignment.of(config, width, dtype),
         )  # fmt: skip
 
@@ -139,10 +137,11 @@ class CompletionTask:
         coupled = () if self.alignment is None else (self.alignment.term(),)
         return Objective(terms, {SAMPLES: 1.0}, 1.0, compat, coupled)
 
-    def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
+    def forward(
+        self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
+    ) -> Output:
         """Numerators, denominators and moments of a microbatch."""
         weight = batch["weight"]
-        groups = None if self.group is None else Groups(self.group, weight)
         partial, target = self._coordinates(batch["partial"]), self._coordinates(batch["complete"])
         noise = self.noise(batch["epoch"], batch["index"], partial.dtype)
         clouds, changed = self.model.apply(

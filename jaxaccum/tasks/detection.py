@@ -37,7 +37,6 @@ class DetectionTask:
     Attributes:
       model: the network.
       image_size: side of the square input in pixels, a multiple of 32.
-      group: samples that share batch statistics; None to use the running ones.
       gains: of the terms box, cls, dfl.
       max_objects: room for objects in a training sample.
       names: of the classes.
@@ -48,7 +47,6 @@ class DetectionTask:
 
     model: yolo.Yolo
     image_size: int
-    group: int | None
     gains: tuple[float, float, float] = (7.5, 0.5, 1.5)
     max_objects: int = 300
     names: tuple[str, ...] = ()
@@ -71,14 +69,14 @@ class DetectionTask:
 
     @classmethod
     def create(
-        cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any
     ) -> DetectionTask:
         """The task of a config, for classes of these names."""
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
         model = model.clone(remat=config.remat)
         loss = config.loss
         return cls(
-            model, config.data.image_size, group, (loss.box, loss.cls, loss.dfl),
+            model, config.data.image_size, (loss.box, loss.cls, loss.dfl),
             config.data.max_objects, tuple(names),
         )  # fmt: skip
 
@@ -108,10 +106,11 @@ class DetectionTask:
             detection.terms(*self.gains), {detection.TARGET_SCORES: 1.0}, float(nbs), compat
         )
 
-    def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
+    def forward(
+        self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
+    ) -> Output:
         """Numerators, denominators and moments of a microbatch."""
         weight = batch["weight"]
-        groups = None if self.group is None else Groups(self.group, weight)
         predictions, changed = self.model.apply(
             {"params": params, "batch_stats": stats}, batch["image"], groups, mutable=["moments"]
         )

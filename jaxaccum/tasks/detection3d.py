@@ -40,7 +40,6 @@ class Detection3DTask:
     Attributes:
       model: the network.
       size: height and width of the input in pixels, multiples of 32.
-      group: samples that share batch statistics; None to use the running ones.
       gains: of the terms box, cls, dfl, of a location's axis, of size and heading.
       metres: see `losses.solids`.
       coding: what the outputs mean.
@@ -54,7 +53,6 @@ class Detection3DTask:
 
     model: yolo.Yolo
     size: tuple[int, int]
-    group: int | None
     gains: tuple[float, ...] = (7.5, 0.5, 1.5, 1.0, 1.0, 1.0)
     metres: float = 0.1
     coding: solids.Coding = dataclasses.field(default_factory=solids.Coding)
@@ -87,7 +85,7 @@ class Detection3DTask:
 
     @classmethod
     def create(
-        cls, config: ml_collections.ConfigDict, names: Sequence[str], group: int | None, dtype: Any
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any
     ) -> Detection3DTask:
         """The task of a config, for classes of these names."""
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
@@ -95,7 +93,7 @@ class Detection3DTask:
         gains = (loss.box, loss.cls, loss.dfl, loss.location, loss.size, loss.heading)
         return cls(
             model.clone(remat=config.remat, solids=solids.outputs(coding)),
-            (config.data.height, config.data.width), group, gains, loss.metres, coding,
+            (config.data.height, config.data.width), gains, loss.metres, coding,
             config.data.max_objects, tuple(names), config.compat,
         )  # fmt: skip
 
@@ -125,10 +123,11 @@ class Detection3DTask:
         floors = {detection.TARGET_SCORES: 1.0, **floors}
         return Objective((*detection.terms(*self.gains[:3]), *more), floors, float(nbs), compat)
 
-    def forward(self, params: PyTree, stats: PyTree, batch: PyTree) -> Output:
+    def forward(
+        self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
+    ) -> Output:
         """Numerators, denominators and moments of a microbatch."""
         weight = batch["weight"]
-        groups = None if self.group is None else Groups(self.group, weight)
         raw, changed = self.model.apply(
             {"params": params, "batch_stats": stats}, batch["image"], groups, mutable=["moments"]
         )

@@ -37,7 +37,7 @@ def update(context: Context, part: str) -> Found:
     }  # fmt: skip
     this, start = made["scan"].run, made["scan"].start
     one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], made["scan"].batch))
-    single = jax.jit(lambda p, s, b: this.rule.objective.sums(this.task.forward, p, s, b))
+    single = jax.jit(lambda p, s, b: this.rule.objective.sums(this.forward, p, s, b))
     jax.block_until_ready(single(*start, one))
     # The samples of scan lie on the device, like those of the pass; multisteps brings its own.
     placed = made["scan"].engine.place(made["scan"].batch)

@@ -25,8 +25,7 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.harness import Context, Found, Row, SkippedError, interleaved, ratio_row
-from jaxaccum import equivalence
-from jaxaccum.accumulate import Geometry
+from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.models import ops
 
 ROOT = Path(__file__).resolve().parents[2]

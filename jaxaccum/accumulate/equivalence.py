@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from jaxaccum.accumulate import Geometry, Recipe, UpdateRule, Window, make_engine
+from jaxaccum.accumulate.engines import make_engine
+from jaxaccum.accumulate.recipe import Geometry, Recipe, Window
 from jaxaccum.accumulate.terms import Forward
+from jaxaccum.accumulate.update import UpdateRule
 
 PyTree = Any
 
@@ -170,3 +172,112 @@ def within(found: dict[str, float], tolerance: Tolerance) -> bool:
         for name, value in found.items()
         if (limit := limits.get(name, tolerance.after)) is not None
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How far the geometries of a recipe are from the first; `print` shows it as a table.
+
+    Attributes:
+      rows: of each geometry after the first its differences (`differences`) in the gradient of the
+        effective batch, its loss, and the running statistics after it.
+      tolerance: the largest that is rounding.
+    """
+
+    first: Geometry
+    rows: tuple[tuple[Geometry, dict[str, float]], ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether all are one update."""
+        return all(self._within(found) for _, found in self.rows)
+
+    def _within(self, found: dict[str, float]) -> bool:
+        return all(value <= self.tolerance for value in found.values())
+
+    def __str__(self) -> str:
+        names = list(self.rows[0][1])
+        head = "".join(f"{name:>13}" for name in names)
+        lines = [f"{'from ' + _called(self.first):<26}        {head}"]
+        for geometry, found in self.rows:
+            values = "".join(f"{found[name]:13.1e}" for name in names)
+            verdict = "one run" if self._within(found) else "ANOTHER"
+            lines.append(f"{_called(geometry):<26} {verdict}{values}")
+        if not self.ok:
+            lines.append(
+                f"Differences up to {self.tolerance:g} are rounding. More comes of a mean where a "
+                "sum is meant, samples of weight 0 that count, noise that belongs to the place and "
+                "not to the sample (accumulate.sample_keys), statistics over other groups than "
+                "forward was given, or a loss that couples samples (accumulate.Coupled)"
+                + (
+                    "" if self.tolerance < 1e-9
+                    else ". In float32 a deep network may round more: jax_enable_x64 and float64 "
+                    "parameters tell"
+                )
+            )  # fmt: skip
+        return "\n".join(lines)
+
+
+def _called(geometry: Geometry) -> str:
+    """A geometry in a few words."""
+    devices = f" x {geometry.devices} devices" if geometry.devices > 1 else ""
+    divided = f", fsdp {geometry.fsdp}" if geometry.fsdp > 1 else ""
+    return f"{geometry.microbatch}{devices} {geometry.engine}{divided}"
+
+
+def verify(
+    forward: Forward,
+    rule: UpdateRule,
+    recipe: Recipe,
+    params: PyTree,
+    stats: PyTree,
+    batch: PyTree,
+    geometries: Sequence[Geometry] | None = None,
+) -> Verdict:
+    """Whether a forward keeps the law: one update of one effective batch on several geometries.
+
+    Costs the compilation of each. Best in float64 (`jax_enable_x64`, and params and batch of it),
+    where rounding cannot be mistaken for anything else.
+
+    Args:
+      forward, rule, recipe: as `make_engine` takes them.
+      params, stats: initial values, on the host.
+      batch: an effective batch, host arrays; fewer samples than `nbs` make an uneven tail.
+      geometries: to compare with the first of them; None for microbatches from the whole effective
+        batch down to a batch-norm group, one with more padding, both engines, and two devices where
+        there are.
+    Raises:
+      ContractError: the forward breaks its contract in a way that needs no computation to see.
+      GeometryError: a geometry cannot compute the recipe.
+      ValueError: fewer than two geometries.
+    """
+    geometries = list(geometries or _geometries(recipe))
+    if len(geometries) < 2:
+        raise ValueError(f"{len(geometries)} geometry: two or more can be compared")
+    traces = [
+        trace(forward, rule, recipe, geometry, params, stats, lambda: iter([batch]), 1)
+        for geometry in geometries
+    ]
+    wide = all(np.asarray(leaf).dtype == np.float64 for leaf in jax.tree.leaves(params))
+    rows = []
+    for geometry, one in zip(geometries[1:], traces[1:], strict=True):
+        found = differences(one, traces[0])
+        shown = {"gradient": found["gradient"], "loss": found["first loss"]}
+        if jax.tree.leaves(stats):
+            shown["statistics"] = found["statistics"]
+        rows.append((geometry, shown))
+    return Verdict(geometries[0], tuple(rows), Tolerance.of(wide).gradient)
+
+
+def _geometries(recipe: Recipe) -> list[Geometry]:
+    """Some that differ in all that a geometry can."""
+    group = recipe.group or 1
+    whole = -(-recipe.nbs // group) * group
+    half = -(-(whole // group) // 2) * group
+    # With a group that is padding alone: where all have the same padding, it may count unseen.
+    wanted = [Geometry(whole), Geometry(whole + group), Geometry(half), Geometry(group)]
+    wanted.append(Geometry(group, 1, "multisteps"))
+    if len(jax.devices()) > 1:
+        wanted += [Geometry(group, 2), Geometry(group, 2, "multisteps")]
+    return list(dict.fromkeys(wanted))
