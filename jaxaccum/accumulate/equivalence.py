@@ -204,7 +204,13 @@ class Verdict:
             values = "".join(f"{found[name]:13.1e}" for name in names)
             verdict = "one run" if self._within(found) else "ANOTHER"
             lines.append(f"{_called(geometry):<26} {verdict}{values}")
-        if not self.ok:
+        if any(np.isinf(value) for _, found in self.rows for value in found.values()):
+            lines.append(
+                "inf: something is not finite, on one geometry or the other. A group of samples of "
+                "weight 0 alone leaves batch norm as its bias: a division by a norm or a count of "
+                "them is 0 / 0, and NaN times weight 0 is NaN"
+            )
+        elif not self.ok:
             lines.append(
                 f"Differences up to {self.tolerance:g} are rounding. More comes of a mean where a "
                 "sum is meant, samples of weight 0 that count, noise that belongs to the place and "
