@@ -197,6 +197,10 @@ def decode(data: bytes, name: str, orientation: int = 1, *, strict: bool = False
         whole = _require_whole(data)
         if strict:
             _require_decodable(data)
+    except _OtherKind as kind:
+        raise DataError(
+            f"{shown_path(name)}: {kind}, or remove it and its labels from the data set.", file=name
+        ) from kind
     except _WHAT_DECODERS_RAISE as error:
         raise _damaged(name, str(error)) from error
     pixels = None
@@ -324,7 +328,7 @@ def _tiff_to_decode(data: bytes) -> bytes:
         tags[tag] = list(struct.unpack_from(f"{order}{number}{_TIFF_KINDS[kind]}", data, where))
         entries[tag] = entry
     if max(tags.get(_BITS, []), default=1) > 16:
-        raise ValueError(f"they have {max(tags[_BITS])} bits; save it with 8 bits per channel")
+        raise _OtherKind(f"its pixels have {max(tags[_BITS])} bits. Save it with 8 bits a channel")
     wide, long = (max(tags.get(tag, []), default=0) for tag in _TILE)
     if wide * long > _MOST_TILE:
         raise ValueError(f"tiles of {wide:,} x {long:,} pixels")
@@ -351,6 +355,10 @@ _TIFF_EXTENTS = ((273, 279), (324, 325))  # starts and lengths of strips, of til
 _TIFF_TAGS = {_ORIENTATION, *_TIFF_SIZE, _BITS, _ROWS, *_TILE, *sum(_TIFF_EXTENTS, ())}
 _TIFF_KINDS = {3: "H", 4: "I", 16: "Q"}
 _MOST_TILE = 1 << 24  # pixels
+
+
+class _OtherKind(ValueError):
+    """A whole image of a kind that is not decoded; says what to make of it."""
 
 
 def _damaged(name: str, detail: str) -> DataError:
