@@ -35,13 +35,32 @@ def split(spec: str) -> tuple[str, str | None]:
     return path, argument if colon else None
 
 
+def find(spec: str) -> str:
+    """FILE[:arg], where a bare name stands for the config of that name that ships."""
+    path, colon, argument = spec.partition(":")
+    file = _folder() / f"{path}.py"
+    if not path.isidentifier() or Path(path).exists() or not file.is_file():
+        return spec
+    return f"{_shown(file)}{colon}{argument}"
+
+
+def _folder() -> Path:
+    """The configs that ship: in the package where it is installed, beside it in a clone."""
+    package = Path(jaxaccum.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+
+
 def shipped() -> list[tuple[str, str]]:
     """(path, its first sentence) of every config that comes with this package."""
     found = []
-    for file in sorted((Path(jaxaccum.__file__).parents[1] / "configs").glob("*.py")):
+    for file in sorted(_folder().glob("*.py")):
         told = ast.get_docstring(ast.parse(file.read_bytes())) or ""
-        here = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        found.append((str(here), told.partition("\n")[0]))
+        found.append((_shown(file), told.partition("\n")[0]))
     return found
 
 
@@ -49,13 +68,13 @@ def load(spec: str) -> ml_collections.ConfigDict:
     """What get_config of a file returns.
 
     Args:
-      spec: FILE[:arg].
+      spec: FILE[:arg], or the NAME[:arg] of a config that ships.
 
     Raises:
       ConfigError: there is no such file, it is no config, or it does not take the argument; one
         line that names the file, and its line where there is one.
     """
-    path, argument = split(spec)
+    path, argument = split(find(spec))
     shown = texts.shown_path(path)
     get_config = _get_config(path, shown)
     given = [] if argument is None else [argument]

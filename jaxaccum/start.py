@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 STOPPED_BY_HAND = 130  # what shells expect of Ctrl-C, so that a loop around the run ends, too
 
@@ -38,5 +39,20 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _name_the_extra
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED_BY_HAND))
+
+
+def _name_the_extra(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Says in one line how a package is installed that a verb needs and the core does not."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    missing = (name or "").partition(".")[0]
+    if not missing or missing == "jaxaccum":
+        sys.__excepthook__(kind, error, trace)
+        return
+    text = (
+        f"error: no package {missing!r}. pip install jaxaccum brings what jaxaccum.accumulate "
+        "needs; pip install 'jaxaccum[all]' brings what training, evaluating and predicting need"
+    )
+    print(text, file=sys.stdout if stderr_was_closed else sys.stderr)

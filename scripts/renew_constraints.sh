@@ -24,7 +24,7 @@ renew() { # constraints/$1.txt for the Pythons 3.$2, ..., made on the first that
   "${pip[@]}" install -r requirements-cpu.txt -r requirements-test.txt
   {
     echo "# Made by scripts/renew_constraints.sh on Python $(describe "$python" | cut -d ' ' -f 1)."
-    "${pip[@]}" freeze
+    "${pip[@]}" freeze --all --exclude pip # with setuptools, which freeze leaves out
   } >"$work/$1.txt"
   for minor in "${@:2}"; do # promise (of tensorflow-datasets) has no wheel
     "${pip[@]}" install --dry-run --target "$work/none" --no-deps --python-version "3.$minor" \

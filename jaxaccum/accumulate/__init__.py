@@ -44,7 +44,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The layer, which needs Flax, is imported when it is asked for: the rest does without."""
     if name == "GroupBatchNorm":
-        from jaxaccum.accumulate.linen import GroupBatchNorm
-
+        try:
+            from jaxaccum.accumulate.linen import GroupBatchNorm
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "accumulate.GroupBatchNorm is a layer of Flax: pip install flax. Without it, "
+                "accumulate.batchnorm.normalise and moments do the same"
+            ) from error
         return GroupBatchNorm
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
