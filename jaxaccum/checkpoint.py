@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxaccum.data.texts import shown_path
+from jaxaccum.errors import UserError
 from jaxaccum.workdir import plain_name, why_not_written
 
 PyTree = Any
@@ -27,7 +28,7 @@ _LIST = "files.json"  # beside a checkpoint's own files: its update, the size an
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or used; the message says why and what to do."""
 
 

@@ -22,23 +22,16 @@ from typing import TextIO
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, known_answers, plan, run, start, train
+from jaxaccum import config_files, start
 from jaxaccum.accumulate import GeometryError
-from jaxaccum.checkpoint import CheckpointError
-from jaxaccum.data import DataError, texts
-from jaxaccum.distributed import FLAG_HELP, DistributedError, joined
-from jaxaccum.models.weights import WeightsError
-from jaxaccum.preemption import Preempted, end_at_once
+from jaxaccum.data import texts
+from jaxaccum.errors import UserError
 
 Examples = Sequence[tuple[str, str]]  # (words after `python -m jaxaccum.`, what they do)
 
-USER_ERRORS = (
-    configs.ConfigError, GeometryError, DataError, CheckpointError, train.TrainingError,
-    WeightsError, DistributedError, plan.PlanError, known_answers.WrongNumbersError,
-)  # fmt: skip
+USER_ERRORS = (UserError, GeometryError)  # the core knows no other package
 WRONG_WORDS = 2
 READER_GONE = 128 + signal.SIGPIPE
 _HELP = {"-h", "--help", "-help", "--h", "-?", "--?", "--helpshort", "--helpfull", "-helpfull"}
@@ -394,50 +387,3 @@ def _flag_lines(flag: flags.Flag) -> list[str]:
 
 def _line_of(text: str | None) -> str:
     return " ".join((text or "").split())
-
-
-# --- The verb `train`; the others are where their work is. ---
-
-
-def default_workdir(config_argument: str) -> Path:
-    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for --config=configs/NAME.py:ARG."""
-    path, argument = config_files.split(config_argument)
-    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
-
-
-TRAIN_EXAMPLES = (
-    ("train --config=configs/quickstart.py", "minutes on a laptop, nothing to download"),
-    (
-        "train --config=configs/yolo_s.py --config.data.path=DIR/data.yaml --workdir=runs/mine",
-        "a detector on your images; the same command continues it",
-    ),
-    (
-        "train --config=configs/yolo_n.py:11 --config.nbs=32 --config.microbatch=auto",
-        "with an argument of the config, and with fields of it changed",
-    ),
-)
-
-
-def train_verb() -> None:
-    """The command line of `python -m jaxaccum.train`."""
-    config = config_files.define()
-    workdir = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
-    other = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
-    distributed = flags.DEFINE_string("distributed", "", FLAG_HELP)
-    allow = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
-
-    def main() -> int:
-        run.use_compilation_cache()
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        folder = Path(workdir.value or default_workdir(file))
-        try:
-            with joined(distributed.value) as peers:
-                known_answers.require(allow.value)
-                train.train(config.value, folder, other.value, peers)
-        except Preempted as stopped:
-            if peers.alone:  # else JAX has to leave the other processes in order
-                end_at_once(stopped.code)
-            raise
-        return 0
-
-    run_verb(main, train.__doc__, TRAIN_EXAMPLES)

@@ -50,10 +50,10 @@ from jaxaccum import (
 )  # fmt: skip
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
-from jaxaccum.convert import identities, load_initial
+from jaxaccum.errors import TrainingError
+from jaxaccum.initial import identities, load_initial
 from jaxaccum.models import init
 from jaxaccum.models.__main__ import gigaflops
-from jaxaccum.train import TrainingError
 
 # Fields that the comparison decides, and what decides them.
 DECIDED = {

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from jaxaccum.accumulate import Recipe
 from jaxaccum.data.texts import shown
+from jaxaccum.errors import UserError
 from jaxaccum.models import completion as completion_models
 from jaxaccum.models import pointbert, yolo
 
@@ -64,7 +65,7 @@ RANGES = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be run; the message says which field and what would work."""
 
 

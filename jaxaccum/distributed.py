@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxaccum.errors import UserError
 from jaxaccum.preemption import Preempted, end_at_once
 
 PyTree = Any
@@ -33,7 +34,7 @@ FLAG_HELP = (
 _SLICE = 1000  # milliseconds of waiting in which Python handles no signal
 
 
-class DistributedError(ValueError):
+class DistributedError(UserError, ValueError):
     """The processes of a run cannot work together; the message says why and what to do."""
 
 

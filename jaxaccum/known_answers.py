@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxaccum import user_cache, xla_flags
 from jaxaccum.accumulate import batchnorm
+from jaxaccum.errors import UserError
 from jaxaccum.models import ops
 
 FLAG_HELP = "go on, with a warning, where JAX fails the check that it computes right numbers here"
@@ -35,7 +36,7 @@ FLAG_HELP = "go on, with a warning, where JAX fails the check that it computes r
 Arrays = Mapping[str, np.ndarray]
 
 
-class WrongNumbersError(RuntimeError):
+class WrongNumbersError(UserError, RuntimeError):
     """What is computed here cannot be trusted; the message says why and what to do."""
 
 

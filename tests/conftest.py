@@ -44,12 +44,10 @@ def pytest_runtest_setup(item):
 
 
 def environment() -> dict[str, str]:
-    """What a process started now is given, but for what libraries are told on purpose."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTEST_", "TPU_", "OPENCV_"))
-    }
+    """What decides how a process started now computes, and where it looks; libraries set other
+    variables when they are imported."""
+    ours = ("JAX", "XDG_", "XLA_", "PYTHON", "GLIBC_", "OMP_", "CUDA_")
+    return {name: value for name, value in os.environ.items() if name.startswith(ours)}
 
 
 @pytest.fixture(autouse=True)

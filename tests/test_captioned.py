@@ -225,7 +225,7 @@ def test_a_plain_run_is_where_the_captioned_one_starts(trained):
     """With the weights of the plain run and no columns for captions yet, both predict the same."""
     plain = inference.load(trained[0])
     this, source, (params, stats) = prepared(Geometry(2))
-    from jaxaccum.convert import load_initial
+    from jaxaccum.initial import load_initial
 
     params, stats, report = load_initial(trained[0], this.task.model, params, stats, ())
     assert report.widened and not report.left

@@ -20,7 +20,7 @@ import pytest
 
 from jaxaccum import compare, compare_plots, compare_report
 from jaxaccum.config import ConfigError
-from jaxaccum.train import TrainingError
+from jaxaccum.errors import TrainingError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"""

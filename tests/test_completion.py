@@ -11,7 +11,7 @@ import pytest
 from tiny_completion import tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, inference, predict, run, train
+from jaxaccum import data, evaluate, inference, initial, predict, run, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
@@ -207,10 +207,8 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
 
 
 def test_init_from_a_workdir(trained):
-    from jaxaccum import convert
-
     task = inference.load(trained).task
-    params, _, report = convert.load_initial(trained, task.model, *task.initialise(5), ())
+    params, _, report = initial.load_initial(trained, task.model, *task.initialise(5), ())
     assert report.complete
     same = jax.tree.map(np.array_equal, params, inference.load(trained).params)
     assert all(jax.tree.leaves(same))

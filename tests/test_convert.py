@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxaccum import convert, export, inference, models
+from jaxaccum import convert, export, inference, initial, models
 from jaxaccum.checkpoint import CheckpointError
 from jaxaccum.models import torch_file, weights, yolo
 from jaxaccum.models.weights import Weights, WeightsError
@@ -441,7 +441,7 @@ def test_values_that_refer_to_themselves():
 def test_files_that_are_no_weights(tmp_path, file):
     def refused(path, message):
         with pytest.raises(WeightsError, match=message):
-            convert.read(path)
+            initial.read(path)
 
     refused(tmp_path / "none.pt", "does not exist")
     legacy = tmp_path / "legacy.pt"
@@ -632,7 +632,7 @@ def test_there_and_back_bit_for_bit(tmp_path, file):
     converted(tmp_path, file)
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert convert.write(tmp_path / "run", first) == len(tiny()[3])
-    found = convert.read(first)
+    found = initial.read(first)
     assert (found.names, found.model, found.image_size) == (CLASSES, "tiny-t", 128)
     convert.convert(first, tmp_path / "again")
     convert.write(tmp_path / "again", second)
@@ -656,7 +656,7 @@ def test_initial_weights_from_a_workdir_and_a_file(tmp_path, file):
     state, _ = converted(tmp_path, file)
     model, params, stats, _ = tiny(2, seed=1)
     for path in (tmp_path / "run", str(tmp_path / "x.pt")):
-        new, _, report = convert.load_initial(path, model, params, stats, ("dog", "bird"))
+        new, _, report = initial.load_initial(path, model, params, stats, ("dog", "bird"))
         assert report.carried == ("dog",) and report.new == ("bird",)
         bias = weights.to_reference(new)["model.5.cv3.0.2.bias"]
         assert bias[0] == np.float16(state["model.5.cv3.0.2.bias"][1])
@@ -676,7 +676,7 @@ def test_what_convert_refuses(tmp_path, file):
         convert.convert(tmp_path / "part.safetensors", tmp_path / "part", "tiny-t")
     assert not (tmp_path / "part").exists()
     with pytest.raises(CheckpointError, match="no folder 'best'"):
-        convert.read(tmp_path)
+        initial.read(tmp_path)
 
 
 @pytest.mark.slow
@@ -697,7 +697,7 @@ def test_the_command_line(tmp_path, file):
     assert "model tiny-t (told from the shapes), 3 classes: a, b, c" in done.stdout
     done = run(f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'o.safetensors'}")
     assert done.returncode == 0, done.stderr
-    assert convert.read(tmp_path / "o.safetensors").names == ("a", "b", "c")
+    assert initial.read(tmp_path / "o.safetensors").names == ("a", "b", "c")
     for args, message in (
         ((f"--from={bad}", "--out=x"), "os.system"),
         ((f"--from={path}",), "--to"),

@@ -22,7 +22,7 @@ import pytest
 import tiny_completion
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, distributed, run, tasks, train
+from jaxaccum import checkpoint, distributed, run, tasks, train, training
 
 ROOT = Path(__file__).parents[1]
 # An effective batch of 10 leaves a tail on 4 devices: 2 steps of 8, the last 6 samples padded. The
@@ -248,7 +248,7 @@ def test_sigterm_to_one_stops_both_after_the_same_update(tmp_path, whom):
         changes |= {"devices": 1}
         for workdir in (tmp_path / "w", tmp_path / "plain"):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "make_engine", _stopping(train.make_engine, kept + 3))
+                patch.setattr(training, "make_engine", _stopping(training.make_engine, kept + 3))
                 with pytest.raises(SystemExit):
                     train.train(tiny_config(**changes), workdir)
         assert_same_run(tmp_path / "w", tmp_path / "plain")
@@ -377,7 +377,7 @@ def _one_of_many(job: dict) -> None:
             SampleStream._fill = noted  # type: ignore[method-assign]
         whom, steps = job.get("stop", (None, 0))
         if whom == peers.index:
-            train.make_engine = _stopping(train.make_engine, steps)
+            training.make_engine = _stopping(training.make_engine, steps)
         config = CONFIGS[job.get("config", "tiny")](**job["changes"])
         train.train(config, Path(job["workdir"]), peers=peers)
         Path(job["workdir"], f"loaded-{peers.index}.json").write_text(json.dumps(loaded))

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, data, evaluate, inference, restart, train
+from jaxaccum import checkpoint, data, evaluate, inference, restart, train, training
 from jaxaccum.divergence import Divergence
 from jaxaccum.draw import save_image
+from jaxaccum.errors import TrainingError
 from jaxaccum.logs import MetricsFile
 from jaxaccum.tasks.detection import DetectionTask, Evaluator
 from jaxaccum.workdir import WorkdirError, locked
@@ -103,7 +104,7 @@ def nothing_compiles():
         initialise = functools.cache(lambda task: DetectionTask.initialise_(task, 0))
         patch.setattr(DetectionTask, "initialise_", DetectionTask.initialise, raising=False)
         patch.setattr(DetectionTask, "initialise", lambda self, seed=0: initialise(self))
-        patch.setattr(train, "make_engine", lambda *_: Engine())
+        patch.setattr(training, "make_engine", lambda *_: Engine())
         patch.setattr(Evaluator, "__call__", score)
         yield
 
@@ -211,7 +212,7 @@ def test_a_finished_run_says_so_and_compiles_nothing(data_set, plain, capsys):
     before = {p: p.stat().st_mtime_ns for p in plain.rglob("*") if p.is_file()}
     jax.monitoring.register_event_duration_secs_listener(count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_engine", None)
+        patch.setattr(training, "make_engine", None)
         best = train.train(short(data_set), plain)
     said = capsys.readouterr()
     assert compiled == []
@@ -295,7 +296,7 @@ def test_an_error_of_the_samples_saves_what_was_learned(data_set, plain, tmp_pat
 def test_what_is_not_sound_is_not_saved(data_set, plain, tmp_path, capsys):
     for name, error, donated in (
         ("lost", RuntimeError("out of memory"), True),
-        ("windows", train.TrainingError("2 windows in a row"), False),
+        ("windows", TrainingError("2 windows in a row"), False),
         ("saving", checkpoint.CheckpointError("the disk is full"), False),
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -388,7 +389,7 @@ def test_pixels_that_change_are_said(data_set, tmp_path, monkeypatch, capsys):
         opened.append(source)
         return now["train" if len(source) == 2 else "val"]
 
-    monkeypatch.setattr(train, "signature", signature)
+    monkeypatch.setattr(training, "signature", signature)
     with pytest.MonkeyPatch.context() as patch:
         failing_update(patch, 4, RuntimeError())
         with pytest.raises(RuntimeError):
@@ -404,7 +405,7 @@ def test_pixels_that_change_are_said(data_set, tmp_path, monkeypatch, capsys):
 
 def test_a_dead_network_is_said_and_is_an_error_at_the_end(data_set, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(Engine, "gradient", 0.0)
-    with pytest.raises(train.TrainingError, match=r"the run has diverged: .*Lower lr\.base"):
+    with pytest.raises(TrainingError, match=r"the run has diverged: .*Lower lr\.base"):
         train.train(short(data_set), tmp_path)
     assert checkpoint.newest_complete(tmp_path) == 4
     assert capfd.readouterr().err.count("the run has diverged") == 2  # at both evaluations

@@ -16,8 +16,19 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, data, evaluate, inference, predict, preemption, run, train
+from jaxaccum import (
+    checkpoint,
+    data,
+    evaluate,
+    inference,
+    predict,
+    preemption,
+    run,
+    train,
+    training,
+)
 from jaxaccum.accumulate import Recipe
+from jaxaccum.errors import TrainingError
 from jaxaccum.models import weights as weights_module
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +159,7 @@ def test_the_log_does_not_show_the_geometry(trained, tmp_path, changes):
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
     """Stopped by an error after update 8 (the newest checkpoint is of 6), and started again."""
     config, calls = tiny_config(), 0
-    plain = train.make_engine
+    plain = training.make_engine
 
     def failing(*args):
         engine = plain(*args)
@@ -165,7 +176,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
         return engine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_engine", failing)
+        patch.setattr(training, "make_engine", failing)
         with pytest.raises(KeyboardInterrupt):
             train.train(config, tmp_path)
     train.train(config, tmp_path)
@@ -196,14 +207,14 @@ def _terminate_in(patch, where: str, call: int) -> None:
     elif where == "save":
         patch.setattr(checkpoint.Checkpoints, "save", terminating(checkpoint.Checkpoints.save))
     else:
-        make_engine = train.make_engine
+        make_engine = training.make_engine
 
         def make(*args):
             engine = make_engine(*args)
             engine.update = terminating(engine.update)
             return engine
 
-        patch.setattr(train, "make_engine", make)
+        patch.setattr(training, "make_engine", make)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +321,7 @@ def test_fine_tuning_from_a_workdir(trained, tmp_path, capsys):
 def test_windows_that_are_not_finite_stop_the_run_and_name_the_samples(tmp_path):
     config = tiny_config(**{"lr.base": 1e30, "max_skipped": 2, "optimizer.clip": 0.0,
                             "eval.every": -1, "checkpoint.every": -1})  # fmt: skip
-    with pytest.raises(train.TrainingError, match=r"2 windows in a row.*samples \[\d+.*scene"):
+    with pytest.raises(TrainingError, match=r"2 windows in a row.*samples \[\d+.*scene"):
         train.train(config, tmp_path)
 
 

@@ -232,7 +232,7 @@ def test_a_config_file_that_is_not_there(verb, tmp_path):
         done = verb(name, "--config=configs/yolo_z.py", *out)
         done.refused("configs/yolo_z.py: there is no such file. Did you mean configs/yolo_")
     verb("compare", "--configs=configs/yolo_z.py", "--out=x").refused("there is no such file")
-    verb("train", "--config=quickstart").refused("Did you mean configs/quickstart.py?")
+    verb("train", "--config=quikstart").refused("Did you mean configs/quickstart.py?")
     verb("train", "--config=").refused("no such file")
     verb("train", f"--config={tmp_path}").refused("a folder, expected a file")
     os.mkfifo(tmp_path / "pipe.py")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum import user_cache
+from jaxaccum.errors import UserError
 
 Boxes = NDArray[np.float32]
 Classes = NDArray[np.int32]
@@ -19,7 +20,7 @@ Image = NDArray[np.uint8]
 _LONGEST_NAME = 4096  # characters; Linux and others have no longer path
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used as given.
 
     The message says what was given, what was expected, where, and what to do.

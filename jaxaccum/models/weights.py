@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum.errors import UserError
 from jaxaccum.models import completion, yolo
 from jaxaccum.models.transfer_report import TEXT_LAYER as _TEXT_LAYER
 from jaxaccum.models.transfer_report import Transfer
@@ -87,7 +88,7 @@ def from_reference(state: Mapping[str, np.ndarray], params: PyTree, stats: PyTre
     return fill(params), fill(stats)
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that cannot be read or do not fit; the message says why and what would."""
 
 

@@ -15,10 +15,12 @@ import jax
 import psutil
 from jax.experimental import topologies
 
+from jaxaccum.errors import UserError
+
 GIB = 2**30
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A plan that cannot be made, or that nothing fits; the message says what could be done."""
 
 

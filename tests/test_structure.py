@@ -1,0 +1,88 @@
+"""How the modules lean on each other: no circles, nothing up from the core, errors of one base."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+from jaxaccum import command_line, errors
+from jaxaccum.accumulate import GeometryError
+
+ROOT = Path(__file__).resolve().parents[1]
+VERBS = {"train", "evaluate", "predict", "export", "convert", "pack", "calibrate", "compare"}
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(file): file for file in (ROOT / "jaxaccum").rglob("*.py")}
+
+
+def imports(module: str, also_inside: bool = False) -> set[str]:
+    """Modules of the package that a module imports; at its top only, or also inside functions."""
+    tree = ast.parse(FILES[module].read_text())
+    found = set()
+    for node in ast.walk(tree) if also_inside else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else node.module)
+    return {name for name in found if name in FILES and name != module}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """A package and a module in it are two: the first gathers names from the second."""
+    edges = {
+        module: {name for name in imports(module) if not module.startswith(f"{name}.")}
+        for module in FILES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for name in sorted(edges[module]):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+def test_the_core_imports_nothing_of_the_rest():
+    for module in FILES:
+        if module.startswith("jaxaccum.accumulate"):
+            others = {n for n in imports(module, True) if not n.startswith("jaxaccum.accumulate")}
+            assert not others, f"{module} imports {others}"
+
+
+def test_nothing_but_its_verb_imports_the_trainer():
+    trainer = {"jaxaccum.train", "jaxaccum.training"}
+    users = {module for module in FILES if imports(module, True) & trainer}
+    assert users == {"jaxaccum.train"}
+
+
+def test_verbs_are_leaves():
+    """What two of them share lies elsewhere."""
+    verbs = {f"jaxaccum.{verb}" for verb in VERBS}
+    assert verbs <= set(FILES)
+    assert not {(module, verb) for module in FILES for verb in imports(module, True) & verbs}
+
+
+def test_what_a_user_can_mend_has_one_base():
+    assert (errors.UserError, GeometryError) == command_line.USER_ERRORS
+    wanted = {
+        "ConfigError", "PlanError", "WeightsError", "CheckpointError", "DataError",
+        "WrongNumbersError", "DistributedError", "TrainingError", "WorkdirError",
+    }  # fmt: skip
+
+    def below(kind: type) -> set[type]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    importlib.import_module("jaxaccum.train")  # and with it all that define one
+    assert wanted <= {kind.__name__ for kind in below(errors.UserError)}
