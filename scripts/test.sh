@@ -5,6 +5,7 @@
 #   scripts/test.sh [arguments of pytest]
 #   scripts/test.sh -m "slow or not slow"     all tests; -m "not long" those of CI
 #   scripts/test.sh -n 1, -p no:xdist         in one process of their own, in this one
+#   XLA_FLAGS= scripts/test.sh                with all of XLA's optimizations: half as fast
 #
 # Exit status 0 only if everything passed. The last line is pytest's summary.
 set -euo pipefail
