@@ -14,6 +14,15 @@ import pytest
 
 from jaxaccum.preemption import STATUS, Preempted, Preemption
 
+
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """Under nohup the tests, too, would ignore that their terminal is closed."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
 ROOT = Path(__file__).parents[1]
 
 
