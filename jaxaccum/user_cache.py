@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,21 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxaccum"
 
 
-def write(file: Path, content: bytes) -> None:
-    """Replaces a file in one move; of two writers at once the last one stays.
+def write(file: Path, content: bytes | memoryview) -> None:
+    """Replaces a file in one move, with the rights that new files get; of two writers at once the
+    last one stays.
 
     Raises:
       OSError: it cannot be written; nothing is left of the attempt.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".new", delete=False) as new:
-        try:
-            new.write(content)
-            new.close()
-            os.replace(new.name, file)
-        except OSError:
-            os.unlink(new.name)
-            raise
+    new = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")
+    try:
+        new.write_bytes(content)
+        os.replace(new, file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def load(file: Path) -> Any:

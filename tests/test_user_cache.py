@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -58,3 +59,12 @@ def test_nothing_is_left_of_a_write_that_failed(folder):
     assert [path.name for path in folder.iterdir()] == ["a"]
     user_cache.save(folder / "a", {})
     assert user_cache.load(folder / "a") is None
+
+
+def test_others_may_read_what_new_files_let_them_read(folder):
+    old = os.umask(0o022)
+    try:
+        user_cache.write(folder / "a.json", b"{}")
+    finally:
+        os.umask(old)
+    assert (folder / "a.json").stat().st_mode & 0o777 == 0o644

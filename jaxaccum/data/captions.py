@@ -354,7 +354,7 @@ def _write_cache(file: Path, encoder: TextEncoder, known: dict[bytes, Vectors]) 
     vectors = np.stack(list(known.values()))
     content = io.BytesIO()
     np.savez(content, format=_FORMAT, encoder=encoder.name, keys=keys, vectors=vectors)
-    user_cache.write(file, content.getvalue())
+    user_cache.write(file, content.getbuffer())
 
 
 def _key(shape: str, compat: bool) -> str:

@@ -177,7 +177,7 @@ def _save(place: Path, known: dict[bytes, int]) -> None:
     content = io.BytesIO()
     np.savez(content, keys=keys, points=np.fromiter(known.values(), np.int64, len(known)))
     try:
-        user_cache.write(place, content.getvalue())
+        user_cache.write(place, content.getbuffer())
     except OSError as error:
         print(
             f"note: which clouds can be read is not kept in {place} ({error.strerror}); the next "
