@@ -95,5 +95,6 @@ def identify(path: str | Path, field: str = "init_from") -> str:
 
 
 def sha256(file: Path) -> str:
+    """Hex digits of the hash of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
