@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import cv2
@@ -177,9 +178,13 @@ def test_the_cases_are_found_before_the_first_update(shared, case):
     path = str(shared / "cases" / case / "data.yaml")
     config = tiny_config(**{"data.path": path})
     split = "val" if case.endswith("val") else "train"
-    broken = {"05_truncated_jpeg": "f003.jpg", "05b_truncated_in_val": "f010.jpg"}
-    name = broken.get(case, "g.tif")
-    with pytest.raises(DataError, match=rf"{name}: the image's header is readable but its pixels"):
+    truncated = "the image's header is readable but its pixels"
+    name, fault = {
+        "05_truncated_jpeg": ("f003.jpg", truncated),
+        "05b_truncated_in_val": ("f010.jpg", truncated),
+        "06_float_tiff": ("g.tif", r"its pixels have 32 bits\. Save it with 8 bits a channel"),
+    }[case]
+    with pytest.raises(DataError, match=f"{re.escape(name)}: {fault}"):
         opened(config, split)
     source = skipping(config, split)
     assert [file.rpartition("/")[2] for file, _ in source.report.skipped[check.SKIPPED]] == [name]
