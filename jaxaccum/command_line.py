@@ -24,7 +24,7 @@ import jax
 from absl import app, flags, logging
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, start
+from jaxaccum import config_files, start, tasks
 from jaxaccum.accumulate import GeometryError
 from jaxaccum.data import texts
 from jaxaccum.errors import UserError
@@ -232,7 +232,7 @@ def _fields() -> dict[str, bool]:
     """Fields of the configs of all tasks, if the verb takes a config: whether true or false."""
     if "config" not in flags.FLAGS:
         return {}
-    made = (config_files.fields(make()) for make in configs.DEFAULTS.values())
+    made = (config_files.fields(configs.defaults(name)) for name in tasks.TASKS)
     return {name: isinstance(value, bool) for each in made for name, value in each}
 
 

@@ -154,12 +154,10 @@ def _instead(path: str) -> str:
 
 def _require_fields(config: ml_collections.ConfigDict, shown: str) -> None:
     """Refuses fields that a file adds: a mistyped one would be ignored."""
-    task = config.get("task")
-    if not isinstance(task, str) or task not in configs.DEFAULTS:
-        raise ConfigError(
-            f"{shown}: task is one of {', '.join(configs.DEFAULTS)}; got {texts.shown(task)}"
-        )
-    known = dict(fields(configs.DEFAULTS[task]()))
+    try:
+        known = dict(fields(configs.defaults(config.get("task"))))
+    except ConfigError as error:
+        raise ConfigError(f"{shown}: {error}") from None
     for field in dict(fields(config)):
         if field not in known:
             raise ConfigError(f"{shown}: {no_field(field, known)}")

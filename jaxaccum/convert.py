@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from jaxaccum import config as configs
-from jaxaccum import tasks
+from jaxaccum import models, tasks
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.inference import load
 from jaxaccum.initial import read, sha256
-from jaxaccum.models import completion, solids, weights, yolo
+from jaxaccum.models import weights
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
 
 PyTree = Any
@@ -31,7 +30,7 @@ PyTree = Any
 
 def convert(
     source: Path, out: Path, model: str = "", names: Sequence[str] = ()
-) -> tuple[Transfer, dict[str, Any]]:
+) -> tuple[Transfer, tasks.Adopted]:
     """Writes the weights of a file as the best ones of a workdir.
 
     Args:
@@ -40,15 +39,17 @@ def convert(
       model: its name; "" to tell it from the shapes.
       names: of the classes; those of the file by default.
     Returns:
-      (what was loaded, the facts saved beside it).
+      (what was loaded, what is saved beside it).
     Raises:
       WeightsError: the file does not hold the whole model. CheckpointError: `out` is taken, or
         cannot be written.
     """
     found = read(source)
     name = model or weights.guess_model(found)
-    config, names, facts = _described(found, name, source, names)
-    task = tasks.of(config).create(config, names, np.dtype(np.float32))
+    kind = _task_of(name)
+    adopted = kind.adopt(found, name, names, source)
+    config, names = adopted.config, adopted.names
+    task = kind.create(config, names, np.dtype(np.float32))
     params, stats = task.initialise(0)
     source_weights = Weights(found.state, None, found.model, found.origin)
     params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)
@@ -60,7 +61,7 @@ def convert(
         "recipe": {"converted_from": source.name, "sha256": digest},
         "config": config.to_dict(),
         "names": list(names),
-        "facts": facts,
+        "facts": adopted.facts,
         "best": {},
         "metrics": {},
     }
@@ -69,43 +70,24 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out) as checkpoints:
         checkpoints.save_best(0, {"params": params, "stats": stats}, meta)
-    return report, meta
+    return report, adopted
 
 
-def _described(
-    found: Weights, name: str, source: Path, names: Sequence[str]
-) -> tuple[ml_collections.ConfigDict, tuple[str, ...], dict[str, Any]]:
-    """The config, class names and facts to save beside the weights of a model.
+def _task_of(model: str) -> type[tasks.Task]:
+    """The task that has a model of this name.
 
     Raises:
-      WeightsError: there is no such model, or it has another number of classes.
+      WeightsError: there is none; names the nearest.
     """
-    if name in completion.names():
-        if names:
-            raise WeightsError(f"--names: {name} knows no classes")
-        config = configs.completion()
-        config.model = name
-        # Networks of ShapeNet-55 and -34 see clouds with mean 0 and radius 1, the others as is.
-        return config, (), {"normalised": name.endswith("-shapenet")}
-    try:
-        family, _ = yolo.parse(name)
-    except ValueError as error:
-        raise WeightsError(
-            f"--model: {error}; or of completion: {', '.join(completion.names())}"
-        ) from None
-    classes = found.classes
-    if names and len(names) != classes:
-        raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
-    in_file = found.names if found.names and len(found.names) == classes else None
-    solid = family.rows[-1][2] == "Detect3D"
-    config = configs.detection3d() if solid else configs.detection()
-    config.model = name
-    if solid and found.solids == solids.OUTPUTS:
-        configs.as_original(config)  # else ours: the original has no heading of two outputs
-    size = None if solid else found.image_size
-    if size and size > 0 and size % 32 == 0:
-        config.data.image_size = size
-    return config, tuple(names) or in_file or tuple(map(str, range(classes))), {}
+    for task in tasks.TASKS.values():
+        if model in task.fields.models():
+            return task
+    known = models.names()
+    close = get_close_matches(model, known, n=3, cutoff=0.4)
+    raise WeightsError(
+        f"--model: no model named {model!r}; a name is family-scale"
+        + (f": did you mean {', '.join(close)}?" if close else f", one of {', '.join(known)}")
+    )
 
 
 def write(workdir: Path, file: Path) -> int:
@@ -159,20 +141,11 @@ if __name__ == "__main__":
             print(f"{count} tensors in {_TO.value}")
             return 0
         out = Path(_OUT.value or "")
-        report, meta = convert(source, out, _MODEL.value, _NAMES.value)
+        report, adopted = convert(source, out, _MODEL.value, _NAMES.value)
         print(*report.lines(), sep="\n")
         told = "" if _MODEL.value else " (told from the shapes)"
-        names = meta["names"]
-        if meta["config"]["task"] == "completion":
-            frame = "mean 0, radius 1" if meta["facts"]["normalised"] else "as in its data set"
-            print(f"model {meta['config']['model']}{told}, clouds: {frame}")
-            print(f"weights in {out / 'best'}")
-            return 0
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        print(f"model {meta['config']['model']}{told}, {len(names)} classes: {shown}")
-        if all(name.isdecimal() for name in names):
-            print("the file does not name its classes: give --names=a,b,c to do so")
-        print(f"images of {meta['config']['data']['image_size']} px; weights in {out / 'best'}")
+        print(f"model {adopted.config.model}{told}, {adopted.told}")
+        print(*adopted.hints, f"weights in {out / 'best'}", sep="\n")
         return 0
 
     command_line.run_verb(

@@ -72,7 +72,7 @@ def export(
         "batch": batch or "any",
         "format": format,
         **facts,
-        **_interface(trained)[1],
+        **trained.task.interface(trained).told,
     }
     try:
         file.write_bytes(program)
@@ -101,62 +101,27 @@ def load_exported(file: Path) -> Callable[[jax.Array], Any]:
     return jax.jit(jax_export.deserialize(bytearray(file.read_bytes())).call)
 
 
-def _interface(trained: Trained) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Shapes of the inputs of a sample, and the program's input and output in words."""
-    if trained.config.task == "detection3d":
-        height, width = trained.task.size
-        shapes = [
-            jax.ShapeDtypeStruct((height, width, 3), jnp.uint8),
-            jax.ShapeDtypeStruct((3, 4), jnp.float32),
-        ]
-        return shapes, {
-            "image_size": [height, width],
-            "input": "images (N, height, width, 3) uint8 RGB, letterboxed, and cameras (N, 3, 4) "
-            "that project metres to their pixels",
-            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes), "
-            "bottom centres (N, A, 3) x y z and sizes (N, A, 3) height width length in metres, "
-            "headings (N, A) in radians",
-        }
-    if trained.config.task == "detection":
-        size = trained.task.image_size
-        return [jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)], {
-            "image_size": size,
-            "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
-            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
-        }
-    points = trained.task.model.num_input
-    frame = "mean at the origin, largest radius 1" if trained.facts["normalised"] else "as they are"
-    shapes, captions = [jax.ShapeDtypeStruct((points, 3), jnp.float32)], ""
-    if width := trained.task.model.text_width:
-        shapes.append(jax.ShapeDtypeStruct((width,), jnp.float32))
-        captions = f"; vectors (N, {width}) of captions by {trained.config.text.encoder}"
-    return shapes, {
-        "input": f"partial clouds (N, {points}, 3) float32, {frame}{captions}",
-        "output": f"complete clouds (N, {trained.task.model.num_points}, 3), in the same frame",
-    }
-
-
 def _stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
     """The program as bytes, and facts of it."""
     params, stats = jax.device_get((trained.params, trained.stats))
-    samples, _ = _interface(trained)
+    samples = trained.task.interface(trained).inputs
     count = batch or jax_export.symbolic_shape("n")[0]
 
     def program(*inputs):
-        return jax.tree.leaves(trained.task.predict(params, stats, *inputs))
+        outputs = jax.tree.leaves(trained.task.predict(params, stats, *inputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    single = trained.config.task == "completion"
-    exported = jax_export.export(
-        jax.jit(lambda *inputs: program(*inputs)[0] if single else tuple(program(*inputs))),
-        platforms=tuple(platforms),
-    )(*(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples))
+    exported = jax_export.export(jax.jit(program), platforms=tuple(platforms))(
+        *(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples)
+    )
     return exported.serialize(), {"platforms": list(exported.platforms)}
 
 
 def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
     """The program as bytes, and facts of it. It runs wherever its runtime does."""
     del platforms
-    if trained.config.task != "detection":
+    interface = trained.task.interface(trained)
+    if interface.onnx is None:
         raise ConfigError(
             f"{trained.config.model} is no detector of 2D boxes: only those are written as ONNX"
         )
@@ -168,17 +133,16 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
             "dm-pix, then pip install --no-deps jax2onnx (it asks for an orbax-checkpoint older "
             "than the one that reads the checkpoints, but does not use it)"
         ) from error
-    task = trained.task
+    task: Any = trained.task
     task = dataclasses.replace(task, model=task.model.clone(dtype=jnp.float32, remat=False))
     params, stats = jax.device_get((trained.params, trained.stats))
-    (sample,), _ = _interface(trained)
     with blocks.portable():
         program = jax2onnx.to_onnx(
-            lambda images: task.predict(params, stats, images),
-            [jax.ShapeDtypeStruct((batch or "n", *sample.shape), sample.dtype)],
+            lambda *inputs: task.predict(params, stats, *inputs),
+            [jax.ShapeDtypeStruct((batch or "n", *s.shape), s.dtype) for s in interface.inputs],
             model_name=trained.config.model,
-            input_names=["images"],
-            output_names=["boxes", "probabilities"],
+            input_names=interface.onnx[0],
+            output_names=interface.onnx[1],
         )
     return program.SerializeToString(), {"opset": program.opset_import[0].version}
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
@@ -16,32 +13,7 @@ from jaxaccum import tasks
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.data import texts
 from jaxaccum.run import compute_dtype
-
-PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model with the weights of a run.
-
-    Attributes:
-      task: the model and what belongs to it.
-      params, stats: of the best evaluation, or the newest, averaged if the recipe averages.
-      config: the run's config.
-      names: of the classes or categories.
-      step: update the weights are of.
-      fingerprint: of the recipe they were learned by.
-      facts: what of the training data a user of the weights must know; see `Task.facts`.
-    """
-
-    task: Any
-    params: PyTree
-    stats: PyTree
-    config: ml_collections.ConfigDict
-    names: tuple[str, ...]
-    step: int
-    fingerprint: str
-    facts: dict[str, Any]
+from jaxaccum.tasks import Trained
 
 
 def load(workdir: Path) -> Trained:
@@ -59,7 +31,7 @@ def load(workdir: Path) -> Trained:
                 "give the --workdir of a run that has saved a checkpoint"
             )
         meta = checkpoints.meta(best=evaluated)
-        config = configs.DEFAULTS[meta["config"]["task"]]()
+        config = configs.defaults(meta["config"]["task"])
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
@@ -98,3 +70,6 @@ def require_run(workdir: Path) -> None:
             f"{texts.shown_path(workdir)} holds no trained weights (no folder 'best' or 'last'): "
             "give the --workdir of a run that has saved a checkpoint"
         )
+
+
+__all__ = ["Trained", "load", "require_run"]

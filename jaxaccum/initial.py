@@ -15,7 +15,7 @@ from jaxaccum.checkpoint import Checkpoints
 from jaxaccum.inference import load, require_run
 from jaxaccum.models import torch_file, weights
 from jaxaccum.models.weights import Transfer, Weights, WeightsError
-from jaxaccum.tasks import captioned
+from jaxaccum.tasks import of
 
 PyTree = Any
 
@@ -41,7 +41,12 @@ def read(path: Path) -> Weights:
 
 
 def load_initial(
-    path: str | Path, model: weights.Model, params: PyTree, stats: PyTree, names: Sequence[str]
+    path: str | Path,
+    model: weights.Model,
+    params: PyTree,
+    stats: PyTree,
+    names: Sequence[str],
+    beside: Sequence[str] = (),
 ) -> tuple[PyTree, PyTree, Transfer]:
     """Initial values of a run from the weights of another, with other classes too.
 
@@ -49,26 +54,26 @@ def load_initial(
       path: a .pt or .safetensors file, or a workdir.
       model: the model to be trained; params, stats: its initial values.
       names: its classes.
+      beside: top-level names of values that are no part of the model, see `Task.loss_modules`.
     Returns:
       (params, stats, what was loaded).
     Raises:
       WeightsError, CheckpointError: nothing there, or hardly anything fits.
     """
-    # What only the loss has is no part of the model.
-    own, beside = (
-        [{k: v for k, v in t.items() if (k == captioned.MODULE) == aside} for t in (params, stats)]
+    own, others = (
+        [{k: v for k, v in tree.items() if (k in beside) == aside} for tree in (params, stats)]
         for aside in (False, True)
     )
     params, stats = own
     params, stats, report = weights.transfer(read(Path(path)), model, params, stats, names)
-    return {**params, **beside[0]}, {**stats, **beside[1]}, report
+    return {**params, **others[0]}, {**stats, **others[1]}, report
 
 
 def identities(config: ml_collections.ConfigDict) -> dict[str, str]:
     """What identifies the files of weights that a run needs, wherever they lie."""
     found = {"init": identify(config.init_from)}
-    if configs.has(config, "text.point_weights"):
-        found["point_weights"] = identify(config.text.point_weights, "text.point_weights")
+    for field in of(config).fields.weight_files:
+        found[field.rpartition(".")[2]] = identify(configs.get(config, field), field)
     return found
 
 

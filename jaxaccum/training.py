@@ -128,7 +128,12 @@ def _train(
     params, stats = this.task.initialise(config.seed)
     if config.init_from:
         params, stats, transfer = load_initial(
-            config.init_from, this.task.model, params, stats, train_set.names
+            config.init_from,
+            this.task.model,
+            params,
+            stats,
+            train_set.names,
+            this.task.loss_modules,
         )
         for line in transfer.lines():
             print(line)

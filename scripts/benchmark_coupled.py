@@ -108,7 +108,7 @@ def measure_cost(this, make_engine, params, stats, batch) -> None:
 def measure_departure(this, params, stats, batch) -> None:
     """Contrast alone: gradients of parts of the effective batch, averaged, against the whole."""
     from jaxaccum.losses import alignment
-    from jaxaccum.tasks import captioned
+    from jaxaccum.tasks.completion import captioned
 
     count = len(batch["weight"])
 

@@ -49,7 +49,7 @@ def main() -> int:
     )  # fmt: skip
     from jaxaccum.losses import alignment
     from jaxaccum.models import pointbert, weights
-    from jaxaccum.tasks import captioned
+    from jaxaccum.tasks.completion import captioned
 
     run.use_compilation_cache()
     known_answers.require(ALLOW.value)

@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 from tiny_completion import CAPTIONED, tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, inference, predict, run, train
+from jaxaccum import data, evaluate, inference, run, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion, pointbert, weights
 from jaxaccum.models.weights import WeightsError
-from jaxaccum.tasks import captioned
+from jaxaccum.tasks.completion import captioned, predict
 
 NBS = 48
 MODULE = captioned.MODULE
@@ -227,7 +227,9 @@ def test_a_plain_run_is_where_the_captioned_one_starts(trained):
     this, source, (params, stats) = prepared(Geometry(2))
     from jaxaccum.initial import load_initial
 
-    params, stats, report = load_initial(trained[0], this.task.model, params, stats, ())
+    params, stats, report = load_initial(
+        trained[0], this.task.model, params, stats, (), this.task.loss_modules
+    )
     assert report.widened and not report.left
     assert MODULE in params and MODULE in stats
     batch = first_batch(this, source)

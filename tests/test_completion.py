@@ -11,11 +11,12 @@ import pytest
 from tiny_completion import tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, inference, initial, predict, run, train
+from jaxaccum import data, evaluate, inference, initial, run, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
+from jaxaccum.tasks.completion import predict
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "completion"
 NBS, UPDATES = 6, 2
@@ -191,8 +192,9 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
 
     file = tmp_path / "weights.safetensors"
     assert convert.write(trained, file) > 50
-    report, meta = convert.convert(file, tmp_path / "converted")
-    assert report.complete and meta["config"]["model"] == "adapointr-tiny"
+    report, adopted = convert.convert(file, tmp_path / "converted")
+    assert report.complete and adopted.config.model == "adapointr-tiny"
+    assert adopted.told == "clouds: mean 0, radius 1"
     before, after = inference.load(trained), inference.load(tmp_path / "converted")
     partial = few("val").sample(0, None)[0][None]
     np.testing.assert_array_equal(
@@ -202,7 +204,9 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
     assert before.facts == {"normalised": True}
     with pytest.raises(convert.WeightsError, match="knows no classes"):
         convert.convert(file, tmp_path / "other", names=["chair"])
-    with pytest.raises(convert.WeightsError, match="or of completion: "):
+    with pytest.raises(
+        convert.WeightsError, match=r"no model named 'adapointr-big'.*: did you mean adapointr-"
+    ):
         convert.convert(file, tmp_path / "other", model="adapointr-big")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxaccum import config as configs
-from jaxaccum import config_files
+from jaxaccum import config_files, tasks
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -76,19 +76,20 @@ def test_a_mistyped_value_is_refused():
         parse(nbs="many")
 
 
-@pytest.mark.parametrize("task", configs.DEFAULTS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_every_number_has_a_range(task):
     """Those that had none took nan, and billions."""
-    for field, value in config_files.fields(configs.DEFAULTS[task]()):
+    for field, value in config_files.fields(configs.defaults(task)):
         if type(value) in (int, float) and field not in ("bn_group", "microbatch"):
-            assert field in configs.RANGES, field
+            assert field in configs.ranges(task), field
 
 
-@pytest.mark.parametrize("field", configs.RANGES)
-def test_numbers_that_are_none_or_out_of_reason(field):
-    task = next(t for t, make in configs.DEFAULTS.items() if configs.has(make(), field))
+@pytest.mark.parametrize(
+    ("task", "field"), [(task, field) for task in tasks.TASKS for field in configs.ranges(task)]
+)
+def test_numbers_that_are_none_or_out_of_reason(task, field):
     for value in (float("nan"), float("inf"), -float("inf"), 1e31, -2, 10**300):
-        config = configs.DEFAULTS[task]()
+        config = configs.defaults(task)
         with config.ignore_type():
             config.update_from_flattened_dict({field: value})
         with pytest.raises(configs.ConfigError, match=field.replace(".", r"\.")) as error:

@@ -615,12 +615,14 @@ def converted(tmp_path, file, out="run", **options):
 
 
 def test_a_converted_file_is_a_workdir(tmp_path, file):
-    state, (report, meta) = converted(tmp_path, file)
+    state, (report, adopted) = converted(tmp_path, file)
     assert report.complete
     trained = inference.load(tmp_path / "run")
-    assert trained.names == CLASSES == tuple(meta["names"])
+    assert trained.names == CLASSES == adopted.names
     assert trained.config.model == trained.task.model.model == "tiny-t"
     assert trained.task.image_size == 128
+    assert adopted.told == f"{len(CLASSES)} classes: {', '.join(CLASSES)}"
+    assert adopted.hints == ("images of 128 px",)
     got = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
     for key, value in got.items():
         np.testing.assert_array_equal(value, np.float32(np.float16(state[key])), key)

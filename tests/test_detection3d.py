@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny_config3d
 
 from jaxaccum import config as configs
-from jaxaccum import convert, data, evaluate, export, inference, predict, run, train
+from jaxaccum import convert, data, evaluate, export, inference, run, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data import streets
@@ -24,6 +24,7 @@ from jaxaccum.losses.detection import Assignment
 from jaxaccum.metrics import kitti
 from jaxaccum.models import solids, weights
 from jaxaccum.models.solids import ORIGINAL, Coding
+from jaxaccum.tasks.detection3d import predict
 
 WIDTH = 640
 CAMERA = np.asarray([[370, 0, 318, 20], [0, 370, 95, 0.1], [0, 0, 1, 0.003]])
@@ -336,8 +337,8 @@ def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
     """A file does not say what its outputs mean; but only ours have four for the heading."""
     file, out = tmp_path / "w.safetensors", tmp_path / "in"
     convert.write(trained, file)
-    report, _ = convert.convert(file, out, "tiny-3d-t")
-    assert report.complete
+    report, adopted = convert.convert(file, out, "tiny-3d-t")
+    assert report.complete and adopted.hints == ("images of 192 x 640 px",)
     ours, theirs = inference.load(trained), inference.load(out)
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     assert theirs.task.coding == ours.task.coding == Coding()
@@ -346,9 +347,11 @@ def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
         for key, value in load_file(file).items()
     }
     save_file(state, tmp_path / "o.safetensors")
-    report, meta = convert.convert(tmp_path / "o.safetensors", tmp_path / "original", "tiny-3d-t")
+    report, adopted = convert.convert(
+        tmp_path / "o.safetensors", tmp_path / "original", "tiny-3d-t"
+    )
     assert report.complete
-    assert meta["config"]["box3d"] == {
+    assert adopted.config.box3d.to_dict() == {
         field.name: getattr(ORIGINAL, field.name) for field in dataclasses.fields(ORIGINAL)
     }
     assert inference.load(tmp_path / "original").task.coding == ORIGINAL

@@ -19,6 +19,7 @@ from test_clouds_sources import cloud, shapenet, write_pcd
 from jaxaccum import data, pack, run, tasks, train
 from jaxaccum.data import DataError, scenes, shapes, streets
 from jaxaccum.data.captions import Captions
+from jaxaccum.tasks import packing
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("scenes", "yolo", "streets", "kitti", "shapes", "shapenet", "pcn")
@@ -333,8 +334,8 @@ def test_an_interrupted_pack_leaves_nothing_that_opens(sets, tmp_path, monkeypat
             raise KeyboardInterrupt
         return encoded(source, index)
 
-    encoded = pack._encoded
-    monkeypatch.setattr(pack, "_encoded", stop)
+    encoded = packing.encoded
+    monkeypatch.setattr(packing, "encoded", stop)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(config, out)
     assert not list(tmp_path.iterdir())

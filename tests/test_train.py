@@ -21,7 +21,6 @@ from jaxaccum import (
     data,
     evaluate,
     inference,
-    predict,
     preemption,
     run,
     train,
@@ -30,6 +29,7 @@ from jaxaccum import (
 from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
 from jaxaccum.models import weights as weights_module
+from jaxaccum.tasks.detection import predict
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxaccum import checkpoint, config_files, data, export, inference, movies, predict, run, tasks
+from jaxaccum import checkpoint, config_files, data, export, inference, movies, run, tasks
 from jaxaccum import config as configs
 from jaxaccum.accumulate.update import State
+from jaxaccum.tasks import files
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "configs" / "quickstart.py")
@@ -544,7 +545,7 @@ def test_names_that_frames_would_take(tmp_path):
     paths = [
         tmp_path / name for name in ("d.gif", "d.mp4", "e.gif", "e_000001.png", "e.gif_000001.png")
     ]
-    targets = predict._targets(tmp_path / "out", paths)
+    targets = files.targets_of(tmp_path / "out", paths)
     assert len(set(targets.values())) == 5
     stills = {targets[p].name for p in paths[3:]}
     for movie in paths[:3]:
@@ -563,7 +564,7 @@ def test_a_decoder_that_fails_in_its_own_way_does_not_end_the_folder(tmp_path, m
 
     monkeypatch.setattr(data, "read_image", odd)
     failed: list[str] = []
-    found = [p.told["file"] for p in predict.pictures(sorted(tmp_path.iterdir()), tmp_path, failed)]
+    found = [p.told["file"] for p in files.pictures(sorted(tmp_path.iterdir()), tmp_path, failed)]
     assert found == ["a.png", "c.png"]
     assert failed == [f"{tmp_path / 'b.png'}: cannot be read (OverflowError: of its own)"]
 

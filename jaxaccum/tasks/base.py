@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import jax
 import ml_collections
 import numpy as np
 
 from jaxaccum.accumulate import Groups, Objective, Output
+from jaxaccum.fields import ConfigError, Fields
+from jaxaccum.models.weights import Weights
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
@@ -55,29 +61,111 @@ class Stream(Protocol):
     ) -> Iterator[Batch]: ...
 
 
-class Task(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a run.
+
+    Attributes:
+      task: the model and what belongs to it.
+      params, stats: of the best evaluation, or the newest, averaged if the recipe averages.
+      config: the run's config.
+      names: of the classes or categories.
+      step: update the weights are of.
+      fingerprint: of the recipe they were learned by.
+      facts: what of the training data a user of the weights must know; see `Task.facts`.
+    """
+
+    task: Task
+    params: PyTree
+    stats: PyTree
+    config: ml_collections.ConfigDict
+    names: tuple[str, ...]
+    step: int
+    fingerprint: str
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What an exported program takes and gives; see `Task.predict`.
+
+    Attributes:
+      inputs: shapes and dtypes of a sample's inputs, without the axis of samples.
+      told: the same in words, and what else a caller must know.
+      onnx: names of inputs and outputs of the program as ONNX; None: it is not written as ONNX.
+    """
+
+    inputs: list[jax.ShapeDtypeStruct]
+    told: dict[str, Any]
+    onnx: tuple[list[str], list[str]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """What makes weights from a file a trained model.
+
+    Attributes:
+      config: of the model, else with its defaults.
+      names: of its classes.
+      facts: see `Task.facts`.
+      told: of the model in words; hints: lines for who converts it.
+    """
+
+    config: ml_collections.ConfigDict
+    names: tuple[str, ...]
+    facts: dict[str, Any]
+    told: str
+    hints: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class PackedSplit:
+    """A split on its way into a packed set.
+
+    Attributes:
+      told: what the set says of it.
+      arrays: what lies beside the records; what is known only after these is added by them.
+      records: TFDS split -> the number of its records and the one at an index.
+    """
+
+    told: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    records: dict[str, tuple[int, Callable[[int], dict[str, Any]]]]
+
+
+class Task(abc.ABC):
     """A model in training, and all that only this kind of model knows.
 
     A batch is a dict of arrays with a leading axis of samples; `weight` () is 1 for a real sample,
-    `index` and `epoch` name it.
+    `index` and `epoch` name it. What a task may leave as it is here has a default; a verb that it
+    has no part for ends with an error that says so.
 
     Attributes:
+      name: in packed sets and messages.
+      fields: of its config.
       unit: what a sample is called, in the plural.
       monitor: the metric that decides which weights are best, and whether more of it is better.
+      predict_flags: flags of `predict` that it takes, beside source and out.
+      loss_modules: top-level names of parameters and statistics that belong to the loss, so that
+        files of weights do not hold them.
       model: the network.
       names: of the classes or categories.
     """
 
+    name: ClassVar[str]
+    fields: ClassVar[Fields]
     unit: ClassVar[str]
     monitor: ClassVar[tuple[str, bool]]
+    predict_flags: ClassVar[tuple[str, ...]] = ()
+    loss_modules: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def model(self) -> Any: ...
+    model: Any
+    names: tuple[str, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]: ...
+    # --- training ---
 
     @classmethod
+    @abc.abstractmethod
     def open(
         cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
     ) -> Any:
@@ -86,19 +174,15 @@ class Task(Protocol):
         Raises:
           DataError: it cannot be used, or has other classes than `names`.
         """
-        ...
 
     @classmethod
-    def create(
-        cls,
-        config: ml_collections.ConfigDict,
-        names: Sequence[str],
-        dtype: Any,
-    ) -> Task: ...
+    @abc.abstractmethod
+    def create(cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any) -> Task:
+        """The task of a config, for classes of these names, that computes in `dtype`."""
 
+    @abc.abstractmethod
     def initialise(self, seed: int, dtype: Any = np.float32) -> tuple[PyTree, PyTree]:
         """Initial (params, stats), on the host."""
-        ...
 
     def load_frozen(
         self, config: ml_collections.ConfigDict, stats: PyTree
@@ -108,29 +192,29 @@ class Task(Protocol):
         Raises:
           WeightsError: they cannot be used.
         """
-        ...
+        del config
+        return stats, []
 
-    def objective(self, nbs: int, compat: bool = False) -> Objective: ...
+    @abc.abstractmethod
+    def objective(self, nbs: int, compat: bool = False) -> Objective:
+        """The loss as terms over sums."""
 
+    @abc.abstractmethod
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
     ) -> Output:
         """Numerators, denominators and moments of a microbatch."""
-        ...
 
     def untrained(self, path: str) -> bool:
         """Whether the loss does not depend on a parameter."""
-        ...
+        del path
+        return False
 
+    @abc.abstractmethod
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
-        ...
 
-    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
-        """What an evaluation computes on the device, and the shapes of a batch of it: a function
-        of (params, stats, *batch), and batch."""
-        ...
-
+    @abc.abstractmethod
     def stream(
         self,
         config: ml_collections.ConfigDict,
@@ -139,11 +223,11 @@ class Task(Protocol):
         plain: bool = False,
     ) -> Any:
         """The samples of a run of that many; without the strongest augmentation if `plain`."""
-        ...
 
     def facts(self, source: Any) -> dict[str, Any]:
         """What of the training data a user of the weights must know; kept in checkpoints."""
-        ...
+        del source
+        return {}
 
     def notes(self, config: ml_collections.ConfigDict, source: Any, samples: int) -> list[str]:
         """Lines to print at the start of a run of `samples` of a source.
@@ -151,24 +235,123 @@ class Task(Protocol):
         Raises:
           ConfigError: the source does not fit the model.
         """
-        ...
-
-    def evaluator(self, config: ml_collections.ConfigDict, source: Any) -> Evaluator:
-        """The metrics of weights on the val split, as a function, for use during training."""
-        ...
-
-    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
-        """Everything that the data set has to evaluate on, and lines about it."""
-        ...
-
-    def summary(self, best: dict[str, Any]) -> str:
-        """The metrics of an evaluation in a few words."""
-        ...
-
-    def tables(self, found: dict[str, float]) -> list[str]:
-        """The metrics of a full evaluation as lines of a table, where that is usual."""
-        ...
+        del config, source, samples
+        return []
 
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """What people want to read beside a logged update, in their units."""
-        ...
+        del record
+        return {}
+
+    # --- evaluation ---
+
+    @abc.abstractmethod
+    def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+        """What an evaluation computes on the device, and the shapes of a batch of it: a function
+        of (params, stats, *batch), and batch."""
+
+    @abc.abstractmethod
+    def evaluator(self, config: ml_collections.ConfigDict, source: Any) -> Evaluator:
+        """The metrics of weights on the val split, as a function, for use during training."""
+
+    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
+        """Everything that the data set has to evaluate on, and lines about it: the val split."""
+        source = self.open(config, "val", self.names)
+        return self.evaluator(config, source), source.report.lines()
+
+    @abc.abstractmethod
+    def summary(self, best: dict[str, Any]) -> str:
+        """The metrics of an evaluation in a few words."""
+
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """The metrics of a full evaluation as lines of a table, where that is usual."""
+        del found
+        return []
+
+    # --- use ---
+
+    @abc.abstractmethod
+    def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array) -> Any:
+        """What the network makes of inputs, each with a leading axis of samples."""
+
+    def predict_files(
+        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
+    ) -> list[str]:
+        """What the verb `predict` does.
+
+        Args:
+          trained: this task with its weights.
+          source: a file or a folder. out: folder to write to.
+          failed: takes a message for every file that could not be used.
+          options: of `predict_flags`.
+        Returns:
+          lines for people.
+        Raises:
+          ConfigError: the task cannot.
+        """
+        del trained, source, out, failed, options
+        raise ConfigError(f"predict: the task {self.name} has no way to use files")
+
+    def interface(self, trained: Trained) -> Interface:
+        """What an exported program takes and gives.
+
+        Raises:
+          ConfigError: the task cannot be exported.
+        """
+        del trained
+        raise ConfigError(f"export: the task {self.name} does not say what its program takes")
+
+    @classmethod
+    def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
+        """What the verb `convert` keeps beside weights from a file.
+
+        Args:
+          found: in the file. name: of their model, one of `fields.models`.
+          names: of the classes, as the user gives them; none for those of the file.
+          source: the file.
+        Raises:
+          WeightsError: the names are not those of the weights' classes.
+        """
+        del found, name, names, source
+        raise ConfigError(f"convert: the task {cls.name} takes no weights from files")
+
+    @classmethod
+    def packed_splits(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """The splits that a packed set holds."""
+        del config
+        return ("train", "val")
+
+    @classmethod
+    def open_to_pack(
+        cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None
+    ) -> Any:
+        """A split as it is packed; by default as it is trained on.
+
+        Raises:
+          DataError: it cannot be used, or has other classes than `names`.
+        """
+        return cls.open(config, split, names)
+
+    @classmethod
+    def packed_options(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        """Fields of the config that decide what is packed."""
+        del config
+        return {}
+
+    @classmethod
+    def packed_split(
+        cls, source: Any, config: ml_collections.ConfigDict, split: str
+    ) -> PackedSplit:
+        """A source as it is packed.
+
+        Raises:
+          ConfigError: the task has no packed form.
+        """
+        del source, config, split
+        raise ConfigError(f"pack: the task {cls.name} has no packed form")
+
+    @classmethod
+    def packed_features(cls, tfds: Any, names: Sequence[str]) -> dict[str, Any]:
+        """The features of a record by TFDS (the module given), for classes of these names."""
+        del tfds, names
+        raise ConfigError(f"pack: the task {cls.name} has no packed form")

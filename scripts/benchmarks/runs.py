@@ -26,7 +26,7 @@ def prepare(task: str, model: str, **changes: Any) -> run.Run:
     Args:
       changes: dotted fields of the config, with "__" for the dot.
     """
-    config = configs.DEFAULTS[task]()
+    config = configs.defaults(task)
     with config.unlocked(), config.ignore_type():
         config.model, config.devices, config.steps = model, 1, 1000
         config.lr.warmup_epochs = 0.0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,20 +12,24 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import config as configs
-from jaxaccum import data, draw, models
+from jaxaccum import data, models
 from jaxaccum.accumulate import Groups, Objective, Output
-from jaxaccum.data import check
-from jaxaccum.data.stream import say_lost
+from jaxaccum.data import check, packed
+from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
-from jaxaccum.metrics import detection as metrics
 from jaxaccum.models import yolo
+from jaxaccum.models.weights import Weights
+from jaxaccum.tasks import packing
+from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
+from jaxaccum.tasks.detection import adopt, predict
+from jaxaccum.tasks.detection.evaluator import Evaluator
+from jaxaccum.tasks.detection.fields import FIELDS
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class DetectionTask:
+class DetectionTask(Task):
     """A detector in training.
 
     A batch is a dict with a leading axis of samples: `image` (S, S, 3) uint8 RGB, `boxes` (M, 4)
@@ -42,8 +44,11 @@ class DetectionTask:
       names: of the classes.
     """
 
+    name: ClassVar[str] = "detection"
+    fields: ClassVar[Fields] = FIELDS
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("map50_95", True)
+    predict_flags: ClassVar[tuple[str, ...]] = ("conf", "iou")
 
     model: yolo.Yolo
     image_size: int
@@ -93,13 +98,6 @@ class DetectionTask:
             dtype,
         )  # fmt: skip
 
-    def load_frozen(
-        self, config: ml_collections.ConfigDict, stats: PyTree
-    ) -> tuple[PyTree, list[str]]:
-        """Nothing: every weight of a detector is trained."""
-        del config
-        return stats, []
-
     def objective(self, nbs: int, compat: bool = False) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
         return Objective(
@@ -121,15 +119,12 @@ class DetectionTask:
         numerators, denominators, _ = detection.detection_loss(predictions, self.anchors, targets)
         return Output(numerators, denominators, changed.get("moments", {}))
 
-    def predict(self, params: PyTree, stats: PyTree, images: jax.Array):
-        """Boxes (N, A, 4) in pixels of the input and class probabilities (N, A, classes)."""
+    def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array):
+        """Boxes (N, A, 4) in pixels of the input and class probabilities (N, A, classes), of
+        images (N, S, S, 3)."""
+        (images,) = inputs
         predictions: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
         return yolo.decode(predictions, self.anchors)
-
-    def untrained(self, path: str) -> bool:
-        """Every parameter of a detector is trained."""
-        del path
-        return False
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
@@ -169,7 +164,7 @@ class DetectionTask:
         try:
             augment = data.Augment(**options)
         except ValueError as error:
-            raise configs.ConfigError(f"augment: {error}") from None
+            raise ConfigError(f"augment: {error}") from None
         return data.TrainStream(
             source,
             image_size=self.image_size,
@@ -181,11 +176,6 @@ class DetectionTask:
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
             on_error=config.data.on_error,
         )
-
-    def facts(self, source: data.Source) -> dict[str, Any]:
-        """Nothing: the config and the class names say all."""
-        del source
-        return {}
 
     def notes(
         self, config: ml_collections.ConfigDict, source: data.Source, samples: int
@@ -212,99 +202,48 @@ class DetectionTask:
         """The metrics of an evaluation in a few words."""
         return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
 
-    def tables(self, found: dict[str, float]) -> list[str]:
-        """None."""
-        del found
-        return []
+    def predict_files(
+        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
+    ) -> list[str]:
+        """Detects, draws and writes; see `detection.predict.detect`."""
+        return predict.lines(predict.detect(trained, source, out, failed=failed, **options), out)
 
-    def readable(self, record: dict[str, Any]) -> dict[str, float]:
-        """Nothing: losses of detectors have no unit."""
-        del record
-        return {}
+    def interface(self, trained: Trained) -> Interface:
+        """Images to boxes and class probabilities."""
+        del trained
+        size = self.image_size
+        told = {
+            "image_size": size,
+            "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
+            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
+        }
+        image = jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)
+        return Interface([image], told, (["images"], ["boxes", "probabilities"]))
+
+    @classmethod
+    def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
+        """A detector of another program, with the size of its images if the file knows it."""
+        config = cls.fields.defaults()
+        config.model = name
+        if (size := found.image_size) and size > 0 and size % 32 == 0:
+            config.data.image_size = size
+        classes = adopt.class_names(found, names, source)
+        return adopt.adopted(config, classes, f"{config.data.image_size} px")
+
+    @classmethod
+    def packed_split(
+        cls, source: Any, config: ml_collections.ConfigDict, split: str
+    ) -> PackedSplit:
+        """Images with boxes."""
+        del config
+        return packing.images(source, split, packed.OBJECTS, lambda index: {})
+
+    @classmethod
+    def packed_features(cls, tfds: Any, names: Sequence[str]) -> dict[str, Any]:
+        """The features of a record."""
+        return packing.image_features(tfds, names, {}, {})
 
 
 def mosaic_until(config: ml_collections.ConfigDict, samples: int, epoch: int) -> int:
     """Samples of a run of `samples` that are made with mosaic; its last epochs are not."""
     return max(samples - round(config.augment.close_mosaic * epoch), 0)
-
-
-class Evaluator:
-    """COCO mAP of a detector on a source, as a function of its weights.
-
-    The padded samples of the last batch are not counted. Results do not depend on the batch.
-    """
-
-    def __init__(
-        self,
-        task: DetectionTask,
-        source: data.Source,
-        options: ml_collections.ConfigDict,
-        on_error: str = "raise",
-    ):
-        """on_error: "skip" leaves out images that cannot be read, and says so."""
-        self.task, self.source, self.options = task, source, options
-        self._forgiven = (data.DataError,) if on_error == "skip" else ()
-        self._predict = jax.jit(task.predict)
-
-    def __call__(
-        self, params: PyTree, stats: PyTree, pictures: int = 0
-    ) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Metrics and the first `pictures` images with detections of score 0.25 and more."""
-        options = self.options
-        # One device evaluates; weights that lie on all of them would have each do all of it.
-        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
-        result = metrics.DetectionMetrics(self.source.names)
-        drawn: list[np.ndarray] = []
-        pending: Callable[[], None] | None = None
-        lost: list[str] | None = [] if self._forgiven else None
-        batches = data.eval_batches(
-            self.source, image_size=self.task.image_size, batch=options.batch, lost=lost
-        )
-        with ThreadPoolExecutor() as pool:
-            for batch in batches:
-                output = self._predict(params, stats, batch["image"])
-                if pending is not None:  # the host works on a batch while the device is on the next
-                    pending()
-                pending = functools.partial(
-                    self._score, pool, batch, output, result, drawn, pictures
-                )
-            if pending is not None:
-                pending()
-        say_lost(lost or [], len(self.source), "images")
-        return result.compute(), drawn
-
-    def _score(self, pool, batch, output, result, drawn, pictures):
-        boxes, scores = (np.asarray(a) for a in output)
-        options = self.options
-
-        def detect(i):
-            found = metrics.nms(
-                boxes[i], scores[i], conf=options.conf, iou=options.iou, max_det=options.max_det,
-                multi_label=True,
-            )  # fmt: skip
-            original = metrics.unletterbox(
-                found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
-            )
-            return metrics.Detections(original, found.scores, found.classes)
-
-        real = np.flatnonzero(batch["weight"] > 0)
-        for i, found in zip(real, pool.map(detect, real), strict=True):
-            index = int(batch["index"][i])
-            truth = self.source.objects(index)
-            height, width = (int(v) for v in batch["size"][i])
-            result.add(
-                f"{index} {self.source.name(index)}",
-                found,
-                truth.boxes,
-                truth.classes,
-                (height, width),
-            )
-            if len(drawn) < pictures:
-                show = found.scores >= 0.25
-                with contextlib.suppress(*self._forgiven):
-                    drawn.append(
-                        draw.draw_detections(
-                            self.source.image(index), found.boxes[show], found.classes[show],
-                            self.source.names, found.scores[show],
-                        )
-                    )  # fmt: skip

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import config as configs
 from jaxaccum import data, user_cache
 from jaxaccum.accumulate import Coupled
 from jaxaccum.data.captions import TextEncoder, Texts
+from jaxaccum.fields import ConfigError
 from jaxaccum.losses import alignment
 from jaxaccum.models import pointbert, text, torch_file
 from jaxaccum.models.weights import WeightsError
@@ -120,7 +120,7 @@ def text_encoder(name: str) -> TextEncoder:
     except (ValueError, ImportError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise configs.ConfigError(f"text.encoder: {error}") from None
+        raise ConfigError(f"text.encoder: {error}") from None
 
 
 def cache_folder() -> Path:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -13,15 +12,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import config as configs
-from jaxaccum import data, draw_clouds
+from jaxaccum import data
 from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
-from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
-from jaxaccum.data.stream import say_lost
+from jaxaccum.data.cloud_sources import CroppedClouds
+from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses.chamfer import chamfer_l1
-from jaxaccum.metrics import completion as metrics
 from jaxaccum.models import completion, points
-from jaxaccum.tasks import captioned
+from jaxaccum.models.weights import Weights, WeightsError
+from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
+from jaxaccum.tasks.completion import captioned, pack, predict
+from jaxaccum.tasks.completion.evaluator import Evaluator, references
+from jaxaccum.tasks.completion.fields import FIELDS
 
 PyTree = Any
 SAMPLES = "samples"
@@ -30,7 +31,7 @@ NOISE, NOISE_LIMIT = 0.01, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class CompletionTask:
+class CompletionTask(Task):
     """A completion network in training.
 
     A batch is a dict with a leading axis of samples: `partial` (2048, 3) and `complete` (P, 3)
@@ -45,8 +46,12 @@ class CompletionTask:
       alignment: of completed clouds with captions, a term of the loss; None for no such term.
     """
 
+    name: ClassVar[str] = "completion"
+    fields: ClassVar[Fields] = FIELDS
     unit: ClassVar[str] = "clouds"
     monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
+    predict_flags: ClassVar[tuple[str, ...]] = ("format", "normalise", "caption")
+    loss_modules: ClassVar[tuple[str, ...]] = (captioned.MODULE,)
 
     model: Any
     gains: tuple[float, float, float] = (1.0, 1.0, 0.5)
@@ -91,7 +96,7 @@ class CompletionTask:
         try:
             model = completion.create(config.model, dtype, width).clone(remat=config.remat)
         except ValueError as error:
-            raise configs.ConfigError(f"text.encoder: {error}") from None
+            raise ConfigError(f"text.encoder: {error}") from None
         loss = config.loss
         return cls(
             model, (loss.coarse, loss.fine, loss.denoise), config.seed, tuple(names),
@@ -177,14 +182,14 @@ class CompletionTask:
         jitter = jax.vmap(one)(sample_keys(self.seed, epoch, index))
         return jnp.clip(jitter, -NOISE_LIMIT, NOISE_LIMIT).astype(dtype)
 
-    def predict(
-        self, params: PyTree, stats: PyTree, partial: jax.Array, text: jax.Array | None = None
-    ) -> jax.Array:
+    def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array | None) -> jax.Array:
         """The completed clouds (N, P, 3) of partial ones (N, 2048, 3).
 
         Args:
-          text: (N, T) vectors of captions; None for the network without them.
+          inputs: the partial clouds; and (N, T) vectors of captions, none or None for the network
+            without them.
         """
+        partial, text = (*inputs, None)[:2]
         xyz = self._coordinates(partial)
         return self.model.apply(_variables(params, stats), xyz, text=text).fine
 
@@ -257,7 +262,7 @@ class CompletionTask:
         # PoinTr's points include those of its input; small models predict fewer than there are.
         fine, target = self.model.num_points, source.points
         if fine > target:
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"{config.model} predicts {fine} points, the complete clouds of "
                 f"{source.report.where} have {target}: it is made for another data set"
             )
@@ -268,7 +273,7 @@ class CompletionTask:
         """Chamfer distances and F-Score on a source, and on the unseen categories if asked for."""
         sources = {"": source}
         if config.eval.unseen and not data.has_unseen(config.data.path):
-            raise configs.ConfigError(
+            raise ConfigError(
                 f"eval.unseen: {config.data.path} has no categories that training does not see; "
                 "set eval.unseen=False"
             )
@@ -307,11 +312,6 @@ class CompletionTask:
             f"F-Score {best['f_score']:.4f}"
         )
 
-    def tables(self, found: dict[str, float]) -> list[str]:
-        """None."""
-        del found
-        return []
-
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """CD-L1 x 1000 of every Chamfer term, without its gain."""
         gains = zip(("coarse", "fine", "denoise"), self.gains, strict=True)
@@ -321,99 +321,69 @@ class CompletionTask:
             if gain and f"loss/{name}" in record
         }
 
+    def predict_files(
+        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
+    ) -> list[str]:
+        """Completes, writes and draws; see `completion.predict.complete`."""
+        options["normalise"] = {"auto": None, "yes": True, "no": False}[options["normalise"]]
+        return predict.lines(predict.complete(trained, source, out, failed=failed, **options))
 
-class Evaluator:
-    """Metrics of a completion network on sources, as a function of its weights.
+    def interface(self, trained: Trained) -> Interface:
+        """Partial clouds, and vectors of captions if it takes them, to complete ones."""
+        points, captions = self.model.num_input, ""
+        inputs = [jax.ShapeDtypeStruct((points, 3), jnp.float32)]
+        as_trained = "mean at the origin, largest radius 1", "as they are"
+        frame = as_trained[0 if trained.facts["normalised"] else 1]
+        if width := self.model.text_width:
+            inputs.append(jax.ShapeDtypeStruct((width,), jnp.float32))
+            captions = f"; vectors (N, {width}) of captions by {trained.config.text.encoder}"
+        told = {
+            "input": f"partial clouds (N, {points}, 3) float32, {frame}{captions}",
+            "output": f"complete clouds (N, {self.model.num_points}, 3), in the same frame",
+        }
+        return Interface(inputs, told)
 
-    The padded samples of the last batch are not counted. Results do not depend on the batch.
-    """
+    @classmethod
+    def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
+        """A completion network of another program, and the frame of its clouds."""
+        del found, source
+        if names:
+            raise WeightsError(f"--names: {name} knows no classes")
+        config = cls.fields.defaults()
+        config.model = name
+        # Networks of ShapeNet-55 and -34 see clouds with mean 0 and radius 1, the others as is.
+        normalised = name.endswith("-shapenet")
+        frame = "mean 0, radius 1" if normalised else "as in its data set"
+        return Adopted(config, (), {"normalised": normalised}, f"clouds: {frame}")
 
-    def __init__(
-        self,
-        task: CompletionTask,
-        sources: dict[str, data.CloudSource],
-        batch: int,
-        cars: Callable[[], Iterator[np.ndarray]] | None = None,
-        lenient: bool = False,
-    ):
-        """Args:
-        task: the model.
-        sources: prefix of the metrics' names -> what to evaluate on.
-        batch: clouds to predict at once.
-        cars: complete clouds to compare predictions of real scans with, which have no target.
-        lenient: leave out samples that cannot be read, and say so.
-        """
-        self.task, self.sources, self.batch, self.cars = task, sources, batch, cars
-        self._lenient = lenient
-        self._predict = jax.jit(task.predict_and_embed)
+    @classmethod
+    def packed_splits(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """Also test, and unseen where there is one."""
+        unseen = ("unseen",) if data.has_unseen(config.data.path) else ()
+        return ("train", "val", "test", *unseen)
 
-    def __call__(
-        self, params: PyTree, stats: PyTree, pictures: int = 0
-    ) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Metrics, with each source's prefix, and `pictures` drawings from each.
+    @classmethod
+    def open_to_pack(
+        cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None
+    ) -> Any:
+        """A split without captions: these are made of what is packed, by any encoder."""
+        config = config.copy_and_resolve_references()
+        config.text.encoder = ""
+        return cls.open(config, split, names)
 
-        Modes of one set ("easy/", "median/", "hard/") are followed by their mean, as published.
-        """
-        # One device evaluates; weights that lie on all of them would have each do all of it.
-        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
-        found: dict[str, float] = {}
-        drawn: list[np.ndarray] = []
-        for prefix, source in self.sources.items():
-            result: Any = (
-                metrics.CompletionMetrics(source.names)
-                if source.points
-                else metrics.ScanMetrics(self.cars)
-            )
-            # Spread over the source, which lists one category after the other.
-            shown = set(np.linspace(0, len(source) - 1, pictures).astype(int).tolist())
-            pending: Callable[[], None] | None = None
-            with ThreadPoolExecutor() as pool:
-                clouds, texts = captioned.parts(source)
-                vectors: list[Any] = []
-                lost: list[str] | None = [] if self._lenient else None
-                for batch in data.cloud_batches(clouds, batch=self.batch, texts=texts, lost=lost):
-                    output, embedded = self._predict(params, stats, batch)
-                    if embedded is not None:
-                        vectors.append((batch["weight"] > 0, batch["caption"], *embedded))
-                    if pending is not None:  # the host measures while the device is on the next
-                        pending()
-                    pending = functools.partial(
-                        self._score, pool, prefix, source, batch, output, result, drawn, shown
-                    )
-                if pending is not None:
-                    pending()
-            say_lost(lost or [], len(source), f"samples of {source.report.where}")
-            scores = result.compute()
-            if texts is not None and vectors:
-                real, *found_ = (np.concatenate(v) for v in zip(*vectors, strict=True))
-                ids, ours, true = (a[real] for a in found_)
-                scores |= captioned.retrieval(ours, ids, texts.vectors)
-                best = captioned.retrieval(true, ids, texts.vectors)
-                scores["retrieval_of_truth"] = best["retrieval"]
-            found |= {f"{prefix}{k}": v for k, v in scores.items()}
-        return _means_over_modes(found) | found, drawn
+    @classmethod
+    def packed_split(
+        cls, source: Any, config: ml_collections.ConfigDict, split: str
+    ) -> PackedSplit:
+        """Clouds by their shapes."""
+        del config
+        return pack.clouds(source, split)
 
-    def _score(self, pool, prefix, source, batch, output, result, drawn, shown):
-        predicted = np.asarray(output, np.float32)
-        real = np.flatnonzero(batch["weight"] > 0)
-        indices = [int(i) for i in batch["index"][real]]
-        partial, target = batch["partial"][real], batch["complete"][real]
-        if source.points:
-            result.add_clouds(
-                [source.category(i) for i in indices], [source.name(i) for i in indices],
-                predicted[real], target, pool,
-            )  # fmt: skip
-        else:
-            names = [source.name(i) for i in indices]
-            result.add_clouds(names, partial, predicted[real], pool)
-        for row, index in enumerate(indices):
-            if index in shown and np.isfinite(predicted[real[row]]).all():
-                drawn.append(
-                    draw_clouds.draw_completion(
-                        partial[row], predicted[real[row]], target[row] if source.points else None,
-                        title=prefix.replace("/", " ") + source.names[source.category(index)],
-                    )
-                )  # fmt: skip
+    @classmethod
+    def packed_features(cls, tfds: Any, names: Sequence[str]) -> dict[str, Any]:
+        """The features of a record."""
+        del names
+        return pack.features(tfds)
 
 
 def _variables(params: PyTree, stats: PyTree) -> PyTree:
@@ -422,37 +392,3 @@ def _variables(params: PyTree, stats: PyTree) -> PyTree:
         group: {k: v for k, v in tree.items() if k != captioned.MODULE}
         for group, tree in (("params", params), ("batch_stats", stats))
     }
-
-
-def _means_over_modes(found: dict[str, float]) -> dict[str, float]:
-    """Metrics that exist for the modes easy, median and hard, averaged over them."""
-    means = {}
-    for name in found:
-        before, middle, after = name.partition("easy/")
-        if middle and not after.startswith("samples") and after != "categories":
-            modes = [found[f"{before}{mode}/{after}"] for mode in ("easy", "median", "hard")]
-            means[before + after] = float(np.mean(modes))
-    return means
-
-
-def references(config: ml_collections.ConfigDict) -> Callable[[], Iterator[np.ndarray]] | None:
-    """The cars of `eval.references`, a PCN folder, all splits, to be read one after the other.
-
-    Raises:
-      DataError: it cannot be used, or holds no cars.
-    """
-    path = config.eval.references
-    if not path:
-        return None
-    opened = [data.open_clouds(path, split) for split in ("train", "val", "test")]
-    sources = [s for s in opened if isinstance(s, PairedClouds) and "car" in s.names]
-    if not sources:
-        raise data.DataError(f"{path}: no complete clouds of the category 'car' on disk", file=path)
-
-    def cars():
-        for source in sources:
-            for i in range(len(source)):
-                if source.names[source.category(i)] == "car":
-                    yield source.complete(i)
-
-    return cars

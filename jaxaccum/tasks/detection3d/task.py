@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,22 +12,27 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import config as configs
-from jaxaccum import data, draw_boxes3d, models
+from jaxaccum import data, models
 from jaxaccum.accumulate import Groups, Objective, Output
-from jaxaccum.data import check
-from jaxaccum.data.stream import say_lost
+from jaxaccum.data import check, packed
+from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
 from jaxaccum.losses import solids as losses
-from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
 from jaxaccum.models import solids, yolo
+from jaxaccum.models.weights import Weights
+from jaxaccum.tasks import packing
+from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
+from jaxaccum.tasks.detection import adopt
+from jaxaccum.tasks.detection3d import predict
+from jaxaccum.tasks.detection3d.evaluator import Evaluator
+from jaxaccum.tasks.detection3d.fields import FIELDS, as_original
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Detection3DTask:
+class Detection3DTask(Task):
     """A 3D detector in training.
 
     A batch is a dict with a leading axis of samples: `image` (H, W, 3) uint8 RGB, `boxes` (M, 4)
@@ -48,8 +51,11 @@ class Detection3DTask:
       compat: the loss as published.
     """
 
+    name: ClassVar[str] = "detection3d"
+    fields: ClassVar[Fields] = FIELDS
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("ap40_3d/mean/moderate", True)
+    predict_flags: ClassVar[tuple[str, ...]] = ("conf", "iou", "calib")
 
     model: yolo.Yolo
     size: tuple[int, int]
@@ -109,13 +115,6 @@ class Detection3DTask:
             dtype,
         )  # fmt: skip
 
-    def load_frozen(
-        self, config: ml_collections.ConfigDict, stats: PyTree
-    ) -> tuple[PyTree, list[str]]:
-        """Nothing: every weight of a detector is trained."""
-        del config
-        return stats, []
-
     def objective(self, nbs: int, compat: bool = False) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
         location, size, heading = self.gains[3:]
@@ -144,26 +143,22 @@ class Detection3DTask:
         )  # fmt: skip
         return Output(numerators | more, denominators | others, changed.get("moments", {}))
 
-    def predict(self, params: PyTree, stats: PyTree, images: jax.Array, cameras: jax.Array):
+    def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array):
         """Boxes in the image and in space.
 
         Args:
-          images: (N, H, W, 3). cameras: (N, 3, 4) to their pixels.
+          inputs: images (N, H, W, 3); cameras (N, 3, 4) to their pixels.
         Returns:
           boxes (N, A, 4) in pixels of the input, class probabilities (N, A, classes), and Solids
           in metres and radians of the cameras' frame.
         """
+        images, cameras = inputs
         variables = {"params": params, "batch_stats": stats}
         predictions: Any = self.model.apply(variables, images)
         boxes, scores = yolo.decode(predictions, self.anchors)
         found = solids.decode(predictions.solids, self.coding)
         cameras = cameras.astype(boxes.dtype)
         return boxes, scores, solids.in_camera(found, boxes, cameras, self.size[1], self.coding)
-
-    def untrained(self, path: str) -> bool:
-        """Every parameter of a detector is trained."""
-        del path
-        return False
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
@@ -210,18 +205,13 @@ class Detection3DTask:
         try:
             augment = data.Augment3D(**options)
         except ValueError as error:
-            raise configs.ConfigError(f"augment: {error}") from None
+            raise ConfigError(f"augment: {error}") from None
         return data.TrainStream3D(
             source, size=self.size, max_objects=self.max_objects, augment=augment,
             seed=config.seed, compat=self.compat, cache=config.data.cache,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
             on_error=config.data.on_error,
         )  # fmt: skip
-
-    def facts(self, source: data.Source3D) -> dict[str, Any]:
-        """Nothing: the config and the class names say all."""
-        del source
-        return {}
 
     def notes(
         self, config: ml_collections.ConfigDict, source: data.Source3D, samples: int
@@ -250,11 +240,6 @@ class Detection3DTask:
         """KITTI's metrics on a source."""
         return Evaluator(self, source, config.eval, config.data.on_error)
 
-    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
-        """KITTI's metrics on the val split, and what that holds."""
-        source = self.open(config, "val", self.names)
-        return self.evaluator(config, source), source.report.lines()
-
     def summary(self, best: dict[str, Any]) -> str:
         """The metrics of an evaluation in a few words."""
         return (
@@ -276,139 +261,73 @@ class Detection3DTask:
             lines.append(f"{kind:28}{count:>10}{cells}")
         return lines
 
-    def readable(self, record: dict[str, Any]) -> dict[str, float]:
-        """Nothing: the terms have no unit alone."""
-        del record
-        return {}
+    def predict_files(
+        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
+    ) -> list[str]:
+        """Detects, draws and writes; see `detection3d.predict.detect3d`."""
+        calib = options.pop("calib", "")
+        options["calib"] = Path(calib) if calib else None
+        return predict.lines(predict.detect3d(trained, source, out, failed=failed, **options), out)
 
+    def interface(self, trained: Trained) -> Interface:
+        """Images and cameras to boxes in the image and in space."""
+        del trained
+        height, width = self.size
+        inputs = [
+            jax.ShapeDtypeStruct((height, width, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        ]
+        return Interface(inputs, {
+            "image_size": [height, width],
+            "input": "images (N, height, width, 3) uint8 RGB, letterboxed, and cameras (N, 3, 4) "
+            "that project metres to their pixels",
+            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes), "
+            "bottom centres (N, A, 3) x y z and sizes (N, A, 3) height width length in metres, "
+            "headings (N, A) in radians",
+        })  # fmt: skip
 
-def to_labels(
-    found: metrics.Detections, boxes: np.ndarray, own: solids.Solids, names: Sequence[str]
-) -> kitti.Labels:
-    """Detections of an image as KITTI writes them.
+    @classmethod
+    def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
+        """YOLOv12-3D as published, or ours: the original has no heading of two outputs."""
+        config = cls.fields.defaults()
+        config.model = name
+        if found.solids == solids.OUTPUTS:
+            as_original(config)
+        classes = adopt.class_names(found, names, source)
+        return adopt.adopted(config, classes, f"{config.data.height} x {config.data.width} px")
 
-    Args:
-      found: of one image. boxes: (n, 4) theirs in pixels of the original image.
-      own: 3D boxes of all anchors of the image. names: of the classes.
-    """
-    rows = np.zeros(0, int) if found.anchors is None else found.anchors
-    where, sizes, yaw = (np.asarray(a, np.float32)[rows] for a in own)
-    alpha = yaw - np.arctan2(where[:, 0], where[:, 2])
-    return kitti.Labels(
-        tuple(names[c] for c in found.classes),
-        np.full(len(rows), -1, np.float32),
-        np.full(len(rows), -1, np.int32),
-        ((alpha + np.pi) % (2 * np.pi) - np.pi).astype(np.float32),
-        np.asarray(boxes, np.float32),
-        sizes,
-        where,
-        yaw,
-        found.scores,
-    )
+    @classmethod
+    def packed_options(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        """Whether KITTI's types were merged, as the original has it."""
+        return {"merge": config.compat}
 
-
-def chosen(labels: kitti.Labels, rows: np.ndarray) -> kitti.Labels:
-    """Some rows, by (n,) bool."""
-    values: dict[str, Any] = {
-        f.name: getattr(labels, f.name)[rows] for f in dataclasses.fields(labels)[1:]
-    }
-    kinds = tuple(kind for kind, keep in zip(labels.kinds, rows, strict=True) if keep)
-    return kitti.Labels(kinds, **values)
-
-
-def _none() -> kitti.Labels:
-    """No detections."""
-    flat, triples = np.zeros(0, np.float32), np.zeros((0, 3), np.float32)
-    corners = np.zeros((0, 4), np.float32)
-    return kitti.Labels(
-        (), flat, np.zeros(0, np.int32), flat, corners, triples, triples, flat, flat
-    )  # fmt: skip
-
-
-class Evaluator:
-    """KITTI's metrics of a 3D detector on a source, as a function of its weights.
-
-    The padded samples of the last batch are not counted. Results do not depend on the batch.
-    """
-
-    def __init__(
-        self,
-        task: Detection3DTask,
-        source: data.Source3D,
-        options: ml_collections.ConfigDict,
-        on_error: str = "raise",
-    ):
-        """on_error: "skip" leaves out images that cannot be read, and says so."""
-        self.task, self.source, self.options = task, source, options
-        self._forgiven = (data.DataError,) if on_error == "skip" else ()
-        self._predict = jax.jit(task.predict)
-        self._truths = [self._in_pixels_of_kitti(source.labels(i)) for i in range(len(source))]
-        metric, _ = task.monitor
-        if np.isnan(kitti.evaluate(self._truths, [_none()] * len(source))[metric]):
-            raise data.DataError(
-                f"{source.report.where}: no {', '.join(kitti.CLASSES)} that counts at the level "
-                "moderate (higher than 25 pixels, hardly hidden), so KITTI's metric has nothing to "
-                "say: evaluate on other frames"
-            )
-
-    def _in_pixels_of_kitti(self, labels: kitti.Labels) -> kitti.Labels:
-        return dataclasses.replace(labels, boxes=labels.boxes * np.float32(self.source.pixels))
-
-    def __call__(
-        self, params: PyTree, stats: PyTree, pictures: int = 0
-    ) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Metrics, and the first `pictures` images with detections of score 0.25 and more."""
-        # One device evaluates; weights that lie on all of them would have each do all of it.
-        params, stats = jax.device_put((params, stats), jax.local_devices()[0])
-        seen: list[int] = []
-        labels: list[kitti.Labels] = []
-        lost: list[str] | None = [] if self._forgiven else None
-        pending: Callable[[], None] | None = None
-        batches = data.eval_batches3d(
-            self.source, size=self.task.size, batch=self.options.batch, lost=lost
+    @classmethod
+    def packed_split(
+        cls, source: Any, config: ml_collections.ConfigDict, split: str
+    ) -> PackedSplit:
+        """Images with boxes in space, and KITTI's labels of them."""
+        made = packing.images(
+            source, split, packed.OBJECTS_3D, lambda index: {"camera": source.camera(index)}
         )
-        with ThreadPoolExecutor() as pool:
-            for batch in batches:
-                output = self._predict(params, stats, batch["image"], batch["camera"])
-                if pending is not None:  # the host works on a batch while the device is on the next
-                    pending()
-                seen.extend(int(i) for i in batch["index"][batch["weight"] > 0])
-                pending = functools.partial(self._detect, pool, batch, output, labels)
-            if pending is not None:
-                pending()
-        say_lost(lost or [], len(self.source), "images")
-        truths = [self._truths[i] for i in seen]
-        enlarged = [self._in_pixels_of_kitti(one) for one in labels]
-        result = kitti.evaluate(truths, enlarged)
-        loose = kitti.evaluate(truths, enlarged, thresholds=kitti.LOOSE)
-        result |= {
-            f"loose/{k}": v for k, v in loose.items() if k.startswith(("ap40_bev", "ap40_3d"))
+        options, val = config.data, split == "val"
+        fraction = options.val_fraction if val else 1.0
+        made.told["pixels"] = source.pixels
+        made.told["list"] = options.val_split if val else split
+        made.told["sample"] = [fraction, config.seed if fraction < 1 else 0]
+        labels = [source.labels(i) for i in range(len(source))]
+        for name in packed.LABELS_3D:
+            made.arrays[f"label_{name}"] = np.concatenate([getattr(one, name) for one in labels])
+        made.arrays["label_counts"] = np.array([len(one) for one in labels])
+        made.arrays["kinds"] = packed.as_array([kind for one in labels for kind in one.kinds])
+        made.arrays["cameras"] = np.stack([source.camera(i) for i in range(len(source))])
+        return made
+
+    @classmethod
+    def packed_features(cls, tfds: Any, names: Sequence[str]) -> dict[str, Any]:
+        """The features of a record."""
+        objects = {
+            "locations": packing.floats(tfds, 3),
+            "dimensions": packing.floats(tfds, 3),
+            "yaw": packing.floats(tfds),
         }
-        result |= kitti.errors(truths, enlarged)
-        drawn = []
-        for index, one in zip(seen[:pictures], labels, strict=False):
-            with contextlib.suppress(*self._forgiven):
-                drawn.append(self._drawn(index, one))
-        return result, drawn
-
-    def _detect(self, pool, batch, output, labels):
-        boxes, scores, found_3d = jax.tree.map(np.asarray, output)
-        options = self.options
-
-        def detect(i):
-            found = metrics.nms(
-                boxes[i], scores[i], conf=options.conf, iou=options.iou, max_det=options.max_det,
-                multi_label=False,
-            )  # fmt: skip
-            original = metrics.unletterbox(
-                found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
-            )
-            own = solids.Solids(*(a[i] for a in found_3d))
-            return to_labels(found, original, own, self.task.names)
-
-        labels.extend(pool.map(detect, np.flatnonzero(batch["weight"] > 0)))
-
-    def _drawn(self, index: int, labels: kitti.Labels) -> np.ndarray:
-        image, camera = self.source.image(index), self.source.camera(index)
-        shown = chosen(labels, np.asarray(labels.scores) >= 0.25)
-        return draw_boxes3d.side_by_side(image, shown, camera, self.source.labels(index))
+        return packing.image_features(tfds, names, objects, {"camera": packing.floats(tfds, 3, 4)})

@@ -1,0 +1,37 @@
+"""Weights of detectors from files of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+from jaxaccum.models.weights import Weights, WeightsError
+from jaxaccum.tasks.base import Adopted
+
+
+def class_names(found: Weights, names: Sequence[str], source: Path) -> tuple[str, ...]:
+    """The names of the classes: given, or those in the file, or numbers.
+
+    Raises:
+      WeightsError: other names are given than there are classes.
+    """
+    classes = found.classes
+    if names and len(names) != classes:
+        raise WeightsError(f"{len(names)} --names for the {classes} classes of {source}")
+    in_file = found.names if found.names and len(found.names) == classes else None
+    return tuple(names) or tuple(in_file or map(str, range(classes)))
+
+
+def adopted(config: ml_collections.ConfigDict, names: tuple[str, ...], size: str) -> Adopted:
+    """A detector with its config and classes.
+
+    Args:
+      size: of its images, in words.
+    """
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    hints = [f"images of {size}"]
+    if all(name.isdecimal() for name in names):
+        hints.insert(0, "the file does not name its classes: give --names=a,b,c to do so")
+    return Adopted(config, names, {}, f"{len(names)} classes: {shown}", tuple(hints))

@@ -1,0 +1,72 @@
+"""The config of 2D detection: its fields with their defaults and ranges."""
+
+from __future__ import annotations
+
+import ml_collections
+
+from jaxaccum import fields
+from jaxaccum.models import yolo
+
+
+def detection() -> ml_collections.ConfigDict:
+    """Every field of a detection run with its default: the recipe of the reference trainer."""
+    c = ml_collections.ConfigDict()
+    c.task = "detection"
+    c.model = "yolov8-s"  # python -m jaxaccum.models
+    fields.recipe(c)
+    c.compat = False  # the usual trainers' accumulation instead of the exact one, to compare
+    c.loss = ml_collections.ConfigDict({"box": 7.5, "cls": 0.5, "dfl": 1.5})
+    c.augment = ml_collections.ConfigDict(
+        {
+            "mosaic": 1.0, "mixup": 0.0, "degrees": 0.0, "translate": 0.1, "scale": 0.5,
+            "shear": 0.0, "perspective": 0.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
+            "flipud": 0.0, "fliplr": 0.5,
+            "close_mosaic": 10.0,  # epochs at the end without mosaic and mixup
+        }
+    )  # fmt: skip
+    c.data = ml_collections.ConfigDict(
+        {
+            # "" for the embedded scenes, a data.yaml, a COCO json, or tfds:NAME[:TRAIN[:VAL]]
+            "path": "",
+            "val_path": "",  # of a COCO set: the json to evaluate on; "" to guess
+            "images": "",  # of a COCO set: the folder of its images; "" to guess
+            "image_size": 640,
+            "max_objects": 300,  # room for objects per training sample
+            "on_error": "raise",  # bad labels and images: "raise" or "skip" (counted)
+            "cache": "ram",  # keep resized images: "ram" or "none"
+            "cache_gib": 4.0,  # most memory for that, the least recently used go first
+            "workers": 0,  # loader processes; 0: threads
+            "prefetch": 2,  # effective batches made ahead
+        }
+    )
+    fields.geometry(c)
+    fields.run(c)
+    c.eval.update(conf=0.001, iou=0.7, max_det=300)
+    return c
+
+
+def _check(c: ml_collections.ConfigDict) -> None:
+    fields.multiples_of_stride(c, "data.image_size")
+
+
+UNIT = (0, 1)
+LOSS: fields.Ranges = {"loss.box": fields.GAIN, "loss.cls": fields.GAIN, "loss.dfl": fields.GAIN}
+IMAGES: fields.Ranges = {
+    "augment.translate": UNIT, "augment.scale": UNIT, "augment.hsv_h": UNIT,
+    "augment.hsv_s": UNIT, "augment.hsv_v": UNIT, "augment.fliplr": UNIT,
+    "data.max_objects": (1, 1e4),
+    "eval.conf": UNIT, "eval.iou": UNIT, "eval.max_det": (1, 1e5),
+}  # fmt: skip
+
+FIELDS = fields.Fields(
+    detection,
+    yolo.names,
+    ranges={
+        **LOSS, **IMAGES,
+        "augment.close_mosaic": (0, 1e9), "augment.mosaic": UNIT, "augment.mixup": UNIT,
+        "augment.degrees": (0, 180), "augment.shear": (0, 89), "augment.perspective": (0, 0.001),
+        "augment.flipud": UNIT, "data.image_size": (32, 16384),
+    },
+    not_learned=("data.val_path", "data.images"),
+    check=_check,
+)  # fmt: skip
