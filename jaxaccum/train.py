@@ -14,6 +14,7 @@ from jaxaccum import command_line, config_files, known_answers, run
 from jaxaccum.distributed import FLAG_HELP, joined
 from jaxaccum.preemption import Preempted, end_at_once
 from jaxaccum.training import train
+from jaxaccum.verification import require_law
 
 __all__ = ["train", "verb"]
 
@@ -43,6 +44,10 @@ def verb() -> None:
     workdir = flags.DEFINE_string("workdir", None, "where the run lives; runs/CONFIG by default")
     other = flags.DEFINE_bool("accept_other_recipe", False, "continue under another recipe")
     distributed = flags.DEFINE_string("distributed", "", FLAG_HELP)
+    verify = flags.DEFINE_bool(
+        "verify", False, "first compute the first update on two geometries in float64, and refuse "
+        "to train where they differ",
+    )  # fmt: skip
     allow = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
     def main() -> int:
@@ -52,6 +57,8 @@ def verb() -> None:
         try:
             with joined(distributed.value) as peers:
                 known_answers.require(allow.value)
+                if verify.value:
+                    print(require_law(config.value, peers), flush=True)
                 train(config.value, folder, other.value, peers)
         except Preempted as stopped:
             if peers.alone:  # else JAX has to leave the other processes in order

@@ -48,10 +48,11 @@ def named(name: Any) -> type[Task]:
         )
     try:
         found = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module does
+        said = " ".join(str(error).split())
         raise ConfigError(
-            f"task: {shown(name)} cannot be imported ({error}): start where Python finds it, or "
-            "add its folder to PYTHONPATH"
+            f"task: {shown(name)} cannot be imported ({type(error).__name__}: {said}): start where "
+            "Python finds it, or add its folder to PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"task: {shown(name)} is no subclass of jaxaccum.tasks.Task")
