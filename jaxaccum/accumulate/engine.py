@@ -37,6 +37,9 @@ class BaseEngine:
     """A state and an effective batch in, the next state and its log out.
 
     Attributes:
+      forward: the task's, given the recipe's groups.
+      rule, window: the update, and its layout on the geometry.
+      mesh: the devices, axes `AXES`.
       replicated: the sharding of what all devices hold.
       share: samples of every effective batch that this process is to load, if others load the
         rest: (n,) int; None to load all.
@@ -138,6 +141,9 @@ class BaseEngine:
         Returns:
           the next state and a dict of scalars: the loss of the effective batch and its terms,
           the gradient's norm before clipping, samples, ok, step.
+        Raises:
+          ContractError: at the first update, of a forward or a batch that breaks the contract.
+          GeometryError: more samples than the microbatches hold.
         """
         raise NotImplementedError
 
@@ -146,6 +152,9 @@ class BaseEngine:
 
         Args:
           state: shapes of the state. batch: shapes of an effective batch of `nbs` samples.
+        Returns:
+          of scan the update; of multisteps the call that adds a microbatch and the one that closes
+          a window, with coupled terms after the first pass over a microbatch and the coupling.
         """
         raise NotImplementedError
 

@@ -39,7 +39,12 @@ class ScanEngine(BaseEngine):
         return self._program(state)(state, *self.place(batch, steps))
 
     def place(self, batch: PyTree, steps: int | None = None):
-        """The arguments of the jitted update after the state: microbatches and their number."""
+        """The arguments of the jitted update after the state.
+
+        Returns:
+          microbatches on the devices, leaves (steps, microbatch * devices, ...), and how many of
+          them to run, () int32.
+        """
         self._require_room(batch, steps)
         microbatches = self._put(self._split(batch), self.batched)
         return microbatches, np.int32(self.window.steps if steps is None else steps)
