@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,15 @@ import numpy as np
 
 from jaxaccum import config as configs
 from jaxaccum import optim, tasks, user_cache
-from jaxaccum.accumulate import Geometry, GeometryError, Recipe, UpdateRule, Window, grouped
+from jaxaccum.accumulate import (
+    Geometry,
+    GeometryError,
+    Recipe,
+    UpdateRule,
+    Window,
+    grouped,
+    usual_rule,
+)
 from jaxaccum.accumulate.terms import Grouped
 
 
@@ -27,7 +34,7 @@ class Run:
     Attributes:
       config: the config it was made of.
       recipe, window: what is learned, and its layout on the geometry.
-      sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the compat rule.
+      sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the usual rule.
       schedule: hyperparameters of every update.
       task: model, terms, samples and metrics.
       rule: the update.
@@ -100,12 +107,9 @@ def prepare(
     sizes = _sizes(config, devices, samples)
     config = optim.resolve(config, len(names), len(sizes))
     recipe = configs.recipe_of(config, len(sizes), identity | {"classes": len(names)}, devices)
-    compat = configs.is_compat(config)
-    if compat:  # the usual rule: statistics per microbatch, as many samples as K gives
-        frozen = config.bn_group == "frozen"
-        recipe = dataclasses.replace(
-            recipe, nbs=int(sizes.max()), bn_group="frozen" if frozen else config.microbatch
-        )
+    usual = configs.is_compat(config)
+    if usual:
+        recipe = usual_rule.recipe(recipe, sizes, config.microbatch)
     window = Window(
         recipe, Geometry(config.microbatch, devices, config.engine, config.fsdp or devices)
     )
@@ -118,7 +122,7 @@ def prepare(
             f"smaller microbatch than {config.microbatch}, or more devices"
         )
     rule = UpdateRule(
-        dataclasses.replace(task.objective(recipe.nbs, compat), noise=config.log.noise_scale),
+        dataclasses.replace(task.objective(recipe.nbs, usual), noise=config.log.noise_scale),
         optim.make_optimizer(config, schedule, task.untrained),
         clip=config.optimizer.clip,
         statistics_momentum=optim.at(schedule.bn_momentum),
@@ -134,27 +138,11 @@ def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.
         updates = max(-(-round(total) // config.nbs), 1)
         _require_updates(updates, config, samples)
         return np.full(updates, config.nbs)
-    # The usual trainer: K = round(nbs / batch) microbatches, ramped up from 1 over the warm-up.
     batch = config.microbatch * devices
-    ratio, warmup = config.nbs / batch, round(config.lr.warmup_epochs * samples / batch)
-    most = max(round(ratio), 1)  # and after the warm-up, always
-    _require_updates(int(total / (most * batch)), config, samples)
-    sizes, done = [], 0
-    while done < total and done // batch < warmup:
-        k = 1
-        while True:
-            number = done // batch + k - 1
-            wanted = 1 + (ratio - 1) * number / warmup if number < warmup else ratio
-            if k >= round(wanted):
-                break
-            k = round(wanted)  # it only grows with k: none in between is enough
-        sizes.append(k * batch)
-        done += k * batch
-        if len(sizes) > configs.MOST_UPDATES:
-            _require_updates(len(sizes), config, samples)
-    rest = max(-(-(math.ceil(total) - done) // (most * batch)), 0)
-    _require_updates(len(sizes) + rest, config, samples)
-    return np.concatenate([np.asarray(sizes, int), np.full(rest, most * batch)])
+    warmup = round(config.lr.warmup_epochs * samples / batch)
+    return usual_rule.window_sizes(
+        config.nbs, batch, total, warmup, lambda n: _require_updates(n, config, samples)
+    )
 
 
 def _require_updates(updates: int, config: ml_collections.ConfigDict, samples: int) -> None:

@@ -366,7 +366,7 @@ def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=Non
             more, denominators = solid_losses.solid_loss(
                 predictions.solids, assignment, solid_targets, solids.ORIGINAL, 0, metres, True
             )
-            gained, _ = solid_losses.terms(200.0, 0.05, 1.0, compat=True)
+            gained, _ = solid_losses.terms(200.0, 0.05, 1.0, published=True)
             return jnp.stack([
                 t.gain * more[t.name] / jnp.maximum(denominators.get(t.denominator, total), 1)
                 for t in gained

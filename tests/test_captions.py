@@ -141,10 +141,10 @@ def test_captions_are_of_the_file_and_of_the_category_where_it_has_none(tmp_path
     assert plain.report.origins == {"by category": 4}
 
 
-def test_compat_has_digits_and_names_up_to_a_hyphen_or_dot(tmp_path):
+def test_the_published_rule_has_digits_and_names_up_to_a_hyphen_or_dot(tmp_path):
     source = open_clouds(shapenet(tmp_path), "train")
     file = written(tmp_path, f"{CHAIR}_u1,a low chair\n{TABLE}_c,ways\n")
-    captions = Captions.of(source, file, compat=True)
+    captions = Captions.of(source, file, published=True)
     assert captions.texts == (
         "a low chair", f"a 3D object from category {CHAIR}", "ways",
         f"a 3D object from category {TABLE}",

@@ -250,10 +250,10 @@ def test_a_forward_of_three_arguments():
 
 
 def test_what_is_right_is_checked_once(monkeypatch):
-    from jaxaccum.accumulate import engines
+    from jaxaccum.accumulate import engine
 
-    calls, check = [], engines.check
-    monkeypatch.setattr(engines, "check", lambda *a: calls.append(check(*a)))
+    calls, check = [], engine.check
+    monkeypatch.setattr(engine, "check", lambda *a: calls.append(check(*a)))
     params, stats = variables(Ours())
     made = make_engine(forward, make_rule(), Window(Recipe(NBS, GROUP), Geometry(4)))
     state = made.init(params, stats)

@@ -42,12 +42,12 @@ def one_anchor(score=0.4):
     return Assignment(jnp.zeros((1, 1), int), jnp.ones((1, 1), bool), jnp.full((1, 1), score))
 
 
-def best_logits(coding, compat=False, **changes):
+def best_logits(coding, published=False, **changes):
     """The logits (1, 1, 1207) of the smallest loss, found by following its gradient."""
 
     def loss(logits):
         found, _ = losses.solid_loss(
-            logits, one_anchor(), targets(**changes), coding, WIDTH, 0.0, compat
+            logits, one_anchor(), targets(**changes), coding, WIDTH, 0.0, published
         )
         return sum(found.values())
 
@@ -75,7 +75,7 @@ def test_the_optimum_is_the_label(x64):
 
 def test_the_published_optimum_is_off_by_half_a_bin(x64):
     """Section 14.3: unshifted targets decode 0.125 m above the label, at the loss's temperature."""
-    logits = best_logits(ORIGINAL, compat=True)
+    logits = best_logits(ORIGINAL, published=True)
     found = solids.expectation(solids.split(logits)[0])[0, 0]
     np.testing.assert_allclose(found - np.asarray(OBJECT["where"]), 0.125, atol=0.01)
     sharper = solids.decode(logits, ORIGINAL).locations[0, 0]  # and another one at inference
@@ -174,11 +174,11 @@ def test_a_heading_is_what_is_seen():
     assert coding.heading == "seen"
 
 
-def numerators(logits=None, compat=False, assignment=None, coding=None, **changes):
+def numerators(logits=None, published=False, assignment=None, coding=None, **changes):
     logits = jnp.zeros((1, 1, 1207)) if logits is None else logits
     return losses.solid_loss(
         logits, assignment or one_anchor(), targets(**changes), coding or Coding(), WIDTH, 0.1,
-        compat,
+        published,
     )  # fmt: skip
 
 
@@ -187,8 +187,8 @@ def test_uniform_logits_have_a_known_loss(x64):
     assert float(found["x"]) == pytest.approx(0.4 * (np.log(400) + 0.1 * 7.3))
     assert float(found["z"]) == pytest.approx(0.4 * (np.log(400) + 0.1 * (50 - 23.4)))
     assert float(found["size"]) == pytest.approx(0.4 * sum(abs(10 - s) for s in OBJECT["size"]))
-    compat, denominators = numerators(compat=True, coding=ORIGINAL)
-    assert float(compat["x"]) == pytest.approx(np.log(400) + 0.1 * 7.3)  # whatever the score
+    published, denominators = numerators(published=True, coding=ORIGINAL)
+    assert float(published["x"]) == pytest.approx(np.log(400) + 0.1 * 7.3)  # whatever the score
     assert float(denominators["x_positives"]) == 1.0
 
 

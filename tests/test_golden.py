@@ -251,11 +251,11 @@ def solid_targets() -> losses.SolidTargets:
 
 def solid_items(logits, assignment, target_scores):
     """The published loss of boxes in space."""
-    terms, _ = losses.terms(200.0, 0.05, 1.0, compat=True)
+    terms, _ = losses.terms(200.0, 0.05, 1.0, published=True)
 
     def items(metres):
         values, own = losses.solid_loss(
-            logits, assignment, solid_targets(), solids.ORIGINAL, 0, metres, compat=True
+            logits, assignment, solid_targets(), solids.ORIGINAL, 0, metres, published=True
         )
         by = {**own, detection.TARGET_SCORES: target_scores}
         return [t.gain * values[t.name] / jnp.maximum(by[t.denominator], 1) for t in terms]

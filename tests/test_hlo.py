@@ -13,7 +13,7 @@ import toy
 from hlo import collectives, reductions
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum.accumulate import Geometry, Recipe, fsdp, make_engine
+from jaxaccum.accumulate import Geometry, Recipe, fsdp, make_engine, scan
 from jaxaccum.accumulate.recipe import Window
 
 DEVICES = 4
@@ -49,23 +49,19 @@ def test_the_count_sees_a_reduction_in_a_loop():
 def test_parameters_that_are_not_marked_as_varying_are_refused(monkeypatch):
     """Autodiff would reduce them in every microbatch; the batch norm's derivative notices."""
     made, state, batch = engine()
-    plain = type(made)._varying
+    plain = scan.varying
 
-    def unmarked(self, tree, *specs):
-        return tree if isinstance(tree, dict) else plain(self, tree, *specs)
+    def unmarked(tree, *specs):
+        return tree if isinstance(tree, dict) else plain(tree, *specs)
 
-    monkeypatch.setattr(type(made), "_varying", unmarked)
+    monkeypatch.setattr(scan, "varying", unmarked)
     with pytest.raises(ValueError, match="axis types do not match"):
         made.lower(state, *made.place(batch))
 
 
 def test_multisteps_reduces_only_when_it_closes_a_window():
     made, state, batch = engine("multisteps")
-    one = jax.tree.map(lambda a: a[0], made.window.split(batch))
-    accumulator = made._empty(state, one)
-    args = (state, accumulator, one, np.int32(0), np.int32(2))
-    adding = made._add.lower(*args).compile().as_text()
-    closing = made._close.lower(*args).compile().as_text()
+    adding, closing = (p.compile().as_text() for p in made.lowered(state, batch))
     assert " all-reduce(" not in adding
     assert len(re.findall(r" all-reduce(?:-start)?\(", closing)) == 1
 
@@ -74,7 +70,8 @@ def test_the_finite_marks_of_all_sums_meet_once():
     """Not in every operation that asks whether all are finite: those take minutes to compile."""
     made, state, batch = engine("multisteps", devices=1)
     one = jax.tree.map(lambda a: a[0], made.window.split(batch))
-    sums = len(jax.tree.leaves(made._empty(state, one)))
+    sums_of = functools.partial(made.rule.objective.sums, made.forward)
+    sums = len(jax.tree.leaves(jax.eval_shape(sums_of, state.params, state.stats, one)))
     for program in made.lowered(state, batch):
         fusions = re.findall(r" fusion\((.*?)\), kind", program.compile().as_text())
         assert len(fusions) > sums > max(operands.count("%") for operands in fusions)
@@ -111,11 +108,8 @@ def test_a_group_on_two_devices_is_reduced_over_these_two(kind):
         assert [c for c in found if c.looped] == [("all-reduce", True, "{{0,1},{2,3}}")] * 3
         assert [c for c in found if not c.looped] == [("all-reduce", False, "{{0,1,2,3}}")]
         return
-    one = jax.tree.map(lambda a: a[0], made.window.split(batch))
-    arguments = (state, made._empty(state, one), one, np.int32(0), np.int32(2))
-    adding = collectives(made._add.lower(*arguments).compile().as_text())
+    adding, closing = (collectives(p.compile().as_text()) for p in made.lowered(state, batch))
     assert adding == [("all-reduce", False, "{{0,1},{2,3}}")] * 3
-    closing = collectives(made._close.lower(*arguments).compile().as_text())
     assert closing == sorted([*adding, ("all-reduce", False, "{{0,1,2,3}}")])
 
 

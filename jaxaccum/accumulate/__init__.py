@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.checks import ContractError, grouped
 from jaxaccum.accumulate.coupled import Coupled
-from jaxaccum.accumulate.engines import make_engine
 from jaxaccum.accumulate.equivalence import verify
+from jaxaccum.accumulate.make import make_engine
 from jaxaccum.accumulate.randomness import sample_keys
 from jaxaccum.accumulate.recipe import Geometry, GeometryError, Recipe, Window
 from jaxaccum.accumulate.terms import Objective, Output, Sums, Term

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxaccum.accumulate.engines import make_engine
+from jaxaccum.accumulate.make import make_engine
 from jaxaccum.accumulate.recipe import Geometry, Recipe, Window
 from jaxaccum.accumulate.terms import Forward
 from jaxaccum.accumulate.update import UpdateRule

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.accumulate import noise
+from jaxaccum.accumulate import noise, usual_rule
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
@@ -97,8 +97,7 @@ class Objective:
       floors: denominator name -> smallest value to divide by, applied once per update.
       scale: the gradient is that of `scale * loss`; the log shows the loss itself. The YOLO
         recipes use the effective batch here, so that clipping acts on a sum over images.
-      compat: the rule of the usual trainers instead: every microbatch divides by its own
-        denominator and counts with its number of samples. Kept for comparison only.
+      compat: the usual trainers' rule instead, kept for comparison only (accumulate.usual_rule).
       coupled: terms that couple the samples of the effective batch.
       noise: whether to estimate the gradient noise scale.
     """
@@ -114,10 +113,7 @@ class Objective:
         missing = {t.denominator for t in self.terms} - set(self.floors)
         if missing:
             raise ValueError(f"no floor given for the denominators {sorted(missing)}")
-        if self.noise and self.compat:
-            raise ValueError("the noise scale is estimated of the exact rule, not of compat's")
-        if self.coupled and self.compat:
-            raise ValueError("compat knows no coupled terms: the usual rule cannot compute them")
+        usual_rule.check_objective(self)
 
     def divisor(self, name: str, denominators: Mapping[str, jax.Array]) -> jax.Array:
         """The denominator `name`, floored."""
@@ -174,8 +170,7 @@ class Objective:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
-        sums = self._with_products(_sums(gradients, out, batch))
-        return self._normalised(sums) if self.compat else sums
+        return usual_rule.normalised(self, self._with_products(_sums(gradients, out, batch)))
 
     def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
         """Sums whose gradient is that of `scale * loss`, coupled terms included, in one pass."""
@@ -212,9 +207,9 @@ class Objective:
         """What the accumulated gradients are multiplied by at the update."""
         if isinstance(sums.coupling, Coupling):
             return {"loss": 1.0}
-        if self.compat:
-            return dict.fromkeys(self.floors, 1.0)
-        return {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+        return usual_rule.factors(self) or {
+            n: self.scale / self.divisor(n, sums.denominators) for n in self.floors
+        }
 
     def noise_of(self, sums: Sums, norm: jax.Array) -> dict[str, jax.Array]:
         """The window's estimates for the noise scale, or {}; `norm` of its gradient."""
@@ -225,11 +220,10 @@ class Objective:
     def log(self, sums: Sums) -> dict[str, jax.Array]:
         """The loss of the effective batch, its terms, gains included, as "loss/NAME", and what
         coupled terms watch as "metrics/NAME"."""
+        over = usual_rule.logged_over(self, sums)
 
         def divisor(term):
-            if self.compat:  # numerators are divided already and weighted by samples
-                return sums.samples
-            return self.divisor(term.denominator, sums.denominators)
+            return self.divisor(term.denominator, sums.denominators) if over is None else over
 
         values = {
             f"loss/{t.name}": t.gain * sums.numerators[t.name] / divisor(t) for t in self.terms
@@ -242,17 +236,6 @@ class Objective:
 
     def _sharing(self, denominator: str) -> list[Term]:
         return [t for t in self.terms if t.denominator == denominator]
-
-    def _normalised(self, sums: Sums) -> Sums:
-        """The compat rule: this microbatch's b * loss, divided by its own denominators."""
-        by = {n: sums.samples / self.divisor(n, sums.denominators) for n in self.floors}
-        return sums._replace(
-            gradients={
-                n: jax.tree.map(lambda g, n=n: g * by[n], tree)
-                for n, tree in sums.gradients.items()
-            },
-            numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms},
-        )
 
 
 def _sums(gradients: Mapping[str, PyTree], out: Output, batch: PyTree) -> Sums:

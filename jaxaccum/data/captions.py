@@ -125,7 +125,7 @@ class Captions:
 
     @classmethod
     def of(
-        cls, source: Named, file: str | os.PathLike[str] | None = None, compat: bool = False
+        cls, source: Named, file: str | os.PathLike[str] | None = None, published: bool = False
     ) -> Captions:
         """The captions of a source.
 
@@ -136,7 +136,7 @@ class Captions:
           source: the samples.
           file: rows of a key and a caption, see `read_captions`. The key is CATEGORY_NAME, of
             embedded shapes their name.
-          compat: as the text-conditioned PoinTr does it: the category's digits for its name, and
+          published: as the text-conditioned PoinTr does it: the category's digits for its name, and
             of names of shapes what is before the first hyphen or dot.
 
         Raises:
@@ -152,7 +152,7 @@ class Captions:
         for index in range(len(source)):
             shape = views.shape(index) if views else source.name(index)
             if shape not in found:
-                key = _key(shape, compat)
+                key = _key(shape, published)
                 own = views.description(index) if views else None
                 why = "" if not file else ", the file's is empty" if key in rows else ", no row"
                 if rows.get(key):
@@ -160,12 +160,12 @@ class Captions:
                 elif own:
                     found[shape] = own, f"by the data set{why}"
                 else:
-                    found[shape] = _template(source, index, shape, compat), f"by category{why}"
+                    found[shape] = _template(source, index, shape, published), f"by category{why}"
             caption, origin = found[shape]
             report.origins[origin] = report.origins.get(origin, 0) + 1
             ids[index] = numbers.setdefault(caption, len(numbers))
         if file and _FROM_FILE not in report.origins:
-            wanted = ", as in " + shown(_key(next(iter(found)), compat)) if found else ""
+            wanted = ", as in " + shown(_key(next(iter(found)), published)) if found else ""
             keys = ", ".join(map(shown, itertools.islice(rows, 3))) or "nothing"
             raise DataError(
                 f"{shown_path(Path(file))}: no caption for any shape of {where}. Expected "
@@ -207,19 +207,19 @@ class Texts:
         captions_file: str | os.PathLike[str] | None,
         encoder: TextEncoder,
         cache_dir: str | os.PathLike[str] | None,
-        compat: bool = False,
+        published: bool = False,
     ) -> Texts:
         """The captions of a source and their vectors.
 
         Args:
-          source, captions_file, compat: as of `Captions.of`.
+          source, captions_file, published: as of `Captions.of`.
           encoder, cache_dir: as of `cached_vectors`.
 
         Raises:
           DataError: the captions cannot be used.
           ImportError, ValueError: the encoder cannot be used.
         """
-        captions = Captions.of(source, captions_file, compat)
+        captions = Captions.of(source, captions_file, published)
         lines = [*captions.report.lines(), f"  {encoder.describe()}"]
         notes = list[str]()
         vectors = cached_vectors(encoder, captions.texts, cache_dir, notes.append)
@@ -357,15 +357,15 @@ def _write_cache(file: Path, encoder: TextEncoder, known: dict[bytes, Vectors]) 
     user_cache.write(file, content.getbuffer())
 
 
-def _key(shape: str, compat: bool) -> str:
+def _key(shape: str, published: bool) -> str:
     """The key of a shape in a file of captions."""
     category, slash, name = shape.partition("/")
-    return f"{category}{'_' if slash else ''}{re.split('[-.]', name)[0] if compat else name}"
+    return f"{category}{'_' if slash else ''}{re.split('[-.]', name)[0] if published else name}"
 
 
-def _template(source: Named, index: int, shape: str, compat: bool) -> str:
+def _template(source: Named, index: int, shape: str, published: bool) -> str:
     category = source.names[source.category(index)]
-    if compat and "/" in shape:
+    if published and "/" in shape:
         category = shape.partition("/")[0]
     return f"a 3D object from category {category}"
 

@@ -73,7 +73,7 @@ def augmented3d(
     augment: Augment3D,
     rng: np.random.Generator,
     *,
-    compat: bool = False,
+    mirror_world: bool = True,
 ) -> Sample3D:
     """Letterboxes and augments an image: affine, HSV, flip, in this order.
 
@@ -84,7 +84,7 @@ def augmented3d(
       size: (height, width) of the result.
       augment: the hyperparameters.
       rng: the only source of randomness.
-      compat: as `TrainStream3D` takes it.
+      mirror_world: of a flip, as `mirrored` takes it.
 
     Returns:
       A sample of `size`. An object whose 2D box is too small or too cropped is left out whole.
@@ -105,15 +105,15 @@ def augmented3d(
     sample = Sample3D(pixels, chosen(objects, kept, after), warp @ camera)
     sample = sample._replace(image=hsv(pixels, augment.of_images(), rng))
     if rng.random() < augment.fliplr:
-        sample = mirrored(sample, compat=compat)
+        sample = mirrored(sample, mirror_world=mirror_world)
     return sample
 
 
-def mirrored(sample: Sample3D, *, compat: bool = False) -> Sample3D:
+def mirrored(sample: Sample3D, *, mirror_world: bool = True) -> Sample3D:
     """Mirrors a sample left to right: image, 2D boxes, the world (x, yaw), and the camera.
 
     With the mirror of the image M and of the world F, both their own inverse, the camera M P F
-    shows F X where P shows X, mirrored. With `compat` the world stays, and the camera is M P.
+    shows F X where P shows X, mirrored. Without `mirror_world` it stays, and the camera is M P.
     """
     image, objects, camera = sample
     width = image.shape[1]
@@ -126,7 +126,7 @@ def mirrored(sample: Sample3D, *, compat: bool = False) -> Sample3D:
     )  # fmt: skip
     camera = np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]], np.float64) @ camera
     flipped = np.asarray(cv2.flip(image, 1), np.uint8)
-    if compat:
+    if not mirror_world:
         return Sample3D(flipped, replace(objects, boxes=boxes), camera)
     world = replace(
         objects,
@@ -238,7 +238,7 @@ class TrainStream3D(SampleStream):
         self._size = size
         self._rows = max_objects
         self._augment = augment
-        self._compat = compat
+        self._mirror_world = not compat
         self._images = _FittedImages(source, size, cache_bytes if cache == "ram" else 0)
 
     def _empty(self, count: int) -> Batch:
@@ -251,7 +251,7 @@ class TrainStream3D(SampleStream):
         camera = self._source.camera(place.index) * np.array([[*ratio, 1.0]]).T
         sample = augmented3d(
             image, replace(objects, boxes=objects.boxes * np.tile(ratio, 2)), camera,
-            self._size, self._augment, rng, compat=self._compat,
+            self._size, self._augment, rng, mirror_world=self._mirror_world,
         )  # fmt: skip
         return _write(batch, row, sample)
 

@@ -40,16 +40,16 @@ class SolidTargets(NamedTuple):
 
 
 def terms(
-    location: float, size: float, heading: float, compat: bool = False
+    location: float, size: float, heading: float, published: bool = False
 ) -> tuple[tuple[Term, ...], Mapping[str, float]]:
-    """The terms with their gains, and floors of the denominators that only `compat` has."""
-    by = {axis: f"{axis}_positives" if compat else TARGET_SCORES for axis in AXES}
+    """The terms with their gains, and floors of denominators that only the published loss has."""
+    by = {axis: f"{axis}_positives" if published else TARGET_SCORES for axis in AXES}
     each = (
         *(Term(axis, location, by[axis]) for axis in AXES),
         Term("size", size, TARGET_SCORES),
         Term("heading", heading, TARGET_SCORES),
     )
-    return each, {by[axis]: 1.0 for axis in AXES} if compat else {}
+    return each, {by[axis]: 1.0 for axis in AXES} if published else {}
 
 
 def solid_loss(
@@ -59,7 +59,7 @@ def solid_loss(
     coding: Coding,
     width: int,
     metres: float,
-    compat: bool = False,
+    published: bool = False,
 ):
     """Numerators, and denominators beyond those of the 2D loss.
 
@@ -69,18 +69,18 @@ def solid_loss(
       targets: the labelled objects.
       coding: what the logits mean. width: of the input in pixels.
       metres: of the distance in metres, beside the cross entropy.
-      compat: as YOLOv12-3D has it: every positive counts as one, an axis is a mean over positives
-        and then divided by the target scores as well, bins are not shifted by half of one, and
-        the softmax has temperature 1 here.
+      published: as YOLOv12-3D has it: every positive counts as one, an axis is a mean over
+        positives and then divided by the target scores as well, bins are not shifted by half of
+        one, and the softmax has temperature 1 here.
     Returns:
-      ({"x", "y", "z", "size", "heading"}, {}), or with compat ({...}, {"x_positives", ...}).
+      ({"x", "y", "z", "size", "heading"}, {}), or as published ({...}, {"x_positives", ...}).
     """
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     bins, size_logits, heading_logits = solids.split(logits.astype(dtype))
-    if not compat:
+    if not published:
         bins = bins / coding.temperature
     real = targets.weight.astype(dtype)[:, None]
-    weight = real * (assignment.foreground if compat else assignment.score)
+    weight = real * (assignment.foreground if published else assignment.score)
 
     def own(values):
         index = assignment.object[(...,) + (None,) * (values.ndim - 2)]
@@ -95,12 +95,12 @@ def solid_loss(
 
     offset = where - jnp.asarray(solids.LOWEST, dtype)
     reach = solids.WIDTH * BINS
-    if compat:
+    if published:
         limits = jnp.asarray([100.0, 100.0, 200.0], dtype)
         within = (jnp.abs(where) < limits) & (where > jnp.asarray([-100.0, -100.0, 0.0], dtype))
     else:
         within = (offset > 0) & (offset < reach) & labelled[..., None]
-    entropy = bin_entropy(bins, offset / solids.WIDTH - (0.0 if compat else 0.5))
+    entropy = bin_entropy(bins, offset / solids.WIDTH - (0.0 if published else 0.5))
     distance = jnp.abs(solids.expectation(bins) - where)
     counted = weight[..., None] * within
     axes = jnp.sum(jnp.where(within, counted * (entropy + metres * distance), 0), axis=(0, 1))
@@ -108,13 +108,13 @@ def solid_loss(
     size_error = jnp.sum(jnp.abs(coding.largest * jax.nn.sigmoid(size_logits) - size), axis=-1)
     turned = solids.directions(heading_logits, coding)
     heading_error = jnp.sum(smooth_l1(turned - solids.directions_of(heading, coding)), axis=-1)
-    known = weight if compat else weight * labelled
+    known = weight if published else weight * labelled
     numerators = {
         **{axis: axes[i] for i, axis in enumerate(AXES)},
         "size": jnp.sum(jnp.where(labelled, weight * size_error, 0)),
         "heading": jnp.sum(known * heading_error),
     }
-    if not compat:
+    if not published:
         return numerators, {}
     scores = jnp.maximum(jnp.sum(assignment.score * real), 1)
     positives = jnp.sum(counted, axis=(0, 1)) * scores

@@ -3,6 +3,7 @@ table of AdaPoinTr on smaller and smaller microbatches."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -169,9 +170,10 @@ def state(context: Context, part: str) -> Found:
         # Parameters, two moments, the average; running statistics twice.
         floor = (4 * unit + 2 * runs.bytes_of(held.stats)) / unit
         if engine == "multisteps":  # and the accumulator, with the moments of batch norm
-            engine_ = runs.engine_of(this)
             one = this.task.example(microbatch)
-            floor += runs.bytes_of(engine_._shapes(held, one, None)) / unit
+            sums_of = functools.partial(this.rule.objective.sums, this.forward)
+            sums = jax.eval_shape(sums_of, held.params, held.stats, one)
+            floor += runs.bytes_of(sums) / unit
         closing = _programs(this)[-1]
         batch = _batch_on_device(this)
         argument = (closing.argument_size_in_bytes - batch) / unit
