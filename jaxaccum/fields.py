@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -165,7 +165,8 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
     Raises:
       ConfigError: names the field, what it holds and what it may hold.
     """
-    _validate_types(c, own.defaults(), "")
+    ranges = {**RANGES, **own.ranges}
+    _validate_types(c, own.defaults(), "", ranges)
     words = {
         "dtype": tuple(DTYPES),
         "engine": ("scan", "multisteps"),
@@ -180,7 +181,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
     for field, allowed in words.items():
         if has(c, field) and get(c, field) not in allowed:
             raise ConfigError(f"{field} is one of {', '.join(allowed)}; got {get(c, field)!r}")
-    for field, (low, high) in {**RANGES, **own.ranges}.items():
+    for field, (low, high) in ranges.items():
         if has(c, field) and not low <= (value := get(c, field)) <= high:
             limits = f"in {low:g} to {high:g}"
             if high >= 1e4 and value < low:
@@ -248,9 +249,12 @@ def _is_batch(value: Any) -> bool:
 
 
 def _validate_types(
-    c: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, prefix: str
+    c: ml_collections.ConfigDict,
+    defaults: ml_collections.ConfigDict,
+    prefix: str,
+    ranged: Container[str],
 ) -> None:
-    """Every field is there, and of the type that its default has."""
+    """Every field is there, of the type that its default has, and finite or `ranged`."""
     kinds: dict[type, tuple[Any, str]] = {
         bool: (bool, "true or false"), int: (numbers.Integral, "a whole number"),
         float: (numbers.Real, "a number"), str: (str, "a text"),
@@ -266,12 +270,12 @@ def _validate_types(
         kind, words = kinds[type(default)]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{field} is {words}; got {shown(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and field not in ranged:
             raise ConfigError(f"{field} is a finite number; got {value}")
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{field} holds a NUL: {shown(value)}")
         if isinstance(default, ml_collections.ConfigDict):
-            _validate_types(value, default, f"{field}.")
+            _validate_types(value, default, f"{field}.", ranged)
 
 
 def is_compat(c: ml_collections.ConfigDict) -> bool:

@@ -18,9 +18,10 @@ from jaxaccum.errors import TrainingError
 def require_law(config: ml_collections.ConfigDict, peers: Peers) -> Verdict:
     """Computes the first effective batch of a run twice, and refuses a run that breaks the law.
 
-    One geometry is the run's own with half its microbatch, as float64 takes twice the memory; the
-    other has the smallest microbatch that there is, one device and the other engine. The weights
-    are new ones, whatever `init_from` says. Costs two compilations and four updates, about.
+    One geometry is the run's own with half its microbatch, as float64 takes twice the memory, but
+    two batch-norm groups at least; the other has the smallest microbatch that there is, one device
+    and the other engine. The weights are new ones, whatever `init_from` says. Costs two
+    compilations and four updates, about.
 
     Args:
       config: of the run.
@@ -56,8 +57,7 @@ def require_law(config: ml_collections.ConfigDict, peers: Peers) -> Verdict:
 
 
 def _half(config: ml_collections.ConfigDict) -> int:
-    """Half the microbatch in whole groups; one group if it is planned later."""
+    """Half the microbatch in whole groups, but two groups, where the effective batch has two."""
     group = {"all": config.nbs, "frozen": 1}.get(config.bn_group, config.bn_group)
-    if config.microbatch == "auto":
-        return group
-    return max(config.microbatch // 2 // group, 1) * group
+    groups = 2 if config.microbatch == "auto" else max(config.microbatch // 2 // group, 2)
+    return min(groups, -(-config.nbs // group)) * group

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,12 @@ import tiny  # noqa: F401 registers the model "tiny-t"
 from jaxaccum import run
 
 run.use_compilation_cache()
+
+# A shell starts what it puts in the background without them, and what tests start inherits that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for ended in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(ended, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)

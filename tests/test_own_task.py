@@ -228,6 +228,8 @@ def test_its_fields_are_checked():
     config = config_for("", **{"loss.smoothing": 2.0})
     with pytest.raises(configs.ConfigError, match=r"loss\.smoothing is in 0 to 1; got 2\.0"):
         configs.validate(config)
+    with pytest.raises(configs.ConfigError, match=r"loss\.smoothing is in 0 to 1; got nan"):
+        configs.validate(config_for("", **{"loss.smoothing": float("nan")}))
     with pytest.raises(configs.ConfigError, match="did you mean plain-8"):
         configs.validate(config_for("", model="plain8"))
 
