@@ -8,13 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxaccum import run, tasks
-from jaxaccum.accumulate import Recipe
+from jaxaccum.accumulate import Recipe, State
+from jaxaccum.cadence import Cadence
 from jaxaccum.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.data import check
 from jaxaccum.data.texts import shown_path
+from jaxaccum.distributed import Peers
 from jaxaccum.divergence import Divergence
+from jaxaccum.logs import MetricsFile
 
 NO_OBJECTS = "no objects in the validation set, so there is nothing to measure by"
 
@@ -37,6 +41,41 @@ def require_same_recipe(meta: dict[str, Any], recipe: Recipe, workdir: Path) -> 
             "back, or continue all the same with --accept_other_recipe (its curve will be "
             "neither's)."
         )
+
+
+def restored(
+    checkpoints: Checkpoints,
+    state: State,
+    engine: Any,
+    recipe: Recipe | None,
+    workdir: Path,
+    alone: bool,
+) -> tuple[State, dict[str, Any]]:
+    """The newest state that can be read, and its meta.
+
+    Args:
+      state: one of the same shapes.
+      engine: says where it will lie on the devices.
+      recipe: that it must be of; None for any.
+      workdir: as the user named it.
+      alone: whether no other process takes part; if one does, all get the state from this one.
+    Raises:
+      CheckpointError: none can be read, or it is of another recipe or model.
+    """
+
+    def check(meta: dict[str, Any]) -> None:
+        if recipe is not None:
+            require_same_recipe(meta, recipe, workdir)
+
+    place = engine.shardings(state)
+    if not alone:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        place = jax.tree.map(lambda _: one, place)
+    template = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        state, place,
+    )  # fmt: skip
+    return checkpoints.restore(template, check)
 
 
 def finished(
@@ -69,6 +108,26 @@ def finished(
     if str(divergence := Divergence(meta.get("divergence"))):
         print(divergence)
     return best
+
+
+def rewound(
+    start: int, file: MetricsFile, checkpoints: Checkpoints, cadence: Cadence, peers: Peers
+) -> tuple[bool, dict[str, Any]]:
+    """Forgets what came after the update that the run goes on from; all processes call.
+
+    Returns:
+      Whether the evaluation of that update has to be made up for, and what the best one gave.
+    Raises:
+      WorkdirError: metrics.jsonl cannot be read or written.
+    """
+    owed, best = False, {}
+    if peers.first:
+        file.rewind(start)
+        owed = cadence.owes(start)
+        # If a better one came after this checkpoint, nothing is left; it will come again.
+        best = checkpoints.rewind(start - 1 if owed else start)
+    owed, best = peers.from_first("owed", [owed, best])
+    return owed, best
 
 
 def best_of(this: run.Run, best: dict[str, Any], workdir: Path) -> str:
