@@ -17,8 +17,9 @@ import yaml
 from test_clouds_sources import cloud, shapenet, write_pcd
 
 from jaxaccum import data, pack, run, tasks, train
-from jaxaccum.data import DataError, scenes, shapes, streets
+from jaxaccum.data import DataError, shapes
 from jaxaccum.data.captions import Captions
+from jaxaccum.data.synthetic import scenes, streets
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("scenes", "yolo", "streets", "kitti", "shapes", "shapenet", "pcn")
