@@ -28,7 +28,7 @@ from jaxaccum import data, tasks
 from jaxaccum.data import packed
 from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
 from jaxaccum.data.images import FileSource, read_header
-from jaxaccum.data.shapes import Shapes
+from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.data.tfds import TfdsSource
 
 SAMPLES_PER_SHARD = 512  # if nobody says how many shards

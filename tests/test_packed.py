@@ -17,9 +17,9 @@ import yaml
 from test_clouds_sources import cloud, shapenet, write_pcd
 
 from jaxaccum import data, pack, run, tasks, train
-from jaxaccum.data import DataError, shapes
+from jaxaccum.data import DataError
 from jaxaccum.data.captions import Captions
-from jaxaccum.data.synthetic import scenes, streets
+from jaxaccum.data.synthetic import scenes, shapes, streets
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("scenes", "yolo", "streets", "kitti", "shapes", "shapenet", "pcn")
