@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,23 +15,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxaccum.checkpoint_files import DAMAGE, Unreadable, verify, write_list
 from jaxaccum.data.texts import shown_path
 from jaxaccum.errors import UserError
 from jaxaccum.workdir import plain_name, why_not_written
 
 PyTree = Any
 
-_LIST = "files.json"  # beside a checkpoint's own files: its update, the size and CRC-32 of each
-# What damaged files make the checkpoint library raise.
-_DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
-
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or used; the message says why and what to do."""
-
-
-class _Unreadable(Exception):
-    """Files of a checkpoint are missing or damaged; the message says which."""
 
 
 class Checkpoints:
@@ -137,7 +128,7 @@ class Checkpoints:
         for step in sorted(self._last.all_steps(), reverse=True):
             try:
                 tree, meta = self._restore("last", step, template, check)
-            except _Unreadable as error:
+            except Unreadable as error:
                 broken[step] = str(error)
                 continue
             for number, why in broken.items():
@@ -162,7 +153,7 @@ class Checkpoints:
             raise CheckpointError(f"no best weights in {self._name}: train there first")
         try:
             return self._restore("best", self.best, template)
-        except _Unreadable as error:
+        except Unreadable as error:
             raise self._lost_best(error) from error
 
     def restore_weights(self, template: PyTree) -> tuple[PyTree, dict[str, Any], int]:
@@ -183,7 +174,7 @@ class Checkpoints:
                     step, args=ocp.args.Composite(tree=ocp.args.StandardRestore())
                 )["tree"]
                 weights = state.get("ema") or {k: state[k] for k in ("params", "stats")}
-            except (_Unreadable, FileNotFoundError, KeyError, ValueError) as error:
+            except (Unreadable, FileNotFoundError, KeyError, ValueError) as error:
                 why = f"that of update {step} cannot be read: {self._first_line(error)}"
                 continue
             if _shapes(weights) != _shapes(template):
@@ -206,7 +197,7 @@ class Checkpoints:
         try:
             self._verify("best", self.best)
             return self._metrics(self.best)
-        except _Unreadable as error:
+        except Unreadable as error:
             self._put_aside("best", self.best, str(error), "the next evaluation counts as the best")
             return {}
 
@@ -214,7 +205,7 @@ class Checkpoints:
         """Whether all files of a state are as they were written."""
         try:
             return self._verify("last", step)
-        except _Unreadable:
+        except Unreadable:
             return False
 
     def meta(self, best: bool = False) -> dict[str, Any]:
@@ -229,7 +220,7 @@ class Checkpoints:
         try:
             self._verify(name, step, only="meta")
             return self._meta(name, step)
-        except _Unreadable as error:
+        except Unreadable as error:
             if best:
                 raise self._lost_best(error) from error
             raise CheckpointError(
@@ -264,11 +255,11 @@ class Checkpoints:
         folder = self._there / name
         try:
             if step not in ocp.utils.checkpoint_steps(folder):
-                raise _Unreadable("it is not listed")
+                raise Unreadable("it is not listed")
             self._verify(name, step, sizes_only=True)
             if _saved_shapes(folder / str(step) / "tree") != shapes:
-                raise _Unreadable("its arrays are not those that were saved")
-        except (_Unreadable, *_DAMAGE) as error:
+                raise Unreadable("its arrays are not those that were saved")
+        except (Unreadable, *DAMAGE) as error:
             raise CheckpointError(
                 f"the checkpoint of update {step} was saved in {self._name}, but cannot be found "
                 f"again as it was ({self._first_line(error)}): another program changes the folder, "
@@ -306,50 +297,19 @@ class Checkpoints:
     def _list_files(self, name: str) -> None:
         """Writes down what a checkpoint consists of, just before it appears under its name."""
         step, _ = self._in_flight[name]
-        folder = self.workdir / name / f"{step}.orbax-checkpoint-tmp"
-        paths = [p for item in ("meta", "tree") for p in (folder / item).rglob("*") if p.is_file()]
-        files = {str(path.relative_to(folder)): _measure(path) for path in sorted(paths)}
-        (folder / _LIST).write_text(json.dumps({"update": step} | files))
+        write_list(self.workdir / name / f"{step}.orbax-checkpoint-tmp", step)
 
     def _verify(self, name: str, step: int, only: str = "", sizes_only: bool = False) -> bool:
-        """Compares a checkpoint's files with their list; False if it is too old to have one.
+        """As `checkpoint_files.verify`.
 
-        Args:
-          only: the part whose files are looked at, all by default.
-          sizes_only: do not read them.
         Raises:
-          _Unreadable: a file is not as it was written.
+          Unreadable: a file is not as it was written.
           CheckpointError: one cannot be read, though it may be whole.
         """
-        folder = self.workdir / name / str(step)
         try:
-            listed = json.loads((folder / _LIST).read_bytes())
-            update = listed.pop("update", step)
-            listed = {file: (size, crc) for file, (size, crc) in listed.items()}
-        except FileNotFoundError:
-            return False
-        except PermissionError as error:
+            return verify(self.workdir / name / str(step), step, only, sizes_only)
+        except OSError as error:
             raise self._denied(error) from error
-        except _DAMAGE as error:
-            raise _Unreadable(f"{_LIST} is damaged") from error
-        if update != step:
-            raise _Unreadable(f"it is a copy of that of update {update}")
-        for file, (size, crc) in listed.items():
-            if not file.startswith(only):
-                continue
-            try:
-                found = [(folder / file).stat().st_size, crc]
-                if found[0] == size and not sizes_only:
-                    found = _measure(folder / file)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                raise _Unreadable(f"{file} is missing") from error
-            except OSError as error:  # no reason to go on without it
-                raise self._denied(error) from error
-            if found[0] != size:
-                raise _Unreadable(f"{file} has {found[0]} bytes of {size}")
-            if found[1] != crc:
-                raise _Unreadable(f"{file} does not hold what was written")
-        return True
 
     def _denied(self, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -361,16 +321,16 @@ class Checkpoints:
         only = ocp.args.Composite(meta=ocp.args.JsonRestore())
         try:
             meta = self._manager(name).restore(step, args=only)["meta"]
-        except _DAMAGE as error:
-            raise _Unreadable(f"meta: {self._first_line(error)}") from error
+        except DAMAGE as error:
+            raise Unreadable(f"meta: {self._first_line(error)}") from error
         if not isinstance(meta, dict):
-            raise _Unreadable("meta: not a dict")
+            raise Unreadable("meta: not a dict")
         return meta
 
     def _metrics(self, step: int) -> dict[str, Any]:
         metrics = self._meta("best", step).get("metrics")
         if not isinstance(metrics, dict):
-            raise _Unreadable("meta: no metrics")
+            raise Unreadable("meta: no metrics")
         return metrics
 
     def _restore(
@@ -385,8 +345,8 @@ class Checkpoints:
         check(meta)
         try:
             theirs = _saved_shapes(self._there / name / str(step) / "tree")
-        except _DAMAGE as error:
-            raise _Unreadable(f"tree: {self._first_line(error)}") from error
+        except DAMAGE as error:
+            raise Unreadable(f"tree: {self._first_line(error)}") from error
         ours = _shapes(template)
         differing = sorted(
             key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
@@ -405,13 +365,13 @@ class Checkpoints:
             tree = self._manager(name).restore(
                 step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(template))
             )["tree"]
-        except _DAMAGE as error:
+        except DAMAGE as error:
             if verified or "PERMISSION_DENIED" in str(error):
                 raise CheckpointError(
                     f"cannot read the checkpoint of update {step} in {self._name}: "
                     f"{self._first_line(error)}"
                 ) from error
-            raise _Unreadable(f"tree: {self._first_line(error)}") from error
+            raise Unreadable(f"tree: {self._first_line(error)}") from error
         return tree, meta
 
     def _put_aside(self, name: str, step: int, why: str, instead: str) -> None:
@@ -488,15 +448,6 @@ def newest_complete(workdir: Path) -> int | None:
         return None
     names = (p.name for p in found if re.fullmatch(r"0|[1-9]\d{0,17}", p.name, re.A) and p.is_dir())
     return max(map(int, names), default=None)
-
-
-def _measure(path: Path) -> list[int]:
-    """[bytes, CRC-32] of a file."""
-    size, crc = 0, 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return [size, crc]
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

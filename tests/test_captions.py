@@ -10,7 +10,7 @@ import pytest
 from jaxaccum.data import CloudStream, DataError, Shapes, cloud_batches, open_clouds
 from jaxaccum.data.captions import Captions, Texts, cached_vectors, read_captions
 from jaxaccum.data.clouds import CloudReport
-from jaxaccum.data.shapes import SEEN, UNSEEN
+from jaxaccum.data.synthetic.shapes import SEEN, UNSEEN
 from jaxaccum.models.text import HashedText
 
 CHAIR, TABLE = "03001627", "04379243"

@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import CloudStream, DataError, Shapes, cloud_batches, open_clouds, write_cloud
-from jaxaccum.data import shapes as shapes_module
 from jaxaccum.data.cloud_ops import CORNERS, fixed_crop, random_crop, subsampled
 from jaxaccum.data.cloud_sources import SYNSETS, CroppedClouds
-from jaxaccum.data.shapes import SEEN, UNSEEN, box, cushion, loft, surface_points, turned, wheel
+from jaxaccum.data.synthetic.shape_parts import (
+    box,
+    cushion,
+    loft,
+    surface_points,
+    tube,
+    turned,
+    wheel,
+)
+from jaxaccum.data.synthetic.shapes import SEEN, UNSEEN
 
 SHARED = Path(os.environ.get("JAXACCUM_SHARED") or Path(__file__).parents[1] / "../shared")
 REAL = SHARED / "data" / "completion"
@@ -474,7 +482,7 @@ def test_parts_have_the_surface_they_should():
     assert area(cylinder) == pytest.approx(2 * np.pi * 2 * (2 + 5), rel=1e-3)
     open_one = turned([(2, 0), (2, 5)], sides=400, closed=False)
     assert area(open_one) == pytest.approx(2 * np.pi * 2 * 5, rel=1e-3)
-    assert area(shapes_module.tube([(0, 0, 0), (0, 0, 3), (0, 0, 7)], 0.5, 300)) == pytest.approx(
+    assert area(tube([(0, 0, 0), (0, 0, 3), (0, 0, 7)], 0.5, 300)) == pytest.approx(
         2 * np.pi * 0.5 * (0.5 + 7), rel=1e-3
     )
     assert area(wheel(1, 1e-6)) == pytest.approx(2 * np.pi, rel=0.03)

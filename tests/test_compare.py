@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxaccum import compare, compare_plots, compare_report
+from jaxaccum.comparing import comparison, planning, plots, report, runs, subjects
 from jaxaccum.config import ConfigError
 from jaxaccum.errors import TrainingError
 
@@ -63,9 +63,9 @@ def fake_plan(arguments, log):
 
 def start(config: Path, out: Path):
     """The comparison of the tests, to be called here or in a process to kill."""
-    compare.ask_plan = fake_plan
+    planning.ask_plan = fake_plan
     specs = [f"{config}:tiny-t", f"{config}@model=tiny-slim-t"]
-    return compare.compare(
+    return comparison.compare(
         specs, out, settings=["epochs=0.01"], memory="1GiB", check_updates=UPDATES,
         command=[f"--configs={','.join(specs)}", f"--out={out}"],
     )  # fmt: skip
@@ -102,7 +102,7 @@ def killed_and_done(config_file, tmp_path_factory):
     before = untouched(out)
     assert not (out / "report.md").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "ask_plan", None)  # `start` replaces it; put back afterwards
+        patch.setattr(planning, "ask_plan", None)  # `start` replaces it; put back afterwards
         return out, start(config_file, out), before
 
 
@@ -187,15 +187,15 @@ def test_several_seeds_have_a_spread(killed_and_done, tmp_path):
     results = copy.deepcopy(results)
     results["seeds"] = [0, 1]
     for phase in results["phases"]:
-        for name, runs in phase.items():
-            phase[name] = runs + copy.deepcopy(runs)
+        for name, each in phase.items():
+            phase[name] = each + copy.deepcopy(each)
             for seed, found in enumerate(phase[name]):
                 found["best"]["map50_95"] = 0.4 + 0.02 * seed
                 found["curve"] = [[e, v + 0.02 * seed] for e, v in found["curve"]]
-    text = compare_report.report(results)
+    text = report.report(results)
     assert "0.4100 ± 0.0141" in text and "+0.0000 ± 0.0200" in text
     assert "standard deviation over 2 seeds" in text
-    compare_plots.draw(results, tmp_path)
+    plots.draw(results, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_several_seeds_have_a_spread(killed_and_done, tmp_path):
     ],
 )  # fmt: skip
 def test_the_fewest_steps_then_the_least_padding(nbs, group, largest, devices, microbatch):
-    assert compare.layout(nbs, group, largest, devices) == microbatch
+    assert planning.layout(nbs, group, largest, devices) == microbatch
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_fewest_steps_then_the_least_padding(nbs, group, largest, devices, m
     ],
 )  # fmt: skip
 def test_the_report_shows_no_places(word, shown):
-    assert compare._without_places(word) == shown
+    assert comparison._without_places(word) == shown
 
 
 @pytest.mark.parametrize(
@@ -236,17 +236,17 @@ def test_the_report_shows_no_places(word, shown):
 )  # fmt: skip
 def test_what_cannot_be_compared(config_file, settings, message):
     with pytest.raises(ConfigError, match=message):
-        compare.read_models([str(config_file)], settings)
+        subjects.read_models([str(config_file)], settings)
 
 
 def test_configs_that_are_not_there_or_are_twice(config_file, tmp_path, monkeypatch):
     empty = SimpleNamespace(report=SimpleNamespace(lines=list))
-    monkeypatch.setattr(compare.run, "open_source", lambda *_: empty)
+    monkeypatch.setattr(subjects.run, "open_source", lambda *_: empty)
     with pytest.raises(ConfigError, match=r"none\.py"):
-        compare.read_models([str(tmp_path / "none.py")], [])
+        subjects.read_models([str(tmp_path / "none.py")], [])
     with pytest.raises(ConfigError, match="twice"):
-        compare.read_models([str(config_file)] * 2, [])
-    two = compare.read_models([str(config_file), f"{config_file}@loss.box=5"], [])
+        subjects.read_models([str(config_file)] * 2, [])
+    two = subjects.read_models([str(config_file), f"{config_file}@loss.box=5"], [])
     assert [m.name for m in two] == [
         "tiny-t-tiny_models.py", "tiny-t-tiny_models.py-loss.box-5",
     ]  # fmt: skip
@@ -254,35 +254,35 @@ def test_configs_that_are_not_there_or_are_twice(config_file, tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def model(config_file):
-    return compare.read_models([f"{config_file}:tiny-t"], [])[0]
+    return subjects.read_models([f"{config_file}:tiny-t"], [])[0]
 
 
 @pytest.fixture
 def cell(model, tmp_path, monkeypatch):
     """A run that was not started."""
-    monkeypatch.setattr(compare, "ask_plan", fake_plan)
+    monkeypatch.setattr(planning, "ask_plan", fake_plan)
     (tmp_path / "plans").mkdir()
-    planned = compare.plan(model, "1GiB", 64, tmp_path / "plans")
-    return compare.make_cell(model, planned, 8, 0, tmp_path)
+    planned = planning.plan(model, "1GiB", 64, tmp_path / "plans")
+    return runs.make_cell(model, planned, 8, 0, tmp_path)
 
 
 def test_a_plan_is_made_once(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ask_plan", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr(planning, "ask_plan", lambda *_: pytest.fail("planned again"))
     folder = tmp_path / "plans"
-    assert compare.plan(cell.model, "1GiB", 64, folder)["largest"] == 4
-    assert compare.plan(cell.model, "1GiB", 3, folder)["largest"] == 2
+    assert planning.plan(cell.model, "1GiB", 64, folder)["largest"] == 4
+    assert planning.plan(cell.model, "1GiB", 3, folder)["largest"] == 2
     with pytest.raises(ConfigError, match="less than one bn_group of 2"):
-        compare.plan(cell.model, "1GiB", 1, folder)
+        planning.plan(cell.model, "1GiB", 1, folder)
     nothing = {"choice": None, "why": "nothing fits into 1 MiB"}
-    monkeypatch.setattr(compare, "ask_plan", lambda *_: nothing)
+    monkeypatch.setattr(planning, "ask_plan", lambda *_: nothing)
     with pytest.raises(TrainingError, match="tiny-t: nothing fits into 1 MiB"):
-        compare.plan(cell.model, "1MiB", 64, folder)
+        planning.plan(cell.model, "1MiB", 64, folder)
 
 
 def test_a_run_that_fails_shows_the_end_of_its_log(cell):
     wrong = dataclasses.replace(cell, overrides={"nsb": "8"})
     with pytest.raises(TrainingError, match=r'(?s)-nbs8-seed0 failed \(1\).*Did you mean "nbs"'):
-        compare.train(wrong, "1/1")
+        runs.train(wrong, "1/1")
 
 
 def test_a_run_of_an_earlier_start_is_waited_for(tmp_path, capsys):
@@ -291,6 +291,6 @@ def test_a_run_of_an_earlier_start_is_waited_for(tmp_path, capsys):
         release = threading.Timer(0.3, theirs.close)
         began = time.perf_counter()
         release.start()
-        compare._own(ours, "a run")
+        runs._own(ours, "a run")
         assert time.perf_counter() - began > 0.25
     assert re.search("a run is being trained by an earlier start", capsys.readouterr().out)

@@ -18,6 +18,7 @@ from jaxaccum.accumulate import Groups, batchnorm
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
 from jaxaccum.models import completion, init, points, weights
 from jaxaccum.models import point_blocks as blocks
+from jaxaccum.models import point_layers as layers
 
 # --- The reference's numbers ---
 # Of models whose weights and inputs follow from the numbers of the state dict's entries: mean and
@@ -672,7 +673,7 @@ def leaky(x):
 
 def test_dense_of_parts_is_that_of_their_concatenation(x64):
     a, b, c = arrays((2, 1, 5), (2, 7, 3), (2, 7, 4))
-    module = blocks.Dense(6, axes=2, dtype=jnp.float64)
+    module = layers.Dense(6, axes=2, dtype=jnp.float64)
     variables = variables_of(module, a, b, c)
     params = variables["params"]
     assert params["kernel"].shape == (1, 1, 12, 6)
@@ -684,7 +685,7 @@ def test_dense_of_parts_is_that_of_their_concatenation(x64):
 def test_an_edge_map_is_a_linear_map_of_difference_and_centre(x64, pool):
     q, v = arrays((2, 5, 4), (2, 9, 4))
     index = np.random.default_rng(1).integers(0, 9, (2, 5, 3))
-    module = blocks.EdgeMap(6, dtype=jnp.float64)
+    module = layers.EdgeMap(6, dtype=jnp.float64)
     variables = variables_of(module, q, v, index)
     params = variables["params"]
     near = np.stack([v[i][index[i]] for i in range(2)])
@@ -697,11 +698,11 @@ def test_an_edge_map_is_a_linear_map_of_difference_and_centre(x64, pool):
 def test_largest_gives_its_gradient_to_the_first():
     x = jnp.array([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])
     value, gradient = jax.value_and_grad(
-        lambda x: jnp.vdot(blocks.largest(x, 1), jnp.array([5.0, 7.0]))
+        lambda x: jnp.vdot(layers.largest(x, 1), jnp.array([5.0, 7.0]))
     )(x)
     assert value == 5 * 3 + 7 * 2
     np.testing.assert_array_equal(gradient, [[0, 5, 0], [7, 0, 0]])
-    assert np.isnan(blocks.largest(jnp.array([1.0, jnp.nan]), 0))
+    assert np.isnan(layers.largest(jnp.array([1.0, jnp.nan]), 0))
 
 
 def softmax(x):
@@ -740,15 +741,15 @@ def test_attention_has_the_gradient_of_its_formula(x64):
 
     values, gradients = zip(*(
         jax.value_and_grad(lambda *a, f=f: jnp.vdot(f(*a), w), argnums=(0, 1, 2))(q, k, v)
-        for f in (plain, blocks.attend)), strict=True)  # fmt: skip
+        for f in (plain, layers.attend)), strict=True)  # fmt: skip
     assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-12)
     same(gradients[1], gradients[0])
-    assert np.isfinite(blocks.attend(1e3 * q, 1e3 * k, v)).all()
+    assert np.isfinite(layers.attend(1e3 * q, 1e3 * k, v)).all()
 
 
 def test_layer_norm_and_its_gradient(x64):
     x, w = arrays((3, 4, 6), (3, 4, 6))
-    module = blocks.LayerNorm(1e-6)
+    module = layers.LayerNorm(1e-6)
     variables = variables_of(module, x)
     p = variables["params"]
 

@@ -201,7 +201,7 @@ import numpy as np
 from jaxaccum.data import Augment3D, CloudStream, Shapes, TrainStream3D
 from jaxaccum.data.captions import Texts
 from jaxaccum.data.cloud_sources import CroppedClouds
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic.streets import StreetsSource
 from jaxaccum.models.text import encoder
 
 def streams():

@@ -17,8 +17,8 @@ from jaxaccum import config as configs
 from jaxaccum import convert, data, evaluate, export, inference, run, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
-from jaxaccum.data import streets
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic import streets
+from jaxaccum.data.synthetic.streets import StreetsSource
 from jaxaccum.losses import solids as losses
 from jaxaccum.losses.detection import Assignment
 from jaxaccum.metrics import kitti

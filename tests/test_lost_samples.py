@@ -30,7 +30,7 @@ from jaxaccum.data import (
     eval_batches3d,
 )
 from jaxaccum.data.cloud_sources import CroppedClouds
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic.streets import StreetsSource
 from jaxaccum.models import solids
 from jaxaccum.tasks.detection3d import Evaluator
 

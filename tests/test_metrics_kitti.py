@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jaxaccum.data.base import DataError
 from jaxaccum.metrics import kitti
-from jaxaccum.metrics.kitti import Labels, evaluate, iou_2d, iou_3d, iou_bev
+from jaxaccum.metrics.kitti import Labels, evaluate
+from jaxaccum.metrics.kitti_overlap import iou_2d, iou_3d, iou_bev
 
 CAR = (1.5, 1.6, 3.9)
 LINE = "Car 0.00 0 1.85 387.63 181.54 423.81 203.12 1.67 1.87 3.69 -16.53 2.39 58.49 1.57"

@@ -17,8 +17,9 @@ import yaml
 from test_clouds_sources import cloud, shapenet, write_pcd
 
 from jaxaccum import data, pack, run, tasks, train
-from jaxaccum.data import DataError, scenes, shapes, streets
+from jaxaccum.data import DataError
 from jaxaccum.data.captions import Captions
+from jaxaccum.data.synthetic import scenes, shapes, streets
 from jaxaccum.tasks import packing
 
 REPOSITORY = Path(__file__).parents[1]

@@ -17,9 +17,10 @@ from tiny import tiny_config
 from jaxaccum import calibrate, plan, train
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
-from jaxaccum.plan import calibration, planner, targets
+from jaxaccum.plan import calibration, search, targets
 from jaxaccum.plan.__main__ import as_json, size, table
-from jaxaccum.plan.planner import Measure, Planner, choose
+from jaxaccum.plan.planner import Measure, Planner
+from jaxaccum.plan.search import choose
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -72,7 +73,7 @@ class Straight(Planner):
 def test_the_search_finds_the_largest_microbatch(base, slope, bend, budget, nbs, group):
     made = Straight(base, slope, bend, nbs=nbs, bn_group=group)
     unit, top = made.unit, made.top
-    found, tried = planner._largest(made, "scan", False, budget, unit, top)
+    found, tried = search._largest(made, "scan", False, budget, unit, top)
     compilations = made.compilations
     fits = [m for m in range(unit, top + 1, unit) if made.compiled(m).peak <= budget]
     if bend == 0 or not fits:

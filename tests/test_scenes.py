@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError, Scenes
-from jaxaccum.data.scenes import NAMES, paint
+from jaxaccum.data.synthetic.painting import paint
+from jaxaccum.data.synthetic.scenes import NAMES
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index():

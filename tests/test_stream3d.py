@@ -19,7 +19,7 @@ from jaxaccum.data.stream3d import (
     mirrored,
     wrapped,
 )
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic.streets import StreetsSource
 
 OFF = Augment3D(translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, fliplr=0)
 P2 = np.array(

@@ -8,8 +8,8 @@ import pytest
 
 from jaxaccum.data import DataError
 from jaxaccum.data.kitti import NAMES, KittiSource
-from jaxaccum.data.scenes import paint
-from jaxaccum.data.streets import SIZE, StreetsSource, write
+from jaxaccum.data.synthetic.painting import paint
+from jaxaccum.data.synthetic.streets import SIZE, StreetsSource, write
 
 SAMPLE = 40
 

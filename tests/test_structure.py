@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxaccum import command_line, errors
 from jaxaccum.accumulate import GeometryError
+from jaxaccum.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = {"train", "evaluate", "predict", "export", "convert", "pack", "calibrate", "compare"}
@@ -86,3 +87,44 @@ def test_what_a_user_can_mend_has_one_base():
 
     importlib.import_module("jaxaccum.train")  # and with it all that define one
     assert wanted <= {kind.__name__ for kind in below(errors.UserError)}
+
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 100
+DATA_TABLES: dict[str, str] = {}  # longer modules that are all data, and why they are: none so far
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """The text of the Python files in folders, by path."""
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    assert files
+    return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
+
+
+def test_no_module_is_long():
+    counts = {
+        path: len(text.splitlines())
+        for path, text in sources("jaxaccum", "configs", "examples").items()
+    }
+    long = {path: n for path, n in counts.items() if n > MOST_LINES}
+    assert long.keys() == DATA_TABLES.keys(), long
+
+
+def test_no_function_is_long():
+    """Docstring, signature and decorators count, too: a function is read in one view."""
+    functions = [
+        (node.end_lineno - (node.decorator_list or [node])[0].lineno + 1, f"{path}::{node.name}")
+        for path, text in sources("jaxaccum", "configs", "examples", "scripts").items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    ]
+    assert [(n, where) for n, where in functions if n > MOST_LINES_OF_A_FUNCTION] == []
+
+
+def test_no_verb_asks_which_task_it_has():
+    """What differs lies with the task: a word or a class of a task in a verb is a switch."""
+    names = {name for task in TASKS.values() for name in (task.name, task.__name__)}
+    for verb in VERBS:
+        tree = ast.parse(FILES[f"jaxaccum.{verb}"].read_text())
+        words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not words & names, verb

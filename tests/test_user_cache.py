@@ -8,7 +8,7 @@ import os
 import pytest
 
 from jaxaccum import data, user_cache
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic.streets import StreetsSource
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from jaxaccum.data.clouds import CloudReport, CloudSource, CloudStream, cloud_ba
 from jaxaccum.data.images import SUFFIXES, read_image
 from jaxaccum.data.kitti import DEFAULT_CAMERA, Source3D, read_calibration, write_split
 from jaxaccum.data.loader import TrainStream, eval_batches
-from jaxaccum.data.scenes import Scenes
-from jaxaccum.data.shapes import Shapes
 from jaxaccum.data.sources import open_source
 from jaxaccum.data.sources3d import open_source3d
 from jaxaccum.data.stream import SampleStream
@@ -21,6 +19,8 @@ from jaxaccum.data.stream3d import (
     letterbox3d,
     letterboxed_camera,
 )
+from jaxaccum.data.synthetic.scenes import Scenes
+from jaxaccum.data.synthetic.shapes import Shapes
 
 __all__ = [
     "DEFAULT_CAMERA",

@@ -25,7 +25,7 @@ from jaxaccum.data.cloud_pcn import open_pcn
 from jaxaccum.data.cloud_shapenet import SYNSETS, open_shapenet, plain_name
 from jaxaccum.data.clouds import CloudReport, CloudSource
 from jaxaccum.data.packed import PREFIX, PackedClouds, open_set
-from jaxaccum.data.shapes import Shapes
+from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.data.texts import shown_path
 
 __all__ = ["MODES", "SYNSETS", "CroppedClouds", "KittiCars", "PairedClouds", "has_unseen",

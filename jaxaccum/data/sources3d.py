@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxaccum.data.kitti import Source3D, open_kitti
 from jaxaccum.data.packed import PREFIX, open_packed3d
-from jaxaccum.data.streets import StreetsSource
+from jaxaccum.data.synthetic.streets import StreetsSource
 
 
 def open_source3d(

@@ -23,8 +23,18 @@ from jaxaccum.accumulate import Groups
 from jaxaccum.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models import point_blocks as blocks
+from jaxaccum.models import point_groupers as groupers
+from jaxaccum.models import point_heads as heads
 from jaxaccum.models.blocks import rematerialised
-from jaxaccum.models.point_blocks import Dense, chain, largest, leaky, normed_pair, wide
+from jaxaccum.models.point_layers import (
+    Dense,
+    LayerNorm,
+    chain,
+    largest,
+    leaky,
+    normed_pair,
+    wide,
+)
 
 PyTree = Any
 
@@ -172,7 +182,7 @@ class Completion(nn.Module):
         """Centres, their features, and the `samples` farthest points, each of the cloud xyz."""
         t = self.table
         farthest = points.farthest_points(xyz, max(t.centres[0], samples))
-        kind = {"dgcnn": blocks.EdgeGrouper, "pn": blocks.PointNetGrouper}[t.grouper]
+        kind = {"dgcnn": groupers.EdgeGrouper, "pn": groupers.PointNetGrouper}[t.grouper]
         grouper = kind(t.centres, dtype=self.dtype, name="base_model.grouper")
         centres, features = grouper(xyz, farthest, groups)
         return centres, features, points.gather(xyz, farthest[:, :samples])
@@ -209,7 +219,7 @@ class Completion(nn.Module):
         x = normed_pair("increase_dim", t.global_width, t.global_width, q, groups, self.dtype)
         everywhere = largest(x, 1)[:, None]
         x = Dense(t.width, dtype=self.dtype, name="reduce_map")(everywhere, q, xyz)
-        kind: Any = {"fold": blocks.Fold, "fc": blocks.FullyConnected}[t.head]
+        kind: Any = {"fold": heads.Fold, "fc": heads.FullyConnected}[t.head]
         return kind(t.points_per_query, dtype=self.dtype, name=name)(x, groups) + xyz[:, :, None]
 
     def coordinates(self, cloud: jax.Array) -> jax.Array:
@@ -326,7 +336,7 @@ class AdaPoinTr(Completion):
             )
             x = block(x, near)
         if self.is_initializing():  # the reference has it and never applies it
-            blocks.LayerNorm(self.layout.eps, name=f"{base}.encoder.norm")(x)
+            LayerNorm(self.layout.eps, name=f"{base}.encoder.norm")(x)
         wider = (t.global_width, t.global_width)
         everywhere = chain(f"{base}.increase_dim", wider, gelu, x, dtype=dtype)
         everywhere = largest(everywhere, 1)[:, None]

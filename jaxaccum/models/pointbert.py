@@ -22,10 +22,10 @@ import numpy as np
 from jaxaccum.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models.blocks import rematerialised
-from jaxaccum.models.point_blocks import (
+from jaxaccum.models.point_blocks import SelfAttention
+from jaxaccum.models.point_layers import (
     Dense,
     LayerNorm,
-    SelfAttention,
     chain,
     largest,
     norm_points,

@@ -290,111 +290,142 @@ _MAKERS: dict[str, Callable[[], Any]] = {
 
 
 def _run(data: bytes) -> Any:
-    """The pickle machine: a stack, marks on it, and a memo."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    budget = Budget(len(data))
-
-    def since_mark() -> list[Any]:
-        mark = marks.pop()
-        values = stack[mark:]
-        del stack[mark:]
-        budget.take(16 * len(values))
-        return values
-
-    def pop(count: int) -> list[Any]:
-        if count > len(stack) - (marks[-1] if marks else 0):
-            raise WeightsError("its pickle is damaged: it takes more than it put")
-        values = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return values
-
-    def keep(place: int) -> None:
-        if not 0 <= place < len(data):  # writers count; other numbers can be made to collide
-            raise WeightsError("its pickle is damaged: a place in its memo beyond its length")
-        budget.take(ENTRY)
-        memo[place] = stack[-1]
-
-    argument: Any
+    """What the instructions of a pickle leave behind."""
+    machine = _Machine(len(data))
     for opcode, argument, _ in pickletools.genops(data):
         name: str = opcode.name
-        budget.take(_OPCODE)
+        machine.budget.take(_OPCODE)
         if name in ("PROTO", "FRAME"):
             continue
-        if name in _VALUES:
-            budget.take(sys.getsizeof(argument))
-            stack.append(argument)
-        elif name in _MAKERS:
-            stack.append(_MAKERS[name]())
-            budget.take(sys.getsizeof(stack[-1]))
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            keep(int(argument))
-        elif name == "MEMOIZE":
-            keep(len(memo))
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "POP_MARK":
-            since_mark()
-        elif name == "POP":
-            pop(1)
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(pop(int(name[-1]))))
-        elif name == "LIST":
-            stack.append(since_mark())
-        elif name == "FROZENSET":
-            stack.append(frozenset(map(budget.key, since_mark())))
-        elif name == "DICT":
-            values = since_mark()
-            stack.append({})
-            _set_items(budget, stack[-1], values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = pop(2) if name == "SETITEM" else since_mark()
-            _set_items(budget, stack[-1], values)
-        elif name in ("APPEND", "APPENDS"):
-            values = pop(1) if name == "APPEND" else since_mark()
-            _append(stack[-1], values)
-        elif name == "ADDITEMS":
-            values = since_mark()
-            if not isinstance(stack[-1], set):
-                raise WeightsError("its pickle is damaged: it adds members to what is no set")
-            stack[-1].update(map(budget.key, values))
-        elif name == "GLOBAL":
-            stack.append(_global(budget, *argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(_global(budget, *pop(2)))
-        elif name in ("REDUCE", "NEWOBJ"):
-            stack.append(_call(budget, *pop(2)))
-        elif name == "NEWOBJ_EX":
-            kind, args, options = pop(3)
-            if options:
-                raise WeightsError("its pickle makes an object from named arguments")
-            stack.append(_call(budget, kind, args))
-        elif name == "INST":
-            kind = _global(budget, *argument.split(" ", 1))
-            stack.append(_call(budget, kind, tuple(since_mark())))
-        elif name == "OBJ":
-            kind, *rest = since_mark()
-            stack.append(_call(budget, kind, tuple(rest)))
-        elif name == "BUILD":
-            (state,) = pop(1)
-            _build(budget, stack[-1], state)
-        elif name == "BINPERSID":
-            stack.append(_storage(pop(1)[0]))
-            budget.take(200)
-        elif name == "STOP":
-            return stack.pop()
-        else:
+        if name == "STOP":
+            return machine.stack.pop()
+        if not (
+            machine.keeps(name, argument) or machine.collects(name) or machine.makes(name, argument)
+        ):
             raise WeightsError(
                 f"its pickle has the instruction {name}, which torch.save never uses"
             )
     raise WeightsError("its pickle is cut short")
+
+
+class _Machine:
+    """The pickle machine: a stack, marks on it, and a memo.
+
+    Its instructions are in three groups; a method of a group follows one of it, or returns False.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Starts empty; size: bytes of the pickle."""
+        self.stack: list[Any] = []
+        self.budget = Budget(size)
+        self._size = size
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def keeps(self, name: str, argument: Any) -> bool:
+        """Plain values, the memo, and what only moves the stack."""
+        stack = self.stack
+        if name in _VALUES:
+            self.budget.take(sys.getsizeof(argument))
+            stack.append(argument)
+        elif name in _MAKERS:
+            stack.append(_MAKERS[name]())
+            self.budget.take(sys.getsizeof(stack[-1]))
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(self._memo[int(argument)])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._keep(int(argument))
+        elif name == "MEMOIZE":
+            self._keep(len(self._memo))
+        elif name == "MARK":
+            self._marks.append(len(stack))
+        elif name == "POP_MARK":
+            self._since_mark()
+        elif name == "POP":
+            self._pop(1)
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            return False
+        return True
+
+    def collects(self, name: str) -> bool:
+        """Tuples, lists, dicts and sets."""
+        if name == "TUPLE":
+            self.stack.append(tuple(self._since_mark()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            self.stack.append(tuple(self._pop(int(name[-1]))))
+        elif name == "LIST":
+            self.stack.append(self._since_mark())
+        elif name == "FROZENSET":
+            self.stack.append(frozenset(map(self.budget.key, self._since_mark())))
+        elif name == "DICT":
+            values = self._since_mark()
+            self.stack.append({})
+            _set_items(self.budget, self.stack[-1], values)
+        elif name in ("SETITEM", "SETITEMS"):
+            values = self._pop(2) if name == "SETITEM" else self._since_mark()
+            _set_items(self.budget, self.stack[-1], values)
+        elif name in ("APPEND", "APPENDS"):
+            values = self._pop(1) if name == "APPEND" else self._since_mark()
+            _append(self.stack[-1], values)
+        elif name == "ADDITEMS":
+            values = self._since_mark()
+            if not isinstance(self.stack[-1], set):
+                raise WeightsError("its pickle is damaged: it adds members to what is no set")
+            self.stack[-1].update(map(self.budget.key, values))
+        else:
+            return False
+        return True
+
+    def makes(self, name: str, argument: Any) -> bool:
+        """Objects, of the few kinds that are admitted."""
+        if name == "GLOBAL":
+            self.stack.append(_global(self.budget, *argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            self.stack.append(_global(self.budget, *self._pop(2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            self.stack.append(_call(self.budget, *self._pop(2)))
+        elif name == "NEWOBJ_EX":
+            kind, args, options = self._pop(3)
+            if options:
+                raise WeightsError("its pickle makes an object from named arguments")
+            self.stack.append(_call(self.budget, kind, args))
+        elif name == "INST":
+            kind = _global(self.budget, *argument.split(" ", 1))
+            self.stack.append(_call(self.budget, kind, tuple(self._since_mark())))
+        elif name == "OBJ":
+            kind, *rest = self._since_mark()
+            self.stack.append(_call(self.budget, kind, tuple(rest)))
+        elif name == "BUILD":
+            (state,) = self._pop(1)
+            _build(self.budget, self.stack[-1], state)
+        elif name == "BINPERSID":
+            self.stack.append(_storage(self._pop(1)[0]))
+            self.budget.take(200)
+        else:
+            return False
+        return True
+
+    def _since_mark(self) -> list[Any]:
+        mark = self._marks.pop()
+        values = self.stack[mark:]
+        del self.stack[mark:]
+        self.budget.take(16 * len(values))
+        return values
+
+    def _pop(self, count: int) -> list[Any]:
+        if count > len(self.stack) - (self._marks[-1] if self._marks else 0):
+            raise WeightsError("its pickle is damaged: it takes more than it put")
+        values = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return values
+
+    def _keep(self, place: int) -> None:
+        if not 0 <= place < self._size:  # writers count; other numbers can be made to collide
+            raise WeightsError("its pickle is damaged: a place in its memo beyond its length")
+        self.budget.take(ENTRY)
+        self._memo[place] = self.stack[-1]
 
 
 def _set_items(budget: Budget, target: Any, values: Sequence[Any]) -> None:

@@ -288,41 +288,23 @@ def transfer(
       WeightsError: hardly anything fits, or a value is not finite.
     """
     classes, rows = _class_branch(model)
-    theirs, row_of, layer = weights.known_names, None, weights.class_layer
-    ours = [_comparable(name) for name in names]
-    if theirs is not None and ours != [_comparable(name) for name in theirs]:
-        index = {_comparable(name): i for i, name in reversed(list(enumerate(theirs)))}
-        row_of = [index.get(name) for name in ours]
+    row_of, layer = _rows_by_name(weights, names), weights.class_layer
     state = weights.state
     left: dict[str, str] = {}
     loaded, remapped, values = [], [], {}
     initial = to_reference(params) | to_reference(stats)
     wide = _widened(state, initial, model) if widen else {}
-
-    def same_inputs(key: str) -> bool:
-        """Whether the rows of a last class layer read features of the same width."""
-        kernel = f"{key.rpartition('.')[0]}.weight"
-        return (
-            kernel in state
-            and state[kernel].shape[1:] == initial[kernel].shape[1:]
-            and state[key].shape == (weights.classes, *initial[key].shape[1:])
-        )
-
     sizes = {True: 0, False: 0}  # values outside the class branch, by whether they were loaded
     for key, old in initial.items():
         new = state.get(key)
-        if new is not None and new.dtype.kind != "f":
-            raise WeightsError(
-                f"{weights.origin}: {key!r} holds {new.dtype}, expected numbers with fractions"
-            )
-        if new is not None and not np.isfinite(new).all():
-            raise WeightsError(f"{weights.origin}: {key!r} holds values that are not finite")
+        if new is not None:
+            _require_finite(weights.origin, key, new)
         fits = new is not None and new.shape == old.shape
         if key in wide:
             values[key] = wide[key]
         elif new is None:
             left[key] = "not in the file"
-        elif rows.fullmatch(key) and same_inputs(key) and (row_of or not fits):
+        elif rows.fullmatch(key) and _same_inputs(weights, initial, key) and (row_of or not fits):
             if row_of is None:
                 left[key] = (
                     f"the classes are not the same ({len(new)} there, {len(old)} here) and the "
@@ -372,6 +354,34 @@ def transfer(
         return from_reference(to_reference(tree) | values, tree, {})[0]
 
     return fill(params), fill(stats), report
+
+
+def _rows_by_name(weights: Weights, names: Sequence[str]) -> list[int | None] | None:
+    """The row of the weights' last class layer for each class here, None for a class that they do
+    not have; None where rows keep their places: names are the same or unknown."""
+    theirs = weights.known_names
+    ours = [_comparable(name) for name in names]
+    if theirs is None or ours == [_comparable(name) for name in theirs]:
+        return None
+    index = {_comparable(name): i for i, name in reversed(list(enumerate(theirs)))}
+    return [index.get(name) for name in ours]
+
+
+def _require_finite(origin: str, key: str, new: np.ndarray) -> None:
+    if new.dtype.kind != "f":
+        raise WeightsError(f"{origin}: {key!r} holds {new.dtype}, expected numbers with fractions")
+    if not np.isfinite(new).all():
+        raise WeightsError(f"{origin}: {key!r} holds values that are not finite")
+
+
+def _same_inputs(weights: Weights, initial: State, key: str) -> bool:
+    """Whether the rows of a last class layer read features of the same width."""
+    state, kernel = weights.state, f"{key.rpartition('.')[0]}.weight"
+    return (
+        kernel in state
+        and state[kernel].shape[1:] == initial[kernel].shape[1:]
+        and state[key].shape == (weights.classes, *initial[key].shape[1:])
+    )
 
 
 def _widened(state: State, initial: State, model: Model) -> State:

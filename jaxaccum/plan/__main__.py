@@ -14,7 +14,9 @@ from absl import flags
 
 from jaxaccum import command_line, config_files, run, tasks
 from jaxaccum.accumulate.recipe import Engine
-from jaxaccum.plan import calibration, planner, targets
+from jaxaccum.plan import calibration, targets
+from jaxaccum.plan.planner import Measure, Planner, cache_folder
+from jaxaccum.plan.search import Choice, choose
 from jaxaccum.plan.targets import GIB, PlanError
 
 MIB = 2**20
@@ -46,7 +48,7 @@ def microbatch(text: str) -> int:
     return int(text)
 
 
-def table(choice: planner.Choice) -> list[str]:
+def table(choice: Choice) -> list[str]:
     """The rows of a plan as text."""
     fastest = min(m.seconds for m in choice.rows) or 1.0
     lines = [
@@ -64,11 +66,11 @@ def table(choice: planner.Choice) -> list[str]:
     return lines
 
 
-def as_json(choice: planner.Choice, target: targets.Target, memory: int) -> dict:
+def as_json(choice: Choice, target: targets.Target, memory: int) -> dict:
     """A plan as plain values; sizes in bytes."""
     fastest = min(m.seconds for m in choice.rows) or 1.0
 
-    def row(m: planner.Measure) -> dict:
+    def row(m: Measure) -> dict:
         return {
             "microbatch": m.microbatch, "steps": m.steps, "devices": m.devices,
             "engine": m.engine, "remat": m.remat, "peak_bytes": m.peak, "temp_bytes": m.temp,
@@ -95,9 +97,9 @@ def main() -> int:
         source = run.open_source(config, "train")
         names, samples = source.names, len(source)
     devices = _DEVICES.value or (len(jax.devices()) if target.at_hand else 1)
-    made = planner.Planner(
+    made = Planner(
         config, names=names, samples=samples, target=target, devices=devices,
-        whole=_LARGEST.value, cache=planner.cache_folder(),
+        whole=_LARGEST.value, cache=cache_folder(),
     )  # fmt: skip
     engines = [str(e) for e in _ENGINES.value]
     if not set(engines) <= {"scan", "multisteps"}:
@@ -111,7 +113,7 @@ def main() -> int:
             f"{target.name}{f' ({target.kind})' if target.kind else ''}"
         )
     for memory in memories:
-        choice = planner.choose(
+        choice = choose(
             made, memory, engines=cast(list[Engine], engines),
             remats={"auto": (False, True), "no": (False,), "yes": (True,)}[_REMAT.value],
             microbatches=[microbatch(m) for m in _MICROBATCHES.value],
@@ -129,7 +131,7 @@ def main() -> int:
     return 0 if fits else 1
 
 
-def _print(choice: planner.Choice, target: targets.Target, memory: int) -> None:
+def _print(choice: Choice, target: targets.Target, memory: int) -> None:
     factor, margin = calibration.of(target)
     told = (
         f"calibrated on {target.kind}: {factor:.2f} of the plan is used"

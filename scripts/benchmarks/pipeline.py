@@ -14,8 +14,8 @@ import cv2
 from benchmarks.harness import Context, Found, Row, cores, interleaved, ratio_row
 from benchmarks.opencv_loader import Loader
 from jaxaccum import data
-from jaxaccum.data.scenes import Scenes
 from jaxaccum.data.stream import suit_process
+from jaxaccum.data.synthetic.scenes import Scenes
 
 PARTS = ("core", "workers")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxaccum.data import DataError, packed
 from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
-from jaxaccum.data.shapes import Shapes
+from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.tasks import packing
 from jaxaccum.tasks.base import PackedSplit
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccum import compare_plots
+from jaxaccum.comparing import plots
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -43,7 +43,7 @@ def mib(size: float) -> str:
 
 def planned(plan: Mapping[str, Any], geometry: Mapping[str, Any]) -> str:
     """Planned memory of a run; "~" where its microbatch lies between two that were planned."""
-    rows = compare_plots.rows_like_choice(plan)
+    rows = plots.rows_like_choice(plan)
     sizes = [r["microbatch"] for r in rows]
     # The plan is of updates of one microbatch; by scan the others lie on the device, too.
     more = geometry["steps"] - 1 if geometry["engine"] == "scan" else 0
@@ -151,7 +151,7 @@ def _plan_part(results: Mapping[str, Any]) -> str:
     plans = results["plans"]
     first = next(iter(plans.values()))
     found = {
-        name: {r["microbatch"]: r for r in compare_plots.rows_like_choice(plan)}
+        name: {r["microbatch"]: r for r in plots.rows_like_choice(plan)}
         for name, plan in plans.items()
     }
 

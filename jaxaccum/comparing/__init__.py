@@ -1,0 +1,1 @@
+"""Comparisons of models: what `python -m jaxaccum.compare` plans, trains and reports."""

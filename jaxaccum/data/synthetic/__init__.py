@@ -1,0 +1,1 @@
+"""The embedded data sets: scenes, streets and shapes, drawn from an index."""
