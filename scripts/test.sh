@@ -24,7 +24,7 @@ fi
 # A file stays in one process, which forgets its programs when the file ends (tests/conftest.py).
 case "$*" in
   *no:xdist*) ;;
-  *) set -- -n auto --dist loadfile "$@" ;;
+  *) set -- -n auto --dist loadfile --no-loadscope-reorder "$@" ;;
 esac
 "$python" -m pytest "$@" || status=$?
 exit "$status"

@@ -40,6 +40,20 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
+# The files that take minutes, the longest first: a file stays in one process, and one that began
+# late would leave the other processors idle at the end.
+LONGEST = (
+    "train", "completion_models", "parity", "plan", "captioned", "distributed", "detection3d",
+    "completion", "equivalence", "compare", "hardware", "law_blocks", "coupled", "golden",
+    "own_task", "examples", "packed", "known_answers", "run_robustness", "verbs", "models",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 START = time.monotonic()
 MINUTES = float(os.environ.get("JAXACCUM_TEST_MINUTES", "inf"))
 

@@ -12,10 +12,24 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, data, evaluate, export, inference, pack, run, tasks, train
+from jaxaccum import (
+    config_files,
+    data,
+    errors,
+    evaluate,
+    export,
+    inference,
+    pack,
+    run,
+    tasks,
+    train,
+    verification,
+)
 from jaxaccum.accumulate import Geometry, checks, equivalence
+from jaxaccum.distributed import Peers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "examples" / "own_task"
@@ -242,3 +256,47 @@ def test_the_engine_guards_it(images):
         batch = this.task.example(2)
         del batch["weight"]
         checks.check(this.forward, this.rule.objective, *this.task.initialise(0), batch)
+
+
+# --- train --verify ---
+
+
+def test_a_run_that_keeps_the_law_is_begun(images):
+    found = verification.require_law(config_for(str(images / "data.yaml")), Peers())
+    assert found.ok and found.tolerance == 1e-12
+    assert found.first == Geometry(4)  # two groups of 2; half the microbatch would be one of 1
+    assert [geometry for geometry, _ in found.rows] == [Geometry(2, engine="multisteps")]
+    assert not jax.config.jax_enable_x64
+
+
+def test_a_run_that_breaks_the_law_is_not(images, monkeypatch):
+    config = config_for(str(images / "data.yaml"))
+    task = tasks.of(config)
+    once = task.forward
+
+    def mean_of_the_microbatch(self, params, stats, batch, groups):
+        found = once(self, params, stats, batch, groups)
+        return found._replace(
+            numerators={k: v / batch["weight"].sum() for k, v in found.numerators.items()}
+        )
+
+    monkeypatch.setattr(task, "forward", mean_of_the_microbatch)
+    with pytest.raises(errors.TrainingError, match=r"--verify: the geometry changes[\s\S]*ANOTHER"):
+        verification.require_law(config, Peers())
+
+
+def test_what_cannot_be_verified():
+    with pytest.raises(configs.ConfigError, match="with compat the geometry changes"):
+        verification.require_law(tiny.tiny_config(compat=True), Peers())
+
+
+@pytest.mark.parametrize(
+    ("nbs", "bn_group", "microbatch", "expected"),
+    [
+        (64, 8, 32, 16), (64, 8, 24, 16), (64, 8, 8, 16), (64, 8, "auto", 16), (8, 8, 8, 8),
+        (10, 4, 4, 8), (16, "all", 16, 16), (16, "frozen", 8, 4), (16, "frozen", 1, 2),
+    ],
+)  # fmt: skip
+def test_the_geometry_that_is_verified(nbs, bn_group, microbatch, expected):
+    config = tiny.tiny_config(nbs=nbs, bn_group=bn_group, microbatch=microbatch)
+    assert verification._half(config) == expected

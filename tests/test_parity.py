@@ -28,7 +28,7 @@ SHARED = Path(os.environ.get("JAXACCUM_SHARED", Path(__file__).parents[2] / "sha
 FIXTURES = [str(path.relative_to(SHARED)) for path in parity.found_in(SHARED / "parity")]
 LOSSES = [name for name in FIXTURES if "/loss_" in name]
 NETWORKS = [name for name in FIXTURES if "/loss_" not in name]
-LONG = re.compile(r"-m\.npz$|-shapenet55\.npz$")  # minutes each
+LONG = re.compile(r"-m\.npz$|-shapenet55\.npz$|yolo12-s\.npz$")  # minutes each
 
 
 def checked(path):

@@ -331,7 +331,7 @@ def test_sh_uses_every_processor_unless_told(machine):
         assert machine.run("scripts/test.sh", *args).returncode == 0
         return machine.logged()[-1].removeprefix(".venv/bin/python ")
 
-    every = "-m pytest -n auto --dist loadfile"
+    every = "-m pytest -n auto --dist loadfile --no-loadscope-reorder"
     assert arguments() == every
     assert arguments("-n", "1", "-m", "slow or not slow") == f"{every} -n 1 -m slow or not slow"
     assert arguments("-p", "no:xdist", "-x") == "-m pytest -p no:xdist -x"

@@ -143,8 +143,8 @@ def test_a_workdir_without_weights(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"microbatch": 4}, {"devices": 2}, {"engine": "multisteps"},
-        {"microbatch": 4, "devices": 2}, {"data.workers": 1},
+        pytest.param({"microbatch": 4}, marks=pytest.mark.long), {"devices": 2},
+        {"engine": "multisteps"}, {"microbatch": 4, "devices": 2}, {"data.workers": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -224,13 +224,14 @@ def _terminate_in(patch, where: str, call: int) -> None:
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("update", 1, 1),
                 ("update", 6, 6),  # the evaluation after it is due, and left to the next start
-                ("update", 8, 8),
                 ("evaluation", 2, 12),
-                ("save", 1, 3),
                 ("save", 2, 6),  # before the evaluation of the same update, which is made up for
             ]
+        ),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.long])
+            for case in [("update", 1, 1), ("update", 8, 8), ("save", 1, 3)]
         ),
     ],
 )
