@@ -363,7 +363,7 @@ def _help(told: str, examples: Examples, full: bool) -> list[str]:
     lines += [line for flag in _own() for line in _flag_lines(flag)]
     if "config" in flags.FLAGS:
         lines += ["  --config.FIELD=VALUE", "      another value of a field of the config, such as"
-                  " --config.nbs=32; jaxaccum/fields.py and tasks/*/fields.py have all"]  # fmt: skip
+                  " --config.nbs=32; jaxaccum/fields.py, tasks/*/fields.py have all"]  # fmt: skip
         lines += ["", "Configs that ship:"]
         lines += [f"  {name}: {what}" for name, what in config_files.shipped()]
     if not full:
