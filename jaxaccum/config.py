@@ -43,7 +43,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
 
 def not_learned(task: str) -> tuple[str, ...]:
     """Fields of a task that decide only how a run is computed, watched or stored."""
-    return (*fields.NOT_LEARNED, *tasks.named(task).fields.not_learned)
+    own = tasks.named(task).fields
+    return (*fields.NOT_LEARNED, *own.not_learned, *own.weight_files)
 
 
 def ranges(task: str) -> dict[str, tuple[float, float]]:

@@ -145,7 +145,10 @@ if __name__ == "__main__":
         print(*report.lines(), sep="\n")
         told = "" if _MODEL.value else " (told from the shapes)"
         print(f"model {adopted.config.model}{told}, {adopted.told}")
-        print(*adopted.hints, f"weights in {out / 'best'}", sep="\n")
+        *hints, last = (*adopted.hints, f"weights in {out / 'best'}")
+        for line in hints:
+            print(line)
+        print(last)
         return 0
 
     command_line.run_verb(

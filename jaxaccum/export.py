@@ -7,7 +7,6 @@ runtime of StableHLO, runs without this package's models; or ONNX, of a detector
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -50,8 +49,8 @@ def export(
       file: to write.
       platforms: a StableHLO program can run on.
       batch: samples per call; 0 for any number.
-      format: "stablehlo"; or "onnx", in float32 and with the names `images`, `boxes` and
-        `probabilities`, which needs the package jax2onnx.
+      format: "stablehlo"; or "onnx", in float32 and with the names that the task gives (`images`,
+        `boxes` and `probabilities` of a detector), which needs the package jax2onnx.
     Returns:
       what FILE.json holds.
     Raises:
@@ -123,7 +122,8 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
     interface = trained.task.interface(trained)
     if interface.onnx is None:
         raise ConfigError(
-            f"{trained.config.model} is no detector of 2D boxes: only those are written as ONNX"
+            f"{trained.config.model} is no detector of 2D boxes: the task {trained.task.name} "
+            "names no inputs and outputs for ONNX"
         )
     try:
         jax2onnx = importlib.import_module("jax2onnx")
@@ -133,8 +133,10 @@ def _onnx(trained: Trained, batch: int, platforms: Sequence[str]):
             "dm-pix, then pip install --no-deps jax2onnx (it asks for an orbax-checkpoint older "
             "than the one that reads the checkpoints, but does not use it)"
         ) from error
-    task: Any = trained.task
-    task = dataclasses.replace(task, model=task.model.clone(dtype=jnp.float32, remat=False))
+    config = trained.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update(dtype="float32", remat=False)
+    task = type(trained.task).create(config, trained.names, jnp.float32)
     params, stats = jax.device_get((trained.params, trained.stats))
     with blocks.portable():
         program = jax2onnx.to_onnx(

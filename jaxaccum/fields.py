@@ -59,7 +59,10 @@ class Fields:
       ranges: of its own numbers. A number without a range is only required to be finite.
       words: what its own texts may be.
       not_learned: of its own fields, those that decide no update.
-      weight_files: fields that name files of weights, which are known by their contents.
+      free: of its own fields, those that hold numbers or words (`any_of`), or lists: only `check`
+        knows what they may be.
+      weight_files: fields that name files of weights -> what the recipe calls their contents. Where
+        they lie is not learned.
       check: raises ConfigError for what these cannot say.
     """
 
@@ -68,7 +71,8 @@ class Fields:
     ranges: Ranges = dataclasses.field(default_factory=dict)
     words: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     not_learned: tuple[str, ...] = ()
-    weight_files: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    weight_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check: Callable[[ml_collections.ConfigDict], None] = lambda config: None
 
 
@@ -166,7 +170,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
       ConfigError: names the field, what it holds and what it may hold.
     """
     ranges = {**RANGES, **own.ranges}
-    _validate_types(c, own.defaults(), "", ranges)
+    _validate_types(c, own.defaults(), "", ranges, ("bn_group", "microbatch", *own.free))
     words = {
         "dtype": tuple(DTYPES),
         "engine": ("scan", "multisteps"),
@@ -189,8 +193,8 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
             elif high >= 1e4 and value > high:
                 limits = f"at most {high:,.0f}"
             raise ConfigError(f"{field} is {limits}; got {shown(value)}")
-    _validate_recipe(c)
     own.check(c)
+    _validate_recipe(c)
     _validate_compat(c)
     known = own.models()
     if c.model not in known:
@@ -253,8 +257,9 @@ def _validate_types(
     defaults: ml_collections.ConfigDict,
     prefix: str,
     ranged: Container[str],
+    free: Container[str],
 ) -> None:
-    """Every field is there, of the type that its default has, and finite or `ranged`."""
+    """Every field is there, of the type that its default has or `free`, and finite or `ranged`."""
     kinds: dict[type, tuple[Any, str]] = {
         bool: (bool, "true or false"), int: (numbers.Integral, "a whole number"),
         float: (numbers.Real, "a number"), str: (str, "a text"),
@@ -265,8 +270,13 @@ def _validate_types(
         if key not in c:
             raise ConfigError(f"{field} is missing: start from the defaults of jaxaccum.config")
         value = c[key]
-        if field in ("bn_group", "microbatch"):  # a number or a word, see `validate`
+        if field in free:
             continue
+        if type(default) not in kinds:
+            raise ConfigError(
+                f"{field}: its default is {shown(default)}, which is no number, text or group of "
+                "fields: name it in Fields.free, and check it there"
+            )
         kind, words = kinds[type(default)]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{field} is {words}; got {shown(value)}")
@@ -275,7 +285,7 @@ def _validate_types(
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{field} holds a NUL: {shown(value)}")
         if isinstance(default, ml_collections.ConfigDict):
-            _validate_types(value, default, f"{field}.", ranged)
+            _validate_types(value, default, f"{field}.", ranged, free)
 
 
 def is_compat(c: ml_collections.ConfigDict) -> bool:

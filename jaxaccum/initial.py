@@ -46,7 +46,7 @@ def load_initial(
     params: PyTree,
     stats: PyTree,
     names: Sequence[str],
-    beside: Sequence[str] = (),
+    beside: Sequence[str],
 ) -> tuple[PyTree, PyTree, Transfer]:
     """Initial values of a run from the weights of another, with other classes too.
 
@@ -72,8 +72,8 @@ def load_initial(
 def identities(config: ml_collections.ConfigDict) -> dict[str, str]:
     """What identifies the files of weights that a run needs, wherever they lie."""
     found = {"init": identify(config.init_from)}
-    for field in of(config).fields.weight_files:
-        found[field.rpartition(".")[2]] = identify(configs.get(config, field), field)
+    for field, called in of(config).fields.weight_files.items():
+        found[called] = identify(configs.get(config, field), field)
     return found
 
 

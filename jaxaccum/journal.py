@@ -4,6 +4,7 @@ console and of TensorBoard, the noise scale, and warnings."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +56,8 @@ class Journal:
     @property
     def memory(self) -> dict[str, Any]:
         """What a checkpoint must hold so that the journal can be continued from it."""
-        return {"noise": self._noise.state, "divergence": self._divergence.state}
+        # Copies: a save goes on while the next updates are told.
+        return copy.deepcopy({"noise": self._noise.state, "divergence": self._divergence.state})
 
     @property
     def divergence(self) -> str:

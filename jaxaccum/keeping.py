@@ -14,7 +14,8 @@ PyTree = Any
 
 
 class Keeper:
-    """Saves. All processes call it alike, and the first writes; see `Elsewhere` for the others.
+    """Saves. All processes call `save` alike, and the first writes (see `Elsewhere` for the
+    others); `save_best` is for the first alone, `rescue` for one that has no others.
 
     Attributes:
       saved: update of the newest state that was saved, or that the run started from.

@@ -57,7 +57,8 @@ if __name__ == "__main__":
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
         trained = load(Path(_WORKDIR.value))
         told = trained.task.predict_files(trained, source, out, failed, **_options(trained.task))
-        print(*told, sep="\n")
+        for line in told:
+            print(line)
 
     def _options(task: tasks.Task) -> dict[str, Any]:
         """The flags that the task takes; one that was given for nothing is an error."""

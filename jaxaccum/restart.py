@@ -86,7 +86,8 @@ def finished(
     Args:
       owes: whether the evaluation of an update is due and was not made.
     Raises:
-      CheckpointError: the workdir holds a run of another recipe.
+      CheckpointError: the workdir holds a run of another recipe, or a file that cannot be read.
+      WorkdirError: metrics.jsonl cannot be read.
     """
     with Checkpoints(workdir, this.config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest
@@ -119,6 +120,7 @@ def rewound(
       Whether the evaluation of that update has to be made up for, and what the best one gave.
     Raises:
       WorkdirError: metrics.jsonl cannot be read or written.
+      CheckpointError: a checkpoint cannot be read or put aside.
     """
     owed, best = False, {}
     if peers.first:

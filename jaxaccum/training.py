@@ -97,7 +97,7 @@ def _train(
 
         journal = Journal(this, train_set, stream, log_file, cadence, peers, start, meta)
         progress = Progress(this, engine, stream, journal, state)
-        del state  # its memory goes to the first update
+        del state, params, stats  # their memory goes to the first update
         about = _about(config, this, train_set)
         keeper = Keeper(checkpoints, journal, peers, about, signatures, start, best)
         validation = Validation(

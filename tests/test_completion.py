@@ -212,7 +212,9 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
 
 def test_init_from_a_workdir(trained):
     task = inference.load(trained).task
-    params, _, report = initial.load_initial(trained, task.model, *task.initialise(5), ())
+    params, _, report = initial.load_initial(
+        trained, task.model, *task.initialise(5), (), task.loss_modules
+    )
     assert report.complete
     same = jax.tree.map(np.array_equal, params, inference.load(trained).params)
     assert all(jax.tree.leaves(same))

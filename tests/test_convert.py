@@ -658,7 +658,7 @@ def test_initial_weights_from_a_workdir_and_a_file(tmp_path, file):
     state, _ = converted(tmp_path, file)
     model, params, stats, _ = tiny(2, seed=1)
     for path in (tmp_path / "run", str(tmp_path / "x.pt")):
-        new, _, report = initial.load_initial(path, model, params, stats, ("dog", "bird"))
+        new, _, report = initial.load_initial(path, model, params, stats, ("dog", "bird"), ())
         assert report.carried == ("dog",) and report.new == ("bird",)
         bias = weights.to_reference(new)["model.5.cv3.0.2.bias"]
         assert bias[0] == np.float16(state["model.5.cv3.0.2.bias"][1])

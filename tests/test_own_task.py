@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
@@ -21,6 +23,7 @@ from jaxaccum import (
     errors,
     evaluate,
     export,
+    fields,
     inference,
     pack,
     run,
@@ -181,6 +184,26 @@ def test_it_is_exported(trained, tmp_path):
     )  # fmt: skip
 
 
+def test_it_is_exported_as_onnx(trained, tmp_path, monkeypatch):
+    """By a stand-in for the package that writes it: a bfloat16 network with blocks to compute again
+    becomes one in float32 without."""
+
+    def to_onnx(function, inputs, *, model_name, input_names, output_names):
+        assert (model_name, input_names, output_names) == (
+            "plain-16", ["images"], ["probabilities"]
+        )  # fmt: skip
+        assert inputs[0].shape == ("n", 32, 32, 3)
+        out = jax.eval_shape(function, jax.ShapeDtypeStruct((2, 32, 32, 3), np.uint8))
+        assert out.shape == (2, 2) and out.dtype == np.float32
+        return SimpleNamespace(
+            SerializeToString=lambda: b"x", opset_import=[SimpleNamespace(version=21)]
+        )
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", SimpleNamespace(to_onnx=to_onnx))
+    facts = export.export(trained[0], tmp_path / "x", format="onnx")
+    assert facts["opset"] == 21 and (tmp_path / "x").read_bytes() == b"x"
+
+
 def test_it_is_packed(trained, images, tmp_path):
     config = config_for(str(images / "data.yaml"))
     lines = pack.pack(config, tmp_path / "packed", shards=2)
@@ -204,6 +227,7 @@ def packed_for_detection(path: str):
         ("classification", r"task is one of detection, .* or MODULE:CLASS of your own"),
         ("nowhere:Task", r"'nowhere:Task' cannot be imported \(ModuleNotFoundError: No module"),
         ("classification:Net", "is no subclass of jaxaccum.tasks.Task"),
+        ("jaxaccum.tasks:Task", "does not define create, evaluation, .*, fields, .*, unit"),
         ("classification:Missing", "cannot be imported .* has no attribute 'Missing'"),
         (".:x", "cannot be imported"),
         ("", "task is one of"),
@@ -248,6 +272,31 @@ def test_its_fields_are_checked():
         configs.validate(config_for("", model="plain8"))
 
 
+def test_fields_that_are_no_numbers(monkeypatch):
+    """A list, or a number or a word, is the task's own to check; else it is said what to do."""
+
+    def with_more():
+        config = once.defaults()
+        config.order = (1, 2)
+        config.count = fields.any_of(8)
+        return config
+
+    task = tasks.named("classification:ClassificationTask")
+    once = task.fields
+    monkeypatch.setattr(task, "fields", dataclasses.replace(once, defaults=with_more))
+    with pytest.raises(configs.ConfigError, match=r"order: its default is .*Fields\.free"):
+        configs.validate(configs.defaults("classification:ClassificationTask"))
+    free = dataclasses.replace(task.fields, free=("order", "count"))
+    monkeypatch.setattr(task, "fields", free)
+    config = configs.defaults("classification:ClassificationTask")
+    config.count = "many"
+    configs.validate(config)
+
+
+def test_where_weights_lie_is_not_learned():
+    assert "text.point_weights" in configs.not_learned("completion")
+
+
 def test_the_engine_guards_it(images):
     config = config_for(str(images / "data.yaml"))
     source = tasks.of(config).open(config, "train")
@@ -261,8 +310,12 @@ def test_the_engine_guards_it(images):
 # --- train --verify ---
 
 
-def test_a_run_that_keeps_the_law_is_begun(images):
-    found = verification.require_law(config_for(str(images / "data.yaml")), Peers())
+@pytest.mark.parametrize("changes", [{}, {"microbatch": "auto"}, {"log.noise_scale": True}])
+def test_a_run_that_keeps_the_law_is_begun(images, changes):
+    config = config_for(str(images / "data.yaml"))
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    found = verification.require_law(config, Peers())
     assert found.ok and found.tolerance == 1e-12
     assert found.first == Geometry(4)  # two groups of 2; half the microbatch would be one of 1
     assert [geometry for geometry, _ in found.rows] == [Geometry(2, engine="multisteps")]
@@ -294,6 +347,7 @@ def test_what_cannot_be_verified():
     ("nbs", "bn_group", "microbatch", "expected"),
     [
         (64, 8, 32, 16), (64, 8, 24, 16), (64, 8, 8, 16), (64, 8, "auto", 16), (8, 8, 8, 8),
+        (10, 64, 10, 10), (6, 8, 6, 6), (64, 8, 2, 2), (16, "all", 4, 4),  # groups over devices
         (10, 4, 4, 8), (16, "all", 16, 16), (16, "frozen", 8, 4), (16, "frozen", 1, 2),
     ],
 )  # fmt: skip

@@ -123,8 +123,12 @@ def test_no_function_is_long():
 def test_no_verb_asks_which_task_it_has():
     """What differs lies with the task: a word or a class of a task in a verb is a switch."""
     names = {name for task in TASKS.values() for name in (task.name, task.__name__)}
-    for verb in VERBS:
-        tree = ast.parse(FILES[f"jaxaccum.{verb}"].read_text())
+    # A comparison is of detectors; what the models are is asked by name.
+    own = ("tasks", "data", "models", "losses", "metrics", "comparing", "config")
+    for verb, file in FILES.items():
+        if verb.split(".")[1:2] and verb.split(".")[1] in own:
+            continue
+        tree = ast.parse(file.read_text())
         words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert not words & names, verb

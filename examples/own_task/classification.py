@@ -27,6 +27,7 @@ import optax
 from jaxaccum import data, draw, fields, models
 from jaxaccum.accumulate import GroupBatchNorm, Groups, Objective, Output, Term
 from jaxaccum.data import check, packed
+from jaxaccum.data.stream import say_lost
 from jaxaccum.tasks import Interface, PackedSplit, Task, Trained, files, packing
 from jaxaccum.tasks.evaluating import overlapped
 
@@ -66,12 +67,18 @@ def get_config() -> ml_collections.ConfigDict:
     return c
 
 
+def _check(c: ml_collections.ConfigDict) -> None:
+    if c.remat:
+        raise fields.ConfigError("remat: this network has no blocks to compute again")
+
+
 FIELDS = fields.Fields(
     get_config,
     lambda: ["plain-8", "plain-16"],
     ranges={
         "loss.smoothing": (0, 1), "data.image_size": (32, 1024), "data.max_objects": (1, 1000),
     },
+    check=_check,
 )  # fmt: skip
 
 
@@ -118,11 +125,13 @@ class ClassificationTask(Task):
     ) -> data.Source:
         """Images with boxes."""
         path, on_error = config.data.path, config.data.on_error
-        if path.startswith(packed.PREFIX):
-            return packed.PackedImages(packed.open_set(path, cls.name), split)
-        return check.checked(
-            data.open_source(path, split, names=names, on_error=on_error), on_error
-        )
+        if not path.startswith(packed.PREFIX):
+            source = data.open_source(path, split, names=names, on_error=on_error)
+            return check.checked(source, on_error)
+        found = packed.PackedImages(packed.open_set(path, cls.name), split)
+        if names is not None and tuple(names) != found.names:
+            raise data.DataError(f"{path} has the classes {found.names}, expected {tuple(names)}")
+        return found
 
     @classmethod
     def create(
@@ -187,7 +196,8 @@ class ClassificationTask(Task):
             source, image_size=self.image_size, max_objects=self.max_objects,
             augment=data.Augment(mosaic=0.0, scale=0.1, translate=0.05), seed=config.seed,
             close_mosaic_at=0, cache=config.data.cache,
-            cache_bytes=int(config.data.cache_gib * 2**30), on_error=config.data.on_error,
+            cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
+            on_error=config.data.on_error,
         )  # fmt: skip
 
     def evaluation(self, samples: int):
@@ -219,9 +229,13 @@ class ClassificationTask(Task):
                             )
                         )
 
-            batches = data.eval_batches(source, image_size=self.image_size, batch=config.eval.batch)
+            lost: list[str] | None = [] if config.data.on_error == "skip" else None
+            batches = data.eval_batches(
+                source, image_size=self.image_size, batch=config.eval.batch, lost=lost
+            )
             overlapped(predict, params, stats, batches, lambda batch: (batch["image"],), score)
-            return {"accuracy": float(np.mean(right))}, drawn
+            say_lost(lost or [], len(source), "images")
+            return {"accuracy": float(np.mean(right)) if right else float("nan")}, drawn
 
         return evaluate
 

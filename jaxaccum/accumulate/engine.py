@@ -143,7 +143,8 @@ class BaseEngine:
           the gradient's norm before clipping, samples, ok, step.
         Raises:
           ContractError: at the first update, of a forward or a batch that breaks the contract.
-          GeometryError: more samples than the microbatches hold.
+          GeometryError: more samples or steps than the window holds; with several processes, any
+            other number of steps than the window's.
         """
         raise NotImplementedError
 

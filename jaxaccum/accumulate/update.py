@@ -137,8 +137,8 @@ def advance(
     """The state after a closed window, and what the log says of it.
 
     Args:
-      stats: running statistics that were already moved (accumulate.usual_rule);
-        None to merge the window's moments and move them once.
+      stats: running statistics that were already moved (accumulate.usual_rule); None to merge the
+        window's moments and move them once.
     """
     ok = closed.ok
 

@@ -1,13 +1,14 @@
-"""The accumulation of the usual trainers (`compat`), to compare with: its one place.
+"""The accumulation of the usual trainers (`compat`), to compare with: its one place here.
 
 With b_k samples in microbatch k of an update, its numerators N_kt and its denominators D_kd,
 
     gradient = sum_k  b_k * d/dparams  sum_t gain_t * N_kt / max(D_kd, floor_d)
 
 Every microbatch divides by its own denominators and counts with its samples, where the law divides
-once by the sums of the window. Batch statistics are over a microbatch and move the running ones
-with each. An update has K = max(round(nbs / batch), 1) batches (a microbatch of every device), in
-the warm-up from 1 up. So here the geometry decides what is learned.
+once by the sums of the window; the objective's own `scale` plays no part. Batch statistics are over
+a microbatch and move the running ones with each. An update has K = max(round(nbs / batch), 1)
+batches (a microbatch of every device), in the warm-up from 1 up. So here the geometry decides what
+is learned.
 
 Objective and engines ask the functions here; for an objective that keeps the law they change
 nothing.

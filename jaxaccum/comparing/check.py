@@ -76,8 +76,9 @@ def first_losses(
         params, stats = this.task.initialise(config.seed)
         if config.init_from:
             params, stats, _ = load_initial(
-                config.init_from, this.task.model, params, stats, source.names
-            )
+                config.init_from, this.task.model, params, stats, source.names,
+                this.task.loss_modules,
+            )  # fmt: skip
         engine = make_engine(this.task.forward, this.rule, this.window)
         state = engine.init(params, stats)
         windows = run.make_stream(this, source).windows(0, [this.recipe.nbs] * updates)

@@ -87,7 +87,7 @@ def read_models(specs: Sequence[str], settings: Sequence[str]) -> list[Model]:
 
 def _require_comparable(spec: str, config: ml_collections.ConfigDict) -> None:
     configs.validate(config)
-    if tasks.of(config).monitor[0] != "map50_95":
+    if config.model not in models.names("detection"):
         raise configs.ConfigError(
             f"{spec}: compare is for detection, by mAP50-95; the task is {config.task}"
         )

@@ -66,6 +66,7 @@ def ratio(part: Matrix, whole: Matrix) -> Matrix:
 
 
 def area_2d(boxes: Matrix) -> Matrix:
+    """(n,) square pixels of boxes (n, 4)."""
     return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
 
 

@@ -48,7 +48,7 @@ def named(name: Any) -> type[Task]:
         )
     try:
         found = getattr(importlib.import_module(module), kind)
-    except Exception as error:  # whatever the user's module does
+    except (Exception, SystemExit) as error:  # whatever the user's module does
         said = " ".join(str(error).split())
         raise ConfigError(
             f"task: {shown(name)} cannot be imported ({type(error).__name__}: {said}): start where "
@@ -56,6 +56,9 @@ def named(name: Any) -> type[Task]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"task: {shown(name)} is no subclass of jaxaccum.tasks.Task")
+    left = {one for one in ("name", "fields", "unit", "monitor") if not hasattr(found, one)}
+    if missing := sorted(left | found.__abstractmethods__):
+        raise ConfigError(f"task: {shown(name)} does not define {', '.join(missing)}")
     return found
 
 

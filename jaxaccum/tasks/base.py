@@ -146,8 +146,8 @@ class Task(abc.ABC):
       unit: what a sample is called, in the plural.
       monitor: the metric that decides which weights are best, and whether more of it is better.
       predict_flags: flags of `predict` that it takes, beside source and out.
-      loss_modules: top-level names of parameters and statistics that belong to the loss, so that
-        files of weights do not hold them.
+      loss_modules: top-level names of parameters and statistics that belong to the loss: weights
+        from elsewhere (`init_from`) leave them as they begin.
       model: the network.
       names: of the classes or categories.
     """
@@ -303,7 +303,7 @@ class Task(abc.ABC):
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
-        """What the verb `convert` keeps beside weights from a file.
+        """What the verb `convert` keeps beside weights from a file; only tasks that ship are asked.
 
         Args:
           found: in the file. name: of their model, one of `fields.models`.

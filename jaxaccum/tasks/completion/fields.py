@@ -98,7 +98,7 @@ FIELDS = fields.Fields(
         "loss.align": fields.GAIN, "text.temperature": (1e-6, 1e6), "eval.viewpoints": (1, 8),
     },
     words={"eval.mode": ("easy", "median", "hard")},
-    not_learned=("text.encoder", "text.captions", "text.point_weights"),
-    weight_files=("text.point_weights",),
+    not_learned=("text.encoder", "text.captions"),
+    weight_files={"text.point_weights": "point_weights"},
     check=_check,
 )  # fmt: skip

@@ -325,7 +325,8 @@ class CompletionTask(Task):
         self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
     ) -> list[str]:
         """Completes, writes and draws; see `completion.predict.complete`."""
-        options["normalise"] = {"auto": None, "yes": True, "no": False}[options["normalise"]]
+        chosen = options.get("normalise", "auto")
+        options["normalise"] = {"auto": None, "yes": True, "no": False}[chosen]
         return predict.lines(predict.complete(trained, source, out, failed=failed, **options))
 
     def interface(self, trained: Trained) -> Interface:
