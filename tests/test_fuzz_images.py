@@ -1,7 +1,7 @@
 """Images with seeded random damage: the pixels that another decoder reads too, or an error of ours.
 
-JAXACCUM_FUZZ=1000 tries that many of each kind. python tests/test_fuzz_images.py N prints what
-became of them.
+JAXACCUM_FUZZ=1000 tries that many of each kind. PYTHONPATH=. python tests/test_fuzz_images.py N
+prints what became of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -137,8 +138,9 @@ def run(cases: int) -> dict[str, dict[str, int]]:
 def test_damaged_images_are_right_or_refused():
     """In a process of its own, whose memory nothing else has taken."""
     done = subprocess.run(
-        [sys.executable, __file__, str(CASES)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, __file__, str(CASES)], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
     fine = {"refused", "as another decoder", "nobody else decodes it"}
