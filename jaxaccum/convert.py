@@ -144,7 +144,7 @@ if __name__ == "__main__":
         report, adopted = convert(source, out, _MODEL.value, _NAMES.value)
         print(*report.lines(), sep="\n")
         told = "" if _MODEL.value else " (told from the shapes)"
-        print(f"model {adopted.config.model}{told}, {adopted.told}")
+        print(f"model {adopted.config.model}{told}, {adopted.summary}")
         *hints, last = (*adopted.hints, f"weights in {out / 'best'}")
         for line in hints:
             print(line)

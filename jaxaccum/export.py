@@ -71,7 +71,7 @@ def export(
         "batch": batch or "any",
         "format": format,
         **facts,
-        **trained.task.interface(trained).told,
+        **trained.task.interface(trained).facts,
     }
     try:
         file.write_bytes(program)

@@ -101,7 +101,7 @@ def _train(
         about = _about(config, this, train_set)
         keeper = Keeper(checkpoints, journal, peers, about, signatures, start, best)
         validation = Validation(
-            this, evaluator, train_set, val_set, journal, keeper, preemption, peers
+            this, evaluator, train_set, val_set, cadence, journal, keeper, preemption, peers
         )
         windows = progress.windows()
         stopped_at, preempted = start, None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxaccum import run, tasks
+from jaxaccum.cadence import Cadence
 from jaxaccum.distributed import Peers
 from jaxaccum.evaluation import recompute_statistics
 from jaxaccum.journal import Journal
@@ -27,6 +28,7 @@ class Validation:
         evaluator: tasks.Evaluator,
         train_set: tasks.Source,
         val_set: tasks.Source,
+        cadence: Cadence,
         journal: Journal,
         keeper: Keeper,
         preemption: Preemption,
@@ -42,7 +44,7 @@ class Validation:
         self._this, self._evaluator, self._journal, self._keeper = this, evaluator, journal, keeper
         self._preemption, self._peers = preemption, peers
         self._measurable = getattr(val_set.report, "objects", 1) > 0
-        if this.config.eval.every >= 0 and not self._measurable:
+        if cadence.ever("eval") and not self._measurable:
             journal.line(f"{NO_OBJECTS}; best/ will hold the weights of the last evaluation")
         precise = this.config.eval.precise_bn
         self._plain: Any = run.make_stream(this, train_set, plain=True) if precise else None

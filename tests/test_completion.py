@@ -194,7 +194,7 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
     assert convert.write(trained, file) > 50
     report, adopted = convert.convert(file, tmp_path / "converted")
     assert report.complete and adopted.config.model == "adapointr-tiny"
-    assert adopted.told == "clouds: as in its data set"
+    assert adopted.summary == "clouds: as in its data set"
     before, after = inference.load(trained), inference.load(tmp_path / "converted")
     partial = few("val").sample(0, None)[0][None]
     np.testing.assert_array_equal(

@@ -621,7 +621,7 @@ def test_a_converted_file_is_a_workdir(tmp_path, file):
     assert trained.names == CLASSES == adopted.names
     assert trained.config.model == trained.task.model.model == "tiny-t"
     assert trained.task.image_size == 128
-    assert adopted.told == f"{len(CLASSES)} classes: {', '.join(CLASSES)}"
+    assert adopted.summary == f"{len(CLASSES)} classes: {', '.join(CLASSES)}"
     assert adopted.hints == ("images of 128 px",)
     got = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
     for key, value in got.items():

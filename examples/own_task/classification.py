@@ -271,8 +271,8 @@ class ClassificationTask(Task):
         """Images to class probabilities."""
         del trained
         image = jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), jnp.uint8)
-        told = {"input": "images (N, S, S, 3) uint8 RGB", "output": "probabilities (N, classes)"}
-        return Interface([image], told, (["images"], ["probabilities"]))
+        facts = {"input": "images (N, S, S, 3) uint8 RGB", "output": "probabilities (N, classes)"}
+        return Interface([image], facts, (["images"], ["probabilities"]))
 
     @classmethod
     def packed_split(

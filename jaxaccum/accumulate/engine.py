@@ -12,6 +12,7 @@ the sum of the gradients after it. Devices along the last one share batch-norm g
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ PER_DEVICE = PartitionSpec(AXES)
 LAID = PartitionSpec(None, AXES)  # (steps, microbatch * devices, ...)
 
 
-class BaseEngine:
+class BaseEngine(abc.ABC):
     """A state and an effective batch in, the next state and its log out.
 
     Attributes:
@@ -130,6 +131,7 @@ class BaseEngine:
             return self.window.split(batch)
         return self.window.split_share(batch, self._own)
 
+    @abc.abstractmethod
     def update(self, state: State, batch: PyTree, steps: int | None = None):
         """One update. Donates `state`.
 
@@ -146,8 +148,8 @@ class BaseEngine:
           GeometryError: more samples or steps than the window holds; with several processes, any
             other number of steps than the window's.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lowered(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:
         """The programs of an update, lowered for shapes; nothing is computed.
 
@@ -157,7 +159,6 @@ class BaseEngine:
           of scan the update; of multisteps the call that adds a microbatch and the one that closes
           a window, with coupled terms after the first pass over a microbatch and the coupling.
         """
-        raise NotImplementedError
 
     def _laid(self, tree: PyTree, leading: tuple[int, ...], spec: PartitionSpec) -> PyTree:
         """Shapes of samples, laid out as microbatches that lie over the devices."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def no_objects() -> Objects:
 
 
 @dataclass
-class Findings:
+class Findings(abc.ABC):
     """What a source left out, and why.
 
     Attributes:
@@ -83,9 +84,9 @@ class Findings:
         """Counts one thing left out."""
         self.skipped.setdefault(reason, []).append((file, line))
 
+    @abc.abstractmethod
     def summary(self) -> str:
         """What was kept, in one line."""
-        raise NotImplementedError
 
     def lines(self, examples: int = 3) -> list[str]:
         """A summary for people: a line of totals, one for each reason to skip, one for each note.

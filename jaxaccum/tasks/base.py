@@ -91,12 +91,12 @@ class Interface:
 
     Attributes:
       inputs: shapes and dtypes of a sample's inputs, without the axis of samples.
-      told: the same in words, and what else a caller must know.
+      facts: the same in words, and what else a caller must know.
       onnx: names of inputs and outputs of the program as ONNX; None: it is not written as ONNX.
     """
 
     inputs: list[jax.ShapeDtypeStruct]
-    told: dict[str, Any]
+    facts: dict[str, Any]
     onnx: tuple[list[str], list[str]] | None = None
 
 
@@ -108,13 +108,13 @@ class Adopted:
       config: of the model, else with its defaults.
       names: of its classes.
       facts: see `Task.facts`.
-      told: of the model in words; hints: lines for who converts it.
+      summary: of the model in words; hints: lines for who converts it.
     """
 
     config: ml_collections.ConfigDict
     names: tuple[str, ...]
     facts: dict[str, Any]
-    told: str
+    summary: str
     hints: tuple[str, ...] = ()
 
 

@@ -113,11 +113,11 @@ def _vector(trained: Trained, caption: str) -> jax.Array | None:
 
 def lines(results: list[dict[str, Any]]) -> list[str]:
     """What was completed, in words."""
-    told = []
+    found = []
     for result in results:
         frame = "ShapeNet's frame" if result["normalised"] else "its own frame"
-        told.append(
+        found.append(
             f"{result['file']}: {result['points']} points, taken in {frame}, "
             f"completed in {result['written']}"
         )
-    return told
+    return found

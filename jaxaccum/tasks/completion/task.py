@@ -338,11 +338,11 @@ class CompletionTask(Task):
         if width := self.model.text_width:
             inputs.append(jax.ShapeDtypeStruct((width,), jnp.float32))
             captions = f"; vectors (N, {width}) of captions by {trained.config.text.encoder}"
-        told = {
+        facts = {
             "input": f"partial clouds (N, {points}, 3) float32, {frame}{captions}",
             "output": f"complete clouds (N, {self.model.num_points}, 3), in the same frame",
         }
-        return Interface(inputs, told)
+        return Interface(inputs, facts)
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:

@@ -77,9 +77,9 @@ def detect(
 
 def lines(results: list[dict[str, Any]], out: Path) -> list[str]:
     """What was found, in words."""
-    told = []
+    found = []
     for result in results:
         names = [d["name"] for d in result["detections"]]
         counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing"
-        told.append(f"{files.called(result)}: {counts}")
-    return [*told, f"{len(results)} drawn images and detections.json in {out}"]
+        found.append(f"{files.called(result)}: {counts}")
+    return [*found, f"{len(results)} drawn images and detections.json in {out}"]

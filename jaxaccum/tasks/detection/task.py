@@ -212,13 +212,13 @@ class DetectionTask(Task):
         """Images to boxes and class probabilities."""
         del trained
         size = self.image_size
-        told = {
+        facts = {
             "image_size": size,
             "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
             "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
         }
         image = jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)
-        return Interface([image], told, (["images"], ["boxes", "probabilities"]))
+        return Interface([image], facts, (["images"], ["boxes", "probabilities"]))
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
