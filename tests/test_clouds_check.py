@@ -10,6 +10,7 @@ from test_clouds_sources import CHAIR, MODELS, TABLE, cloud, kitti, pcn, project
 
 from jaxaccum.data import DataError, cloud_check, open_clouds, read_cloud
 from jaxaccum.data.captions import Captions, read_captions
+from jaxaccum.data.check import changed_files, signature
 
 LISTED = "listed shape without a partial cloud"
 
@@ -42,12 +43,14 @@ def test_a_healthy_set_is_read_once_and_stays_what_it_is(tmp_path, reads):
     assert plain.identity == first.identity == again.identity
     assert first.report.lines() == plain.report.lines()
     assert first.points == plain.points == 300
-    assert first.signature == again.signature and first.signature.startswith("36 files, ")
+    assert signature(first) == signature(again) and signature(first).startswith("36 files, ")
     changed = root / "train" / "partial" / CHAIR / "chair-1" / "03.pcd"
     os.utime(changed, ns=(1, 1))
+    assert changed_files(again) == [str(changed)] and changed_files(plain) == []
     touched = open_clouds(str(root), "train", check=True)
+    assert changed_files(touched) == []
     assert reads[36:] == ["03.pcd"]
-    assert touched.signature != first.signature and touched.identity == first.identity
+    assert signature(touched) != signature(first) and touched.identity == first.identity
 
 
 def test_damaged_clouds_are_found_when_the_set_is_opened(tmp_path, reads):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -134,10 +135,16 @@ def opened(file, on_error):
     return source
 
 
+def became(result) -> str:
+    if isinstance(result, str):
+        return "refused"
+    return "read, with some of it skipped and counted" if result.report.skipped else "read"
+
+
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_rows_with_wrong_values(folder, on_error):
     draw = random.Random(f"rows {on_error}")
-    file = folder / "instances_train.json"
+    file, outcomes = folder / "instances_train.json", Counter()
     for case in range(CASES):
         content = healthy()
         for _ in range(draw.choice((1, 1, 1, 2, 4))):
@@ -145,6 +152,7 @@ def test_rows_with_wrong_values(folder, on_error):
                 damaged(draw, content)
         file.write_text(json.dumps(content))
         result = opened(file, on_error)
+        outcomes[became(result)] += 1
         if isinstance(result, str):
             named = re.search(r"(images|annotations|categories)\[\d+\]|`\w+`|none of its", result)
             assert named or "no usable image" in result, (case, result)
@@ -154,6 +162,8 @@ def test_rows_with_wrong_values(folder, on_error):
             # Every object is kept, or its image or itself is in the report.
             lost = 5 - result.report.objects
             assert lost <= 0 or result.report.skipped or len(content["annotations"]) < 5, case
+    print(f"\nCOCO rows, {on_error}: {CASES} cases, {dict(outcomes)}")
+    assert outcomes["refused"] > 0
 
 
 def test_healthy_is_unchanged(folder):
@@ -167,7 +177,7 @@ def test_healthy_is_unchanged(folder):
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_damaged_text(folder, on_error):
     draw = random.Random(f"text {on_error}")
-    file = folder / "instances_train.json"
+    file, outcomes = folder / "instances_train.json", Counter()
     for _ in range(CASES):
         data = bytearray(json.dumps(healthy()).encode())
         for _ in range(draw.choice((1, 1, 2, 8))):
@@ -185,7 +195,9 @@ def test_damaged_text(folder, on_error):
             if not data:
                 data = bytearray(b" ")
         file.write_bytes(bytes(data))
-        opened(file, on_error)
+        outcomes[became(opened(file, on_error))] += 1
+    print(f"\nCOCO text, {on_error}: {CASES} cases, {dict(outcomes)}")
+    assert outcomes["refused"] > outcomes["read"]
 
 
 def test_cases_of_the_field(shared, folder):

@@ -1,6 +1,7 @@
 """A packed set is its source: the same samples, labels, names and fingerprint, read at random."""
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -19,6 +20,7 @@ from test_clouds_sources import cloud, shapenet, write_pcd
 from jaxaccum import data, pack, run, tasks, train
 from jaxaccum.data import DataError
 from jaxaccum.data.captions import Captions
+from jaxaccum.data.check import changed_files
 from jaxaccum.data.synthetic import scenes, shapes, streets
 from jaxaccum.tasks import packing
 
@@ -167,16 +169,31 @@ def test_a_run_sees_the_same(sets, kind):
 
 
 @pytest.mark.slow
-def test_a_run_moves_to_the_packed_set(sets, tmp_path):
+def test_a_run_moves_to_the_packed_set(sets, tmp_path, capsys):
     """Started on the folder, continued on the packed set: as if it had stayed where it was."""
     config, there, _ = sets("yolo")
     short = {"steps": 2, "checkpoint.every": 1, "eval.every": 2}
     train.train(changed(config, **short), tmp_path / "run")
     expected = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tmp_path / "run" / "last" / "2")
+    capsys.readouterr()
     train.train(changed(there, **short), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "note: train set: lies in" in said and "files were changed" not in said
     found = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in found] == [json.loads(line) for line in expected]
+
+
+@pytest.mark.parametrize("kind", ["yolo", "kitti", "pcn"])
+def test_records_that_change_are_said(sets, kind):
+    _, there, _ = sets(kind)
+    source = run.open_source(there, "train")
+    assert changed_files(source) == []
+    record = next(file for file in source.stamps if "array_record" in file)
+    known = os.stat(record)
+    os.utime(record, ns=(1, 1))
+    assert changed_files(source) == [record]
+    os.utime(record, ns=(known.st_atime_ns, known.st_mtime_ns))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from jaxaccum.data.kitti import DEFAULT_CAMERA, Source3D, read_calibration, writ
 from jaxaccum.data.loader import TrainStream, eval_batches
 from jaxaccum.data.sources import open_source
 from jaxaccum.data.sources3d import open_source3d
+from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.stream import SampleStream
 from jaxaccum.data.stream3d import (
     Augment3D,
@@ -39,6 +40,7 @@ __all__ = [
     "Shapes",
     "Source",
     "Source3D",
+    "Stamps",
     "TrainStream",
     "TrainStream3D",
     "cloud_batches",

@@ -20,7 +20,8 @@ import cv2
 from jaxaccum import user_cache
 from jaxaccum.data.base import DataError
 from jaxaccum.data.images import FileSource
-from jaxaccum.data.one_pass import on_all_cores, signature_of, stamp
+from jaxaccum.data.one_pass import on_all_cores
+from jaxaccum.data.stamps import Stamps, signature_of, stamp
 from jaxaccum.data.stream import suit_process
 
 SKIPPED = "image that cannot be decoded"
@@ -61,16 +62,19 @@ def signature(source: Any) -> str | None:
     """What tells whether the files of a data set are still the same: "N files, SIZES, TIMES", the
     latter two hashes of their sizes and times of modification when the source was opened; None
     for what does not lie in files of its own."""
-    if isinstance(source, FileSource):
-        headers = [source.header(i) for i in range(len(source))]
-        return signature_of(header.stamp for header in headers)
-    return getattr(source, "signature", None)
+    stamps: Stamps = getattr(source, "stamps", {})
+    return signature_of(stamps.values()) if stamps else None
 
 
 def changed_since(before: str, now: str) -> str | None:
     """What to say if the signature of a data set was another before; None if it was not."""
     if before == now:
         return None
+    if before.split(", ")[0] != now.split(", ")[0]:
+        return (
+            f"lies in {now.split(', ')[0]}, and when the run was saved in {before.split(', ')[0]}: "
+            "packed, or no longer; whether the samples are the same cannot be seen"
+        )
     if before.split(", ")[:2] == now.split(", ")[:2]:
         return (
             "files have other times of modification than when the run was saved, though the same "
@@ -81,10 +85,8 @@ def changed_since(before: str, now: str) -> str | None:
 
 def changed_files(source: Any) -> list[str]:
     """Files that are no longer as they were when the source was opened; one look at each."""
-    if not isinstance(source, FileSource):
-        return []
-    files = [(source.file(i), source.header(i).stamp) for i in range(len(source))]
-    return [file for file, known in files if stamp(file) != known]
+    stamps: Stamps = getattr(source, "stamps", {})
+    return [file for file, known in stamps.items() if stamp(file) != known]
 
 
 def _broken(source: FileSource) -> dict[int, str]:

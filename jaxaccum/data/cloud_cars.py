@@ -13,6 +13,7 @@ from jaxaccum.data.cloud_files import Points, read_cloud
 from jaxaccum.data.cloud_models import file_size, is_text, left_out, read_categories
 from jaxaccum.data.cloud_ops import Pose, box_pose, subsampled
 from jaxaccum.data.clouds import CloudReport
+from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.texts import lines, number, read_bytes, read_text, shown_path
 
 _LARGEST_BOX = 1 << 16  # bytes of a file
@@ -39,7 +40,7 @@ class KittiCars:
                 f"to learn from. Use 'test'."
             )
         self.report = CloudReport(f"{shown_path(root)} ({split})")
-        self.signature: str | None = None
+        self.stamps: Stamps = {}
         listing = root / "KITTI.json"
         if listing.is_file():
             listed = [n for c in read_categories(listing, "test") for n in c["test"]]
@@ -66,7 +67,7 @@ class KittiCars:
         if check is not None and found:
             files = [[self._scans / f"{n}.pcd", self._boxes / f"{n}.txt"] for n in found]
             result = check.run(self.report.where, files, _read_part, equal=False)
-            self.signature = result.signature
+            self.stamps = result.stamps
             usable = result.usable(self.report)
             found = [name for name, good in zip(found, usable, strict=True) if all(good)]
         for name in found:

@@ -21,7 +21,8 @@ import numpy as np
 from jaxaccum import user_cache
 from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.cloud_files import read_cloud
-from jaxaccum.data.one_pass import Stamp, on_all_cores, signature_of, stamp
+from jaxaccum.data.one_pass import on_all_cores
+from jaxaccum.data.stamps import Stamp, Stamps, stamp
 from jaxaccum.data.texts import shown_path
 
 UNREADABLE = "cloud that cannot be read"
@@ -83,7 +84,8 @@ class Check:
                     f"{shown_path(file)}: {good[file]} points, but most complete clouds have "
                     f"{points}. Sample all of a data set to the same number of points."
                 )
-        return Checked(self, where, groups, wrong, unequal, points, signature_of(stamps.values()))
+        seen = {str(file): one for file, one in stamps.items()}
+        return Checked(self, where, groups, wrong, unequal, points, seen)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Checked:
       check, where, groups: of what.
       wrong, unequal: file -> what is wrong with it.
       points: of the first files; None if they need not be equal or none can be read.
-      signature: "N files, SIZES, TIMES": what tells whether they are still the same.
+      stamps: of all files.
     """
 
     check: Check
@@ -103,7 +105,7 @@ class Checked:
     wrong: dict[Path, str]
     unequal: dict[Path, str]
     points: int | None
-    signature: str
+    stamps: Stamps
 
     def usable(self, report: Findings) -> list[list[bool]]:
         """Of each group which files can be used.

@@ -16,6 +16,7 @@ from jaxaccum.data.cloud_check import Check
 from jaxaccum.data.cloud_files import Points, read_cloud
 from jaxaccum.data.cloud_ops import unit_pose
 from jaxaccum.data.clouds import CloudReport
+from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.texts import read_json, shown, shown_path
 
 
@@ -42,7 +43,7 @@ class Models:
 
     Attributes:
       names, identity, report, points: as of a `CloudSource`.
-      signature: of the files that were checked, see `Check`; None if none were.
+      stamps: of the files that were checked, see `Check`.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class Models:
                 report.skip("listed shape without its complete cloud", shown_path(model.complete))
             else:
                 found.append((model, size))
-        self.signature: str | None = None
+        self.stamps: Stamps = {}
         points = None
         if check is not None and found:
             result = check.run(where, [files_of(model) for model, _ in found])
-            self.signature, points = result.signature, result.points
+            self.stamps, points = result.stamps, result.points
             found = [
                 (kept, size)
                 for (model, size), views in zip(found, result.usable(report), strict=True)

@@ -25,6 +25,7 @@ from jaxaccum.data.cloud_pcn import open_pcn
 from jaxaccum.data.cloud_shapenet import SYNSETS, open_shapenet, plain_name
 from jaxaccum.data.clouds import CloudReport, CloudSource
 from jaxaccum.data.packed import PREFIX, PackedClouds, open_set
+from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.data.texts import shown_path
 
@@ -210,7 +211,7 @@ class CroppedClouds:
         self._views = viewpoints if evaluation else 1
         self._cache = ByteCache[tuple[Points]](cache_bytes)
         self.names, self.points, self.report = shapes.names, shapes.points, shapes.report
-        self.signature: str | None = getattr(shapes, "signature", None)
+        self.stamps: Stamps = getattr(shapes, "stamps", {})
         self.report.samples = len(self)
         self.identity = shapes.identity
         if evaluation:
@@ -275,7 +276,7 @@ class PairedClouds:
         self.shapes = shapes
         self._cache = ByteCache[tuple[Points]](cache_bytes)
         self.names, self.points, self.report = shapes.names, shapes.points, shapes.report
-        self.signature: str | None = getattr(shapes, "signature", None)
+        self.stamps: Stamps = getattr(shapes, "stamps", {})
         self.identity = shapes.identity
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from jaxaccum.data.base import DataError, Image, Objects, Report, identify
+from jaxaccum.data.stamps import Stamp, Stamps
 from jaxaccum.data.texts import shown_path
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -60,7 +61,7 @@ class Header:
     size: tuple[int, int]
     orientation: int
     note: str = ""
-    stamp: tuple[int, int] = (0, 0)
+    stamp: Stamp = (0, 0)
 
 
 def read_header(file: str | Path | io.BytesIO) -> Header:
@@ -442,6 +443,11 @@ class FileSource:
     def file(self, index: int) -> str:
         """Where image `index` lies."""
         return self._records[index].file
+
+    @property
+    def stamps(self) -> Stamps:
+        """Of all images."""
+        return {record.file: record.header.stamp for record in self._records}
 
     def header(self, index: int) -> Header:
         """What the file of image `index` said of itself when it was opened."""

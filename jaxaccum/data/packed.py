@@ -23,6 +23,7 @@ from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.clouds import CloudReport
 from jaxaccum.data.images import decode
 from jaxaccum.data.kitti import KittiReport, Objects3D
+from jaxaccum.data.stamps import Stamps, stamp
 from jaxaccum.metrics import kitti as labels3d  # a module: it imports this package, too
 
 PREFIX = "packed:"
@@ -49,6 +50,7 @@ class PackedSet:
       task: that it was packed for.
       splits: of each its identity, class names, samples, report and what its kind adds.
       options: fields of the config that decided what was packed.
+      stamps: of its files, all splits together.
     """
 
     path: str
@@ -56,6 +58,7 @@ class PackedSet:
     task: str
     splits: dict[str, dict[str, Any]]
     options: dict[str, Any]
+    stamps: Stamps
 
     def split(self, name: str) -> dict[str, Any]:
         """What is known of a split.
@@ -108,8 +111,9 @@ def open_set(path: str, task: str) -> PackedSet:
                 f"{FORMAT}. Pack the source again.",
                 file=str(file),
             )
-        found = PackedSet(path, folder, told["task"], told["splits"], told["options"])
         files = dict(told["files"])
+        stamps = {str(folder / name): stamp(folder / name) for name in files}
+        found = PackedSet(path, folder, told["task"], told["splits"], told["options"], stamps)
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _damaged(path, f"{file} is not what was written ({error!r})") from error
     if found.task != task:
@@ -206,6 +210,7 @@ class PackedImages:
         """
         found = packed.split(split)
         self._where = f"{packed.path} ({split})"
+        self.stamps = packed.stamps
         self.names = tuple(found["names"])
         self.identity = str(found["identity"])
         self.report = self._report(_report(self._where, found["report"]))
@@ -290,6 +295,7 @@ class PackedClouds:
           DataError: there is no such split, or the set is broken.
         """
         found = packed.split(split)
+        self.stamps = packed.stamps
         self.names = tuple(found["names"])
         self.identity = str(found["identity"])
         self.report = CloudReport(**_report(f"{packed.path} ({split})", found["report"]))

@@ -69,9 +69,9 @@ class CaptionedClouds:
         return self.clouds.normalised
 
     @property
-    def signature(self) -> str | None:
+    def stamps(self) -> data.Stamps:
         """Of the files of the clouds, see `data.cloud_check`."""
-        return getattr(self.clouds, "signature", None)
+        return getattr(self.clouds, "stamps", {})
 
     def __len__(self) -> int:
         return len(self.clouds)
