@@ -6,7 +6,8 @@ The recipe decides the update; the geometry decides only its time and its memory
 import os
 import sys
 
-from jaxaccum import start, xla_flags
+from jaxaccum import start
+from jaxaccum.machine import xla_flags
 
 __version__ = "0.1.0"
 

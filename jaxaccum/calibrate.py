@@ -28,11 +28,12 @@ import numpy as np
 import psutil
 from absl import flags
 
-from jaxaccum import command_line, config_files, run
+from jaxaccum import command_line, config_files
 from jaxaccum.accumulate import make_engine
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Planner, cache_folder
 from jaxaccum.plan.targets import PlanError
+from jaxaccum.training import run
 
 MIB = 2**20
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from jaxaccum import command_line, known_answers
+from jaxaccum import command_line
 from jaxaccum.comparing.comparison import compare
 from jaxaccum.config import ConfigError
+from jaxaccum.machine import known_answers
 
 EXAMPLES = (
     (

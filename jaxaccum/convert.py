@@ -19,11 +19,11 @@ from absl import flags
 from safetensors.numpy import save_file
 
 from jaxaccum import models, tasks
-from jaxaccum.checkpoint import CheckpointError, Checkpoints
-from jaxaccum.inference import load
-from jaxaccum.initial import read, sha256
-from jaxaccum.models import weights
-from jaxaccum.models.weights import Transfer, Weights, WeightsError
+from jaxaccum.training.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.training.inference import load
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.initial import read, sha256
+from jaxaccum.weights.transfer import Transfer, Weights, WeightsError
 
 PyTree = Any
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from jaxaccum import known_answers, run
 from jaxaccum.config import ConfigError
-from jaxaccum.draw import contact_sheet, save_image
-from jaxaccum.evaluation import recompute_statistics
-from jaxaccum.inference import load
+from jaxaccum.draw.boxes import contact_sheet, save_image
+from jaxaccum.machine import known_answers
+from jaxaccum.training import run
+from jaxaccum.training.inference import load
+from jaxaccum.training.precise_bn import recompute_statistics
 
 
 def evaluate(

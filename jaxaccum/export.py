@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from absl import flags
 from jax import export as jax_export
 
-from jaxaccum.checkpoint import CheckpointError
 from jaxaccum.config import ConfigError
-from jaxaccum.inference import Trained, load, require_run
 from jaxaccum.models import blocks
+from jaxaccum.training.checkpoint import CheckpointError
+from jaxaccum.training.inference import Trained, load, require_run
 
 FORMATS = ("stablehlo", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -40,7 +40,7 @@ def export(
     The program of a detector maps images (N, S, S, 3) uint8 RGB to boxes (N, A, 4), x1 y1 x2 y2 in
     pixels, and class probabilities (N, A, classes), before non-maximum suppression; of a 3D
     detector images and cameras (N, 3, 4) to these and locations (N, A, 3), sizes (N, A, 3) and
-    headings (N, A). That of a completion network maps partial clouds (N, 2048, 3) float32, and
+    yaw (N, A). That of a completion network maps partial clouds (N, 2048, 3) float32, and
     vectors of captions (N, T) if it takes them, to complete clouds (N, P, 3). The weights are in
     it.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jaxaccum import config as configs
 from jaxaccum import data, tasks
-from jaxaccum.data import packed
+from jaxaccum.data.formats import packed
 
 SAMPLES_PER_SHARD = 512  # if nobody says how many shards
 Example = dict[str, Any]

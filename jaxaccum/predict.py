@@ -15,9 +15,11 @@ from typing import Any
 
 from absl import flags
 
-from jaxaccum import known_answers, run, tasks
+from jaxaccum import tasks
 from jaxaccum.config import ConfigError
-from jaxaccum.inference import load, require_run
+from jaxaccum.machine import known_answers
+from jaxaccum.training import run
+from jaxaccum.training.inference import load, require_run
 
 if __name__ == "__main__":
     from jaxaccum import command_line

@@ -10,11 +10,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jaxaccum import command_line, config_files, known_answers, run
-from jaxaccum.distributed import FLAG_HELP, joined
-from jaxaccum.preemption import Preempted, end_at_once
-from jaxaccum.training import train
-from jaxaccum.verification import require_law
+from jaxaccum import command_line, config_files
+from jaxaccum.machine import known_answers
+from jaxaccum.training import run
+from jaxaccum.training.distributed import FLAG_HELP, joined
+from jaxaccum.training.loop import train
+from jaxaccum.training.preemption import Preempted, end_at_once
+from jaxaccum.training.verification import require_law
 
 __all__ = ["train", "verb"]
 

@@ -28,7 +28,7 @@ from absl import app, flags
 from benchmarks import harness, report
 from benchmarks.measures import MEASURES, flags_of_xla
 
-from jaxaccum import host_memory
+from jaxaccum.machine import host_memory
 
 OUT = flags.DEFINE_string("out", "", "the document to write")
 RESULTS = flags.DEFINE_string("results", "", "folder of results; that of --out without .md")
@@ -104,7 +104,7 @@ def measure_here(results: Path, key: str) -> None:
     """Measures one part and keeps its result."""
     import jax
 
-    from jaxaccum import run
+    from jaxaccum.training import run
 
     run.use_compilation_cache()
     backend = jax.default_backend()

@@ -35,8 +35,8 @@ flags.mark_flag_as_required("config")
 
 def main(_) -> int:
     logging.set_verbosity(logging.ERROR)
-    from jaxaccum import run
     from jaxaccum.accumulate import make_engine
+    from jaxaccum.training import run
 
     run.use_compilation_cache()
     config = CONFIG.value

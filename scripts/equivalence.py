@@ -93,8 +93,8 @@ def settle(geometries: list[Laid]):
 
 def measure(config, train_set, laid: Laid, engine: str, peers=None):
     """(trace, recipe) of one geometry, computed by this process, or by `peers` together."""
-    from jaxaccum import run
     from jaxaccum.accumulate import equivalence
+    from jaxaccum.training import run
 
     with config.unlocked():
         config.microbatch, config.devices, config.engine = laid.microbatch, laid.devices, engine
@@ -153,7 +153,7 @@ def measure_in_processes(geometries: list[Laid], index: int, engine: str):
 
 def one_of_many(geometries: list[Laid], part: dict) -> int:
     """What a process that `measure_in_processes` started does; the first writes the result."""
-    from jaxaccum import distributed, run
+    from jaxaccum.training import distributed, run
 
     laid = geometries[part["index"]]
     hardware.choose(PLATFORM.value, laid.devices // laid.processes, X64.value)
@@ -185,8 +185,9 @@ def main(_) -> int:
     hardware.require_devices(geometries, jax.default_backend(), there, hardware.described())
     logging.set_verbosity(logging.ERROR)
 
-    from jaxaccum import known_answers, run
     from jaxaccum.accumulate import equivalence
+    from jaxaccum.machine import known_answers
+    from jaxaccum.training import run
 
     run.use_compilation_cache()
     try:

@@ -34,12 +34,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxaccum import known_answers, models
+from jaxaccum import models
 from jaxaccum.accumulate import Groups, batchnorm
+from jaxaccum.losses import boxes3d as losses3d
 from jaxaccum.losses import detection
-from jaxaccum.losses import solids as solid_losses
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
-from jaxaccum.models import blocks, completion, init, points, solids, weights, yolo
+from jaxaccum.machine import known_answers
+from jaxaccum.models import blocks, boxes3d, completion, init, points, yolo
+from jaxaccum.weights import transfer as weights
 
 Numbers = dict[str, np.ndarray]
 
@@ -337,7 +339,7 @@ def padded_targets(batch_idx, cls, bboxes, samples: int, height: int, width: int
     return detection.Targets(boxes, classes, valid, np.ones(samples, np.float32))
 
 
-def padded_solids(data, batch_idx) -> solid_losses.SolidTargets:
+def padded_boxes3d(data, batch_idx) -> losses3d.Targets3D:
     """Flat 3D targets as padded ones, in the order of `padded_targets`."""
     room = max(int(np.sum(batch_idx == i)) for i in range(2))
     values = {}
@@ -346,10 +348,10 @@ def padded_solids(data, batch_idx) -> solid_losses.SolidTargets:
         for i in range(2):
             rows = data[f"target_{name}"].reshape(-1, *shape)[batch_idx == i]
             values[name][i, : len(rows)] = rows
-    return solid_losses.SolidTargets(*values.values(), np.ones(2), np.zeros((2, 3, 4)))
+    return losses3d.Targets3D(*values.values(), np.ones(2), np.zeros((2, 3, 4)))
 
 
-def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=None):
+def loss_of(predictions, anchors, targets, enlarge_small=True, targets3d=None):
     """Sum of the terms with gains over the clamped denominators, and everything else.
 
     With 3D targets, by the published rule of YOLOv12-3D; its last three items are parts of others.
@@ -360,13 +362,13 @@ def loss_of(predictions, anchors, targets, enlarge_small=True, solid_targets=Non
     total = denominators[detection.TARGET_SCORES]
     items = jnp.stack([t.gain * numerators[t.name] for t in detection.terms()])
     items = items / jnp.maximum(total, 1)
-    if solid_targets is not None:
+    if targets3d is not None:
 
         def axes(metres):
-            more, denominators = solid_losses.solid_loss(
-                predictions.solids, assignment, solid_targets, solids.ORIGINAL, 0, metres, True
+            more, denominators = losses3d.boxes3d_loss(
+                predictions.boxes3d, assignment, targets3d, boxes3d.ORIGINAL, 0, metres, True
             )
-            gained, _ = solid_losses.terms(200.0, 0.05, 1.0, published=True)
+            gained, _ = losses3d.terms(200.0, 0.05, 1.0, published=True)
             return jnp.stack([
                 t.gain * more[t.name] / jnp.maximum(denominators.get(t.denominator, total), 1)
                 for t in gained
@@ -427,8 +429,8 @@ def decisions_of(assignment: detection.Assignment) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
-def _detector_loss(out, strides, targets, enlarge_small, solid_targets):
-    return loss_of(out, yolo.anchors(128, 128, strides), targets, enlarge_small, solid_targets)
+def _detector_loss(out, strides, targets, enlarge_small, targets3d):
+    return loss_of(out, yolo.anchors(128, 128, strides), targets, enlarge_small, targets3d)
 
 
 class DetectorFixture(Fixture):
@@ -460,9 +462,9 @@ class DetectorFixture(Fixture):
             out = model.apply({"params": params, "batch_stats": stats}, draw(1, 1, 3, 64, 96))
         boxes, scores = yolo.decode(out, yolo.anchors(64, 96, model.strides))
         channels = [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores]
-        if out.solids is not None:
-            boxes_3d = solids.decode(out.solids, solids.ORIGINAL)
-            channels += [boxes_3d.locations, boxes_3d.sizes, boxes_3d.headings[..., None]]
+        if out.boxes3d is not None:
+            boxes_3d = boxes3d.decode(out.boxes3d, boxes3d.ORIGINAL)
+            channels += [boxes_3d.locations, boxes_3d.sizes, boxes_3d.yaw[..., None]]
         found["eval_decoded"] = channels_first(np.concatenate(channels, axis=-1), 3)
         found["eval_boxes"] = channels_first(out.boxes, 3)
         found["eval_scores"] = channels_first(out.scores, 3)
@@ -474,7 +476,7 @@ class DetectorFixture(Fixture):
         batch_idx, cls, bboxes = flat
         targets = padded_targets(batch_idx, cls.ravel(), bboxes, 2, 128, 128)
         # Fixtures of the 2D network beside it hold these targets, too.
-        solid_targets = padded_solids(data, batch_idx) if out.solids is not None else None
+        targets3d = padded_boxes3d(data, batch_idx) if out.boxes3d is not None else None
         groups = Groups(2, jnp.ones(2, dtype))
 
         def train_loss(params):
@@ -482,7 +484,7 @@ class DetectorFixture(Fixture):
                 out, moments = model.apply(
                     {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
                 )
-            loss, aux = _detector_loss(out, model.strides, targets, not older, solid_targets)
+            loss, aux = _detector_loss(out, model.strides, targets, not older, targets3d)
             return 2 * loss, (out, moments["moments"], aux)
 
         (total, (out, moments, (items, _, assignment))), gradient = jax.value_and_grad(

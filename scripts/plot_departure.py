@@ -23,14 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import known_answers, models
+from jaxaccum import models
 from jaxaccum.accumulate import Sums, grouped
 from jaxaccum.accumulate.equivalence import distance
 from jaxaccum.accumulate.terms import add
 from jaxaccum.data import Augment, Scenes, TrainStream
-from jaxaccum.inference import load
-from jaxaccum.run import use_compilation_cache
+from jaxaccum.machine import known_answers
 from jaxaccum.tasks.detection import DetectionTask
+from jaxaccum.training.inference import load
+from jaxaccum.training.run import use_compilation_cache
 
 PyTree = Any
 COUNTS = tuple(range(8))  # objects in each image

@@ -50,7 +50,7 @@ PATIENCE = 300  # seconds without any sign of life
 def make_images(folder: Path) -> None:
     """A data set of 50 and 8 images, so that epochs end within updates."""
     from jaxaccum import data
-    from jaxaccum.draw import save_image
+    from jaxaccum.draw.boxes import save_image
 
     for split, length in (("train", 50), ("val", 8)):
         scenes = data.Scenes(split, size=64, length=length)
@@ -80,7 +80,9 @@ def train_here(order: dict[str, Any]) -> None:
     logging.set_verbosity(logging.ERROR)
 
     from jaxaccum import config as configs
-    from jaxaccum import known_answers, preemption, tasks, train
+    from jaxaccum import tasks, train
+    from jaxaccum.machine import known_answers
+    from jaxaccum.training import preemption
 
     known_answers.require()
 
@@ -247,7 +249,7 @@ def complaint(what: str, phase: str, status: int, said: str, left: int) -> str:
 
 def load(workdir: Path) -> tuple[dict, list[dict], int | None]:
     """(newest state, log, update of the best weights) of a run."""
-    from jaxaccum.checkpoint import Checkpoints, ocp
+    from jaxaccum.training.checkpoint import Checkpoints, ocp
 
     with Checkpoints(workdir) as checkpoints:
         only = ocp.args.Composite(tree=ocp.args.StandardRestore())

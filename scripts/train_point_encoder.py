@@ -24,7 +24,8 @@ import optax
 from absl import flags
 from safetensors.numpy import save_file
 
-from jaxaccum import config_files, known_answers
+from jaxaccum import config_files
+from jaxaccum.machine import known_answers
 
 CONFIG = config_files.define()
 OUT = flags.DEFINE_string("out", None, "the file to write, *.safetensors", required=True)
@@ -35,7 +36,7 @@ ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
 
 def main() -> int:
-    from jaxaccum import data, run
+    from jaxaccum import data
     from jaxaccum.accumulate import (
         Coupled,
         Geometry,
@@ -48,8 +49,10 @@ def main() -> int:
         make_engine,
     )  # fmt: skip
     from jaxaccum.losses import alignment
-    from jaxaccum.models import pointbert, weights
+    from jaxaccum.models import pointbert
     from jaxaccum.tasks.completion import captioned
+    from jaxaccum.training import run
+    from jaxaccum.weights import transfer as weights
 
     run.use_compilation_cache()
     known_answers.require(ALLOW.value)

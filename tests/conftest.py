@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 import tiny  # noqa: F401 registers the model "tiny-t"
 
-from jaxaccum import run
+from jaxaccum.training import run
 
 run.use_compilation_cache()
 

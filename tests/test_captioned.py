@@ -12,12 +12,14 @@ from safetensors.numpy import save_file
 from tiny_completion import CAPTIONED, tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, inference, run, train
+from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.data.cloud_sources import CroppedClouds
-from jaxaccum.models import completion, pointbert, weights
-from jaxaccum.models.weights import WeightsError
+from jaxaccum.models import completion, pointbert
 from jaxaccum.tasks.completion import captioned, predict
+from jaxaccum.training import inference, run
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.transfer import WeightsError
 
 NBS = 48
 MODULE = captioned.MODULE
@@ -225,7 +227,7 @@ def test_a_plain_run_is_where_the_captioned_one_starts(trained):
     """With the weights of the plain run and no columns for captions yet, both predict the same."""
     plain = inference.load(trained[0])
     this, source, (params, stats) = prepared(Geometry(2))
-    from jaxaccum.initial import load_initial
+    from jaxaccum.weights.initial import load_initial
 
     params, stats, report = load_initial(
         trained[0], this.task.model, params, stats, (), this.task.loss_modules

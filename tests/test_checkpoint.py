@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxaccum.checkpoint import CheckpointError, Checkpoints, newest_complete
+from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, newest_complete
 
 SIZE = 64
 

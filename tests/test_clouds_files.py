@@ -159,7 +159,7 @@ def test_packing_has_runs_copies_into_themselves_and_long_copies(tmp_path):
     file = written(tmp_path, "a.pcd", pcd("binary_compressed", body, points=500))
     np.testing.assert_array_equal(read_cloud(file), columns.T)
     # By hand: 2 literals, a copy of 6 from 2 back, a copy of 12 (7 + 3 + 2) from 1 back.
-    from jaxaccum.data.cloud_files import _lzf
+    from jaxaccum.data.formats.cloud_files import _lzf
 
     plain = b"ab" + b"ababab" + b"b" * 12
     assert _lzf(bytes([1]) + b"ab" + bytes([4 << 5, 1, 7 << 5, 3, 0]), len(plain)) == plain

@@ -271,7 +271,8 @@ def test_jobset_restarts_on_75_and_disruption_alone(jobset):
         "action": "FailJob",
         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
     }
-    from jaxaccum import config, preemption
+    from jaxaccum import config
+    from jaxaccum.training import preemption
 
     assert preemption.TRY_AGAIN == TRY_AGAIN
     grace = config.detection().checkpoint.grace

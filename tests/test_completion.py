@@ -11,12 +11,14 @@ import pytest
 from tiny_completion import tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, inference, initial, run, train
+from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
 from jaxaccum.tasks.completion import predict
+from jaxaccum.training import inference, run
+from jaxaccum.weights import initial
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "completion"
 NBS, UPDATES = 6, 2

@@ -16,9 +16,10 @@ import pytest
 from jaxaccum import models
 from jaxaccum.accumulate import Groups, batchnorm
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
-from jaxaccum.models import completion, init, points, weights
+from jaxaccum.models import completion, init, points
 from jaxaccum.models import point_blocks as blocks
 from jaxaccum.models import point_layers as layers
+from jaxaccum.weights import transfer as weights
 
 # --- The reference's numbers ---
 # Of models whose weights and inputs follow from the numbers of the state dict's entries: mean and

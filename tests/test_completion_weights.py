@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_convert import Call, Name, New, TorchFile, numpy_scalar
 
-from jaxaccum.models import completion, torch_file, weights
-from jaxaccum.models.weights import Weights, WeightsError
+from jaxaccum.models import completion
+from jaxaccum.weights import torch_file
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.transfer import Weights, WeightsError
 
 NAME = "adapointr-small"
 

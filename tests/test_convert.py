@@ -23,10 +23,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxaccum import convert, export, inference, initial, models
-from jaxaccum.checkpoint import CheckpointError
-from jaxaccum.models import torch_file, weights, yolo
-from jaxaccum.models.weights import Weights, WeightsError
+from jaxaccum import convert, export, models
+from jaxaccum.models import yolo
+from jaxaccum.training import inference
+from jaxaccum.training.checkpoint import CheckpointError
+from jaxaccum.weights import initial, torch_file
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.transfer import Weights, WeightsError
 
 STORAGE = {
     "float16": "HalfStorage", "float32": "FloatStorage", "float64": "DoubleStorage",

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_config3d
 
-from jaxaccum import data, tasks, user_cache
+from jaxaccum import data, tasks
 from jaxaccum.data import DataError, check, images
+from jaxaccum.machine import user_cache
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError
-from jaxaccum.data.kitti import (
+from jaxaccum.data.formats.kitti import (
     DEFAULT_CAMERA,
     NAMES,
     KittiSource,
@@ -19,7 +19,7 @@ from jaxaccum.data.kitti import (
     read_calibration,
     write_split,
 )
-from jaxaccum.data.tfds import TfdsSource
+from jaxaccum.data.formats.tfds import TfdsSource
 
 CAR = "Car 0.10 1 -1.50 10.00 5.00 30.00 20.00 1.50 1.60 4.00 1.00 1.70 12.00 -1.60"
 REGION = "DontCare -1 -1 -10 1.00 1.00 4.00 4.00 -1 -1 -1 -1000 -1000 -1000 -10"
@@ -534,7 +534,8 @@ def test_tfds_rows_stay_together(tfds, monkeypatch):
         },
     }
     monkeypatch.setattr(
-        "jaxaccum.data.kitti.find_tfds", lambda path, split: ("kitti", "train", features, [record])
+        "jaxaccum.data.formats.kitti.find_tfds",
+        lambda path, split: ("kitti", "train", features, [record]),
     )
     source = open_kitti("tfds:kitti", "train")
     objects, labels = source.objects(0), source.labels(0)
@@ -574,7 +575,8 @@ def test_tfds_rows_without_sense_are_counted(tfds, monkeypatch):
         },
     }
     monkeypatch.setattr(
-        "jaxaccum.data.kitti.find_tfds", lambda path, split: ("kitti", "train", features, [record])
+        "jaxaccum.data.formats.kitti.find_tfds",
+        lambda path, split: ("kitti", "train", features, [record]),
     )
     source = open_kitti("tfds:kitti", "train")
     assert [NAMES[c] for c in source.objects(0).classes] == ["Tram"]

@@ -652,7 +652,7 @@ def test_tfds_prepared_on_disk(prepared):
 
 def test_tfds_kitti_is_turned_upright(tfds):
     """TFDS writes KITTI's boxes with the origin at the bottom left."""
-    from jaxaccum.data.tfds import TfdsSource
+    from jaxaccum.data.formats.tfds import TfdsSource
 
     with tfds.testing.mock_data(num_examples=1):
         features = tfds.builder("kitti").info.features
@@ -668,7 +668,7 @@ def test_tfds_kitti_is_turned_upright(tfds):
 
 
 def test_tfds_greyscale(tfds):
-    from jaxaccum.data.tfds import TfdsSource
+    from jaxaccum.data.formats.tfds import TfdsSource
 
     with tfds.testing.mock_data(num_examples=1):
         features = tfds.builder("voc/2007").info.features

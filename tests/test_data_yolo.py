@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxaccum.data import DataError, open_source, texts, yolo
+from jaxaccum.data import DataError, open_source, texts
 from jaxaccum.data.base import Findings, Objects, Report, identify
+from jaxaccum.data.formats import yolo
 
 ROW = "0 0.5 0.5 0.5 0.5\n"
 

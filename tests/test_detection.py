@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import data, run
+from jaxaccum import data
 from jaxaccum.accumulate import ContractError, Geometry, equivalence, grouped
 from jaxaccum.accumulate.checks import check
+from jaxaccum.training import run
 
 NBS, UPDATES = 10, 2  # uneven tails; some of the scenes have no objects
 

@@ -14,17 +14,19 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny_config3d
 
 from jaxaccum import config as configs
-from jaxaccum import convert, data, evaluate, export, inference, run, train
+from jaxaccum import convert, data, evaluate, export, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.synthetic import streets
 from jaxaccum.data.synthetic.streets import StreetsSource
-from jaxaccum.losses import solids as losses
+from jaxaccum.losses import boxes3d as losses
 from jaxaccum.losses.detection import Assignment
 from jaxaccum.metrics import kitti
-from jaxaccum.models import solids, weights
-from jaxaccum.models.solids import ORIGINAL, Coding
+from jaxaccum.models import boxes3d
+from jaxaccum.models.boxes3d import ORIGINAL, Coding
 from jaxaccum.tasks.detection3d import predict
+from jaxaccum.training import inference, run
+from jaxaccum.weights import transfer as weights
 
 WIDTH = 640
 CAMERA = np.asarray([[370, 0, 318, 20], [0, 370, 95, 0.1], [0, 0, 1, 0.003]])
@@ -32,7 +34,7 @@ OBJECT = {"where": (-7.3, 1.63, 23.4), "size": (1.5, 1.6, 3.9), "yaw": 2.9}
 
 
 def targets(camera=CAMERA, where=OBJECT["where"], size=OBJECT["size"], yaw=OBJECT["yaw"]):
-    return losses.SolidTargets(
+    return losses.Targets3D(
         *(jnp.asarray(v, jnp.float64)[None, None] for v in (where, size)),
         jnp.full((1, 1), yaw), jnp.ones(1), jnp.asarray(camera)[None],
     )  # fmt: skip
@@ -46,7 +48,7 @@ def best_logits(coding, published=False, **changes):
     """The logits (1, 1, 1207) of the smallest loss, found by following its gradient."""
 
     def loss(logits):
-        found, _ = losses.solid_loss(
+        found, _ = losses.boxes3d_loss(
             logits, one_anchor(), targets(**changes), coding, WIDTH, 0.0, published
         )
         return sum(found.values())
@@ -59,9 +61,9 @@ def best_logits(coding, published=False, **changes):
 
 
 def decoded(logits, coding, camera=CAMERA, box=None):
-    found = solids.decode(logits, coding)
+    found = boxes3d.decode(logits, coding)
     boxes = jnp.asarray(np.zeros(4) if box is None else box)[None, None]
-    return solids.in_camera(found, boxes, jnp.asarray(camera)[None], WIDTH, coding)
+    return boxes3d.in_camera(found, boxes, jnp.asarray(camera)[None], WIDTH, coding)
 
 
 def test_the_optimum_is_the_label(x64):
@@ -70,15 +72,15 @@ def test_the_optimum_is_the_label(x64):
     found = decoded(best_logits(coding), coding)
     np.testing.assert_allclose(found.locations[0, 0], OBJECT["where"], atol=0.01)
     np.testing.assert_allclose(found.sizes[0, 0], OBJECT["size"], atol=1e-3)
-    assert float(found.headings[0, 0]) == pytest.approx(OBJECT["yaw"], abs=1e-3)
+    assert float(found.yaw[0, 0]) == pytest.approx(OBJECT["yaw"], abs=1e-3)
 
 
 def test_the_published_optimum_is_off_by_half_a_bin(x64):
     """Section 14.3: unshifted targets decode 0.125 m above the label, at the loss's temperature."""
     logits = best_logits(ORIGINAL, published=True)
-    found = solids.expectation(solids.split(logits)[0])[0, 0]
+    found = boxes3d.expectation(boxes3d.split(logits)[0])[0, 0]
     np.testing.assert_allclose(found - np.asarray(OBJECT["where"]), 0.125, atol=0.01)
-    sharper = solids.decode(logits, ORIGINAL).locations[0, 0]  # and another one at inference
+    sharper = boxes3d.decode(logits, ORIGINAL).locations[0, 0]  # and another one at inference
     assert np.abs(sharper - found).max() > 0.005
 
 
@@ -86,13 +88,13 @@ def test_depth_is_that_of_one_lens(x64):
     """Zoomed by 1.5, a camera shows the object larger, as if nearer: the network may say so."""
     zoom = np.diag([1.5, 1.5, 1]) @ CAMERA
     coding = Coding(place="predicted")
-    near = solids.decode(best_logits(coding, camera=zoom), coding).locations[0, 0, 2]
-    far = solids.decode(best_logits(coding), coding).locations[0, 0, 2]
+    near = boxes3d.decode(best_logits(coding, camera=zoom), coding).locations[0, 0, 2]
+    far = boxes3d.decode(best_logits(coding), coding).locations[0, 0, 2]
     assert float(far / near) == pytest.approx(1.5, abs=2e-3)
     depth = decoded(best_logits(coding, camera=zoom), coding, zoom).locations[0, 0, 2]
     assert float(depth) == pytest.approx(OBJECT["where"][2], abs=0.02)
     plain = Coding(place="predicted", focal=0.0)
-    metres = solids.decode(best_logits(plain, camera=zoom), plain).locations[0, 0, 2]
+    metres = boxes3d.decode(best_logits(plain, camera=zoom), plain).locations[0, 0, 2]
     assert float(metres) == pytest.approx(OBJECT["where"][2], abs=0.02)
 
 
@@ -101,7 +103,7 @@ def test_back_projection_inverts_the_camera():
     points = np.stack([rng.uniform(-9, 9, 20), rng.uniform(-2, 2, 20), rng.uniform(4, 60, 20)])
     u, v, w = CAMERA @ np.concatenate([points, np.ones((1, 20))])
     box = np.stack([u / w - 3, v / w - 5, u / w + 3, v / w + 5], axis=1)[None]
-    x, y = solids.back_projected(jnp.asarray(box), jnp.asarray(points[2])[None], CAMERA[None])
+    x, y = boxes3d.back_projected(jnp.asarray(box), jnp.asarray(points[2])[None], CAMERA[None])
     np.testing.assert_allclose(x[0], points[0], atol=1e-4)
     np.testing.assert_allclose(y[0], points[1], atol=1e-4)
 
@@ -112,12 +114,12 @@ def test_a_box_is_placed_by_its_middle():
     where, height = np.asarray(OBJECT["where"]), OBJECT["size"][0]
     middle = np.append(where - [0, height / 2, 0], 1)
     u, v, w = CAMERA @ middle
-    found = solids.Solids(
+    found = boxes3d.Boxes3D(
         jnp.asarray([[[0, 0, where[2] / (370 / (0.58 * WIDTH))]]]),
         jnp.asarray(OBJECT["size"])[None, None], jnp.zeros((1, 1)),
     )  # fmt: skip
     box = jnp.asarray([u / w - 9, v / w - 4, u / w + 9, v / w + 4])[None, None]
-    placed = solids.in_camera(found, box, jnp.asarray(CAMERA)[None], WIDTH, coding)
+    placed = boxes3d.in_camera(found, box, jnp.asarray(CAMERA)[None], WIDTH, coding)
     np.testing.assert_allclose(placed.locations[0, 0], where, rtol=1e-4)
 
 
@@ -127,7 +129,7 @@ def test_a_heading_has_no_ends(x64):
     for turn in ("axis", "free", "bounded"):
         coding = Coding(place="predicted", turn=turn)
         # Some turns on; bounded: at pi; axis: far out in a wrong direction.
-        logits = jnp.zeros((1, 1, solids.outputs(coding))).at[..., -1].set(12.0)
+        logits = jnp.zeros((1, 1, boxes3d.outputs(coding))).at[..., -1].set(12.0)
 
         def loss(x, coding=coding):
             return numerators(x, coding=coding, yaw=-1.2)[0]["heading"]
@@ -143,17 +145,17 @@ def test_a_heading_has_no_ends(x64):
 def test_an_axis_and_its_front():
     """The axis is exact whatever the doubt about the front, which only has to be on its side."""
     coding = Coding(place="predicted", focal=0.0)
-    assert solids.outputs(coding) == 1207 and solids.outputs(ORIGINAL) == 1204
+    assert boxes3d.outputs(coding) == 1207 and boxes3d.outputs(ORIGINAL) == 1204
     for angle in (-3.0, -1.2, 0.0, 0.4, 1.57, 3.1):
         for doubt in (0.02, 1.0):
-            exact = solids.directions_of(jnp.asarray(angle), coding)
-            rough = solids.directions_of(jnp.asarray(angle + 1.2), coding)
+            exact = boxes3d.directions_of(jnp.asarray(angle), coding)
+            rough = boxes3d.directions_of(jnp.asarray(angle + 1.2), coding)
             output = jnp.concatenate([doubt * rough[:2], 0.3 * exact[2:]])
-            found = solids.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
-            assert float(found.headings[0, 0]) == pytest.approx(angle, abs=1e-5)
+            found = boxes3d.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
+            assert float(found.yaw[0, 0]) == pytest.approx(angle, abs=1e-5)
             output = output.at[:2].multiply(-1)
-            found = solids.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
-            apart = float(found.headings[0, 0]) - angle
+            found = boxes3d.decode(jnp.zeros((1, 1, 1207)).at[..., -4:].set(output), coding)
+            apart = float(found.yaw[0, 0]) - angle
             assert abs(apart) == pytest.approx(np.pi, abs=1e-5)
 
 
@@ -161,14 +163,14 @@ def test_a_heading_is_what_is_seen():
     """Coded by the ray, a car that passes by keeps its look only if its coded angle changes."""
     coding = Coding(place="predicted")
     for x in (-20.0, 0.0, 20.0):
-        found = solids.Solids(
+        found = boxes3d.Boxes3D(
             jnp.asarray([[[x, 1.6, 20.0]]]), jnp.ones((1, 1, 3)), jnp.full((1, 1), 3.0)
         )
-        yaw = solids.in_camera(
+        yaw = boxes3d.in_camera(
             found, jnp.zeros((1, 1, 4)), jnp.asarray(CAMERA)[None], WIDTH, Coding(
                 place="predicted", focal=0.0
             )
-        ).headings[0, 0]  # fmt: skip
+        ).yaw[0, 0]  # fmt: skip
         expected = 3.0 + np.arctan2(x, 20.0)
         assert float(yaw) == pytest.approx((expected + np.pi) % (2 * np.pi) - np.pi, abs=1e-5)
     assert coding.heading == "seen"
@@ -176,7 +178,7 @@ def test_a_heading_is_what_is_seen():
 
 def numerators(logits=None, published=False, assignment=None, coding=None, **changes):
     logits = jnp.zeros((1, 1, 1207)) if logits is None else logits
-    return losses.solid_loss(
+    return losses.boxes3d_loss(
         logits, assignment or one_anchor(), targets(**changes), coding or Coding(), WIDTH, 0.1,
         published,
     )  # fmt: skip
@@ -326,7 +328,7 @@ def test_predict_writes_what_kitti_reads(trained, tmp_path):
 
 
 def test_an_image_without_a_calibration_is_said_to_have_the_usual(trained, tmp_path):
-    from jaxaccum.draw import save_image
+    from jaxaccum.draw.boxes import save_image
 
     save_image(tmp_path / "a.png", small("val", 1).image(0))
     (result,) = predict.detect3d(inference.load(trained), tmp_path / "a.png", tmp_path / "out")
@@ -343,7 +345,7 @@ def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     assert theirs.task.coding == ours.task.coding == Coding()
     state = {  # as the original would have it
-        key: value[: solids.OUTPUTS] if re.search(r"\.cv4\.\d\.2\.", key) else value
+        key: value[: boxes3d.OUTPUTS] if re.search(r"\.cv4\.\d\.2\.", key) else value
         for key, value in load_file(file).items()
     }
     save_file(state, tmp_path / "o.safetensors")

@@ -22,7 +22,9 @@ import pytest
 import tiny_completion
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, distributed, run, tasks, train, training
+from jaxaccum import tasks, train
+from jaxaccum.training import checkpoint, distributed, run
+from jaxaccum.training import loop as training
 
 ROOT = Path(__file__).parents[1]
 # An effective batch of 10 leaves a tail on 4 devices: 2 steps of 8, the last 6 samples padded. The

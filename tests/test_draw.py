@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxaccum.draw import (
+from jaxaccum.draw.boxes import (
     PALETTE,
     SHEET_COLOR,
     class_color,

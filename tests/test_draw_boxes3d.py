@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxaccum.draw import class_color
-from jaxaccum.draw_boxes3d import (
+from jaxaccum.draw.boxes import class_color
+from jaxaccum.draw.boxes3d import (
     BACKGROUND,
     TRUTH,
     UNSEEN,

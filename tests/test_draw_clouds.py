@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxaccum import draw_clouds
-from jaxaccum.draw_clouds import (
+from jaxaccum.draw import clouds as draw_clouds
+from jaxaccum.draw.clouds import (
     BACKGROUND,
     FRONT,
     INK,

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import tiny_completion
 
-from jaxaccum import export, inference, models, tasks
-from jaxaccum.checkpoint import Checkpoints
+from jaxaccum import export, models, tasks
 from jaxaccum.config import ConfigError
 from jaxaccum.models import blocks, ops, yolo
+from jaxaccum.training import inference
+from jaxaccum.training.checkpoint import Checkpoints
 
 # What `portable` changes: convolutions of every kind, and the pooling.
 yolo.FAMILIES["pooled"] = yolo.Family(

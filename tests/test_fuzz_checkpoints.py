@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxaccum.checkpoint import CheckpointError, Checkpoints, newest_complete
+from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, newest_complete
 
 CASES = int(os.environ.get("JAXACCUM_FUZZ", "2"))
 STEPS = (3, 6, 9)

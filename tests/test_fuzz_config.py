@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, run
+from jaxaccum import config_files
 from jaxaccum.accumulate import GeometryError
+from jaxaccum.training import run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 CASES = int(os.environ.get("JAXACCUM_FUZZ", 60))

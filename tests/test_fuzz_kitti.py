@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError
-from jaxaccum.data.kitti import KittiSource
+from jaxaccum.data.formats.kitti import KittiSource
 
 CASES = int(os.environ.get("JAXACCUM_FUZZ", "100"))
 LABELS = """\

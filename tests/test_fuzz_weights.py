@@ -16,8 +16,8 @@ import pytest
 from damaged_files import cases, damaged, memory_below
 from test_convert import Call, Name, New, Raw, TorchFile, _code, dumps
 
-from jaxaccum.models import pickle_parts, torch_file
-from jaxaccum.models.weights import WeightsError
+from jaxaccum.weights import pickle_parts, torch_file
+from jaxaccum.weights.transfer import WeightsError
 
 ODD = Name("collections", "OrderedDict")
 

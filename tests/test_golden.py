@@ -15,9 +15,10 @@ import pytest
 
 from jaxaccum import models
 from jaxaccum.accumulate import Groups
+from jaxaccum.losses import boxes3d as losses
 from jaxaccum.losses import detection
-from jaxaccum.losses import solids as losses
-from jaxaccum.models import solids, weights, yolo
+from jaxaccum.models import boxes3d, yolo
+from jaxaccum.weights import transfer as weights
 
 SIZE = 128
 
@@ -32,7 +33,7 @@ class Loss:
     items: tuple[float, float, float]
     target_scores: float
     positives: int
-    solids: tuple[float, ...] = ()
+    boxes3d: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Golden:
       first: decoded box of the first image and anchor, centre and size in pixels.
       last: of the last image and anchor.
       scores: sum of the probabilities of classes 0 to 7.
-      solid: x, y, z, height, width, length and heading of the first image and anchor, if any.
+      boxes3d_first: x, y, z, height, width, length and yaw of the first image and anchor.
       frozen, batch: the loss by running and by batch statistics.
       classes: of the head.
       older: the loss is the one of the older trainer, computed with float32 parts.
@@ -59,7 +60,7 @@ class Golden:
     scores: float
     frozen: Loss
     batch: Loss
-    solid: tuple[float, ...] = ()
+    boxes3d_first: tuple[float, ...] = ()
     classes: int = 80
     older: bool = False
     chaotic: bool = False
@@ -155,7 +156,7 @@ GOLDEN = {
     "yolov12-3d-n": Golden(
         logits=358.751681088,
         scores=2692.054616171,
-        solid=(
+        boxes3d_first=(
             0.481155206,
             -0.152112715,
             50.115533433,
@@ -237,7 +238,7 @@ def targets() -> detection.Targets:
     )
 
 
-def solid_targets() -> losses.SolidTargets:
+def targets3d() -> losses.Targets3D:
     """The objects' boxes in space."""
     where, sizes, headings = np.ones((2, 3, 3)), np.ones((2, 3, 3)), np.zeros((2, 3))
     where[0] = (-3.2, 1.6, 12.4), (5.1, 1.7, 25.3), (0.4, 1.5, 60.2)
@@ -246,16 +247,16 @@ def solid_targets() -> losses.SolidTargets:
     sizes[1, :2] = (1.5, 0.7, 1.8), (3.1, 2.5, 8.0)
     headings[0] = 0.3, -1.2, 2.9
     headings[1, :2] = -2.2, 1.57
-    return losses.SolidTargets(where, sizes, headings, np.ones(2), np.zeros((2, 3, 4)))
+    return losses.Targets3D(where, sizes, headings, np.ones(2), np.zeros((2, 3, 4)))
 
 
-def solid_items(logits, assignment, target_scores):
+def items3d(logits, assignment, target_scores):
     """The published loss of boxes in space."""
     terms, _ = losses.terms(200.0, 0.05, 1.0, published=True)
 
     def items(metres):
-        values, own = losses.solid_loss(
-            logits, assignment, solid_targets(), solids.ORIGINAL, 0, metres, published=True
+        values, own = losses.boxes3d_loss(
+            logits, assignment, targets3d(), boxes3d.ORIGINAL, 0, metres, published=True
         )
         by = {**own, detection.TARGET_SCORES: target_scores}
         return [t.gain * values[t.name] / jnp.maximum(by[t.denominator], 1) for t in terms]
@@ -282,8 +283,8 @@ def compute(name: str, golden: Golden, dtype) -> tuple[dict, dict[str, int]]:
         total = denominators[detection.TARGET_SCORES]
         items = [t.gain * numerators[t.name] / jnp.maximum(total, 1) for t in detection.terms()]
         more = ()
-        if golden.solid:
-            more = solid_items(predictions.solids, assignment, total)
+        if golden.boxes3d_first:
+            more = items3d(predictions.boxes3d, assignment, total)
         return jnp.stack(items), total, jnp.sum(assignment.foreground), more
 
     @jax.jit
@@ -307,9 +308,9 @@ def compute(name: str, golden: Golden, dtype) -> tuple[dict, dict[str, int]]:
         "frozen": [*frozen[0], frozen[1], *frozen[3]],
         "batch": [*batch[0], batch[1], *batch[3]],
     }
-    if golden.solid:
-        first = solids.decode(raw.solids[0, 0], solids.ORIGINAL)
-        close["solid"] = np.concatenate([np.ravel(part) for part in first])
+    if golden.boxes3d_first:
+        first = boxes3d.decode(raw.boxes3d[0, 0], boxes3d.ORIGINAL)
+        close["boxes3d_first"] = np.concatenate([np.ravel(part) for part in first])
     return close, {"frozen": int(frozen[2]), "batch": int(batch[2])}
 
 
@@ -331,7 +332,7 @@ def test_networks(name, precision):
         tolerance = 1e-4 if single else 1e-9
         if isinstance(theirs, Loss):
             assert counts[field] == theirs.positives
-            theirs = [*theirs.items, theirs.target_scores, *theirs.solids]
+            theirs = [*theirs.items, theirs.target_scores, *theirs.boxes3d]
             if golden.older:  # its float32 parts alone move the target scores by 1e-8 and more
                 tolerance = max(tolerance, 1e-7)
         # The sheet prints nine decimals.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxaccum import host_memory
+from jaxaccum.machine import host_memory
 
 NAME, VALUE = host_memory.VARIABLE, host_memory.SETTING
 

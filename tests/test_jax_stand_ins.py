@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import special
 
 import jaxaccum
-from jaxaccum import jax_stand_ins
+from jaxaccum.machine import jax_stand_ins
 
 VERSION = jax.__version_info__[:2]
 CLASH = "polynomial requires varying manual axes to match"
@@ -51,7 +51,8 @@ def test_the_plain_form_is_broken_still(name):
         on_devices(plain, x)
         pytest.fail(
             f"JAX {jax.__version__} computes {name}, {'.'.join(map(str, since))} did not: the"
-            " stand-in can go from jaxaccum/jax_stand_ins.py, once no JAX we support is broken"
+            " stand-in can go from jaxaccum/machine/jax_stand_ins.py, once no JAX that we support "
+            "is broken"
         )
 
 

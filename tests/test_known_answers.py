@@ -17,8 +17,8 @@ import jaxlib
 import numpy as np
 import pytest
 
-from jaxaccum import known_answers, user_cache, xla_flags
 from jaxaccum.accumulate import batchnorm
+from jaxaccum.machine import known_answers, user_cache, xla_flags
 from jaxaccum.models import ops
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ PROGRAM = f"""
 import runpy, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import tiny, test_known_answers
-from jaxaccum import known_answers
+from jaxaccum.machine import known_answers
 known_answers.CASES = (test_known_answers.BROKEN,)
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
@@ -283,8 +283,8 @@ def test_each_of_several_processes_asks_its_own_device(broken, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_known_answers
-from jaxaccum import known_answers
-from jaxaccum.distributed import joined
+from jaxaccum.machine import known_answers
+from jaxaccum.training.distributed import joined
 if {broken}:
     known_answers.CASES = (test_known_answers.BROKEN,)
 with joined(sys.argv[1]):

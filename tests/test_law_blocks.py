@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import data, run
+from jaxaccum import data
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.models import blocks, yolo
+from jaxaccum.training import run
 
 NBS, GROUP, UPDATES = 10, 2, 2
 STEM = (

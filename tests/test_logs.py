@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxaccum.logs import Board, Console, MetricsFile, format_line
-from jaxaccum.workdir import WorkdirError
+from jaxaccum.training.logs import Board, Console, MetricsFile, format_line
+from jaxaccum.training.workdir import WorkdirError
 
 
 def train(step):

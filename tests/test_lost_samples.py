@@ -31,7 +31,7 @@ from jaxaccum.data import (
 )
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.data.synthetic.streets import StreetsSource
-from jaxaccum.models import solids
+from jaxaccum.models import boxes3d
 from jaxaccum.tasks.detection3d import Evaluator
 
 BACKENDS = [
@@ -362,7 +362,7 @@ def test_a_3d_evaluation_compares_what_is_left_with_its_own_truth(capsys):
     def predict(params, stats, images, cameras):
         count = len(images)
         boxes, scores = jnp.zeros((count, 3, 4)), jnp.zeros((count, 3, len(names)))
-        own = solids.Solids(*(jnp.zeros((count, 3, *n)) for n in ((3,), (3,), ())))
+        own = boxes3d.Boxes3D(*(jnp.zeros((count, 3, *n)) for n in ((3,), (3,), ())))
         return boxes, scores, own
 
     task = SimpleNamespace(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxaccum import models
-from jaxaccum.models import init, weights, yolo
+from jaxaccum.models import init, yolo
+from jaxaccum.weights import transfer as weights
 
 # Trainable parameters with 80 classes, and batch-norm layers.
 SIZES = {

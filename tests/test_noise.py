@@ -15,7 +15,7 @@ import toy
 from tiny import tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import run, train
+from jaxaccum import train
 from jaxaccum.accumulate import (
     Geometry,
     Objective,
@@ -28,6 +28,7 @@ from jaxaccum.accumulate import (
     make_engine,
 )  # fmt: skip
 from jaxaccum.accumulate.noise import NoiseScale
+from jaxaccum.training import run
 
 WIDTH, NBS = 5, 24
 TRUE_GRADIENT = np.linspace(0.2, 1.0, WIDTH)

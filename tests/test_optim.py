@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxaccum import config as configs
-from jaxaccum import optim
+from jaxaccum.training import optim
 
 
 def make(**changes):

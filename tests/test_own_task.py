@@ -17,22 +17,10 @@ import pytest
 import tiny
 
 from jaxaccum import config as configs
-from jaxaccum import (
-    config_files,
-    data,
-    errors,
-    evaluate,
-    export,
-    fields,
-    inference,
-    pack,
-    run,
-    tasks,
-    train,
-    verification,
-)
+from jaxaccum import config_files, data, errors, evaluate, export, fields, pack, tasks, train
 from jaxaccum.accumulate import Geometry, checks, equivalence
-from jaxaccum.distributed import Peers
+from jaxaccum.training import inference, run, verification
+from jaxaccum.training.distributed import Peers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "examples" / "own_task"

@@ -17,12 +17,13 @@ import tiny_completion
 import yaml
 from test_clouds_sources import cloud, shapenet, write_pcd
 
-from jaxaccum import data, pack, run, tasks, train
+from jaxaccum import data, pack, tasks, train
 from jaxaccum.data import DataError
 from jaxaccum.data.captions import Captions
 from jaxaccum.data.check import changed_files
 from jaxaccum.data.synthetic import scenes, shapes, streets
 from jaxaccum.tasks import packing
+from jaxaccum.training import run
 
 REPOSITORY = Path(__file__).parents[1]
 KINDS = ("scenes", "yolo", "streets", "kitti", "shapes", "shapenet", "pcn")

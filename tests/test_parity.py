@@ -21,7 +21,8 @@ from test_completion_models import TINY
 
 from jaxaccum import models
 from jaxaccum.accumulate import GroupBatchNorm, batchnorm
-from jaxaccum.models import blocks, completion, weights, yolo
+from jaxaccum.models import blocks, completion, yolo
+from jaxaccum.weights import transfer as weights
 
 SHARED = Path(os.environ.get("JAXACCUM_SHARED", Path(__file__).parents[2] / "shared"))
 # Every fixture there is, so that none that is added stays out.

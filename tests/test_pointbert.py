@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxaccum.models import init, pointbert, torch_file, weights
-from jaxaccum.models.weights import Weights, WeightsError
+from jaxaccum.models import init, pointbert
+from jaxaccum.weights import torch_file
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.transfer import Weights, WeightsError
 
 TINY = pointbert.Table(2, 12, 2, groups=6, neighbours=4, features=8)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxaccum.preemption import STATUS, Preempted, Preemption
+from jaxaccum.training.preemption import STATUS, Preempted, Preemption
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,7 @@ def test_work_that_takes_too_long_is_abandoned(signals, grace, code, words):
     """The main thread is deep in C, as in a compilation: Python's handlers never run."""
     program = (
         "import hashlib, multiprocessing, time\n"
-        "from jaxaccum.preemption import Preemption\n"
+        "from jaxaccum.training.preemption import Preemption\n"
         "if __name__ == '__main__':\n"
         f"    with Preemption({grace}, lambda: 7) as preemption:\n"
         "        preemption.hold()\n"

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import checkpoint, data, evaluate, inference, restart, train, training
-from jaxaccum.divergence import Divergence
-from jaxaccum.draw import save_image
+from jaxaccum import data, evaluate, train
+from jaxaccum.draw.boxes import save_image
 from jaxaccum.errors import TrainingError
-from jaxaccum.logs import MetricsFile
 from jaxaccum.tasks.detection import DetectionTask, Evaluator
-from jaxaccum.workdir import WorkdirError, locked
+from jaxaccum.training import checkpoint, inference, restart
+from jaxaccum.training import loop as training
+from jaxaccum.training.divergence import Divergence
+from jaxaccum.training.logs import MetricsFile
+from jaxaccum.training.workdir import WorkdirError, locked
 
 
 def images(folder: Path, label: str = "0 0.5 0.5 0.4 0.4\n", val: str | None = None) -> str:

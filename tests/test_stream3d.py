@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError
-from jaxaccum.data.kitti import KittiReport, KittiSource, Objects3D
+from jaxaccum.data.formats.kitti import KittiReport, KittiSource, Objects3D
 from jaxaccum.data.stream3d import (
     Augment3D,
     Sample3D,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError
-from jaxaccum.data.kitti import NAMES, KittiSource
+from jaxaccum.data.formats.kitti import NAMES, KittiSource
 from jaxaccum.data.synthetic.painting import paint
 from jaxaccum.data.synthetic.streets import SIZE, StreetsSource, write
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxaccum.models.text import ClipText, HashedText, encoder
-from jaxaccum.models.weights import WeightsError
+from jaxaccum.weights.transfer import WeightsError
 
 # --- hashed words ---
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxaccum.accumulate import Groups
-from jaxaccum.models import completion, weights
-from jaxaccum.models.weights import Weights
+from jaxaccum.models import completion
+from jaxaccum.weights import transfer as weights
+from jaxaccum.weights.transfer import Weights
 
 WIDTH = 5  # of a caption's vector
 TINY = completion.Table(

@@ -16,20 +16,13 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxaccum import (
-    checkpoint,
-    data,
-    evaluate,
-    inference,
-    preemption,
-    run,
-    train,
-    training,
-)
+from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
-from jaxaccum.models import weights as weights_module
 from jaxaccum.tasks.detection import predict
+from jaxaccum.training import checkpoint, inference, preemption, run
+from jaxaccum.training import loop as training
+from jaxaccum.weights import transfer as weights_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +87,7 @@ def test_evaluation_does_not_depend_on_the_batch(trained):
 
 @pytest.mark.slow
 def test_precise_statistics_are_of_the_data_alone(trained):
-    from jaxaccum.evaluation import recompute_statistics
+    from jaxaccum.training.precise_bn import recompute_statistics
 
     found = inference.load(trained)
     source = data.Scenes("train", length=8)
@@ -112,7 +105,7 @@ def test_precise_statistics_are_of_the_data_alone(trained):
 
 
 def test_predict_draws_and_writes(trained, tmp_path):
-    from jaxaccum.draw import save_image
+    from jaxaccum.draw.boxes import save_image
 
     source = tmp_path / "images"
     source.mkdir()
@@ -378,7 +371,7 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path):
 
 
 def yolo_folder(folder: Path, label: str) -> Path:
-    from jaxaccum.draw import save_image
+    from jaxaccum.draw.boxes import save_image
 
     for split in ("train", "val"):
         (folder / "images" / split).mkdir(parents=True)

@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from jaxaccum import data, user_cache
+from jaxaccum import data
 from jaxaccum.data.synthetic.streets import StreetsSource
+from jaxaccum.machine import user_cache
 
 
 @pytest.fixture

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxaccum import checkpoint, config_files, data, export, inference, movies, run, tasks
 from jaxaccum import config as configs
+from jaxaccum import config_files, data, export, tasks
 from jaxaccum.accumulate.update import State
+from jaxaccum.data import movies
 from jaxaccum.tasks import files
+from jaxaccum.training import checkpoint, inference, run
 
 ROOT = Path(__file__).parents[1]
 QUICK = str(ROOT / "configs" / "quickstart.py")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxaccum import workdir as workdirs
-from jaxaccum.workdir import WorkdirError, locked, why_not_written
+from jaxaccum.training import workdir as workdirs
+from jaxaccum.training.workdir import WorkdirError, locked, why_not_written
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def another(folder: Path) -> subprocess.Popen:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from jaxaccum.workdir import locked\n"
+        "from jaxaccum.training.workdir import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('in', flush=True)\n"
         "    time.sleep(60)\n"

@@ -66,7 +66,8 @@ def tiny_config3d(**changes):
 if __name__ == "__main__":
     import jax
 
-    from jaxaccum import run, train
+    from jaxaccum import train
+    from jaxaccum.training import run
 
     jax.config.update("jax_platforms", "cpu")
     run.use_compilation_cache()

@@ -24,10 +24,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxaccum import data, draw, fields, models
+from jaxaccum import data, fields, models
 from jaxaccum.accumulate import GroupBatchNorm, Groups, Objective, Output, Term
-from jaxaccum.data import check, packed
+from jaxaccum.data import check
+from jaxaccum.data.formats import packed
 from jaxaccum.data.stream import say_lost
+from jaxaccum.draw import boxes as draw
 from jaxaccum.tasks import Interface, PackedSplit, Task, Trained, files, packing
 from jaxaccum.tasks.evaluating import overlapped
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 
-from jaxaccum import known_answers, run
 from jaxaccum.accumulate import make_engine
 from jaxaccum.comparing.files import write_json
 from jaxaccum.comparing.runs import Cell
 from jaxaccum.comparing.subjects import load_config, prepare
-from jaxaccum.initial import load_initial
+from jaxaccum.machine import known_answers
+from jaxaccum.training import run
+from jaxaccum.weights.initial import load_initial
 
 
 def check_geometries(

@@ -49,7 +49,7 @@ def compare(
       check_updates: first updates to run on other geometries; 0 for no check.
       command: arguments to show in the report.
       allow_wrong_numbers: only warn where JAX computes wrong numbers, see
-        jaxaccum/known_answers.py.
+        jaxaccum/machine/known_answers.py.
     Returns:
       what results.json holds.
     Raises:

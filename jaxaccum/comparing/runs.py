@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from jaxaccum import optim, run
 from jaxaccum.comparing.files import last_lines, write_json
 from jaxaccum.comparing.planning import layout
 from jaxaccum.comparing.subjects import Model, as_flags, load_config, prepare
 from jaxaccum.errors import TrainingError
+from jaxaccum.training import optim, run
 
 # "update  10/513 | ... | 11.6 images/s", as training prints it: evaluations and the first
 # compilation do not count.

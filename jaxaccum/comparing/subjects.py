@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, models, optim, run, tasks
-from jaxaccum.initial import identities
+from jaxaccum import config_files, models, tasks
 from jaxaccum.models import init
 from jaxaccum.models.__main__ import gigaflops
+from jaxaccum.training import optim, run
+from jaxaccum.weights.initial import identities
 
 # Fields that the comparison decides, and what decides them.
 DECIDED = {

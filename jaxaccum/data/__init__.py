@@ -2,12 +2,12 @@
 
 from jaxaccum.data.augment import Augment, letterbox
 from jaxaccum.data.base import DataError, Objects, Report, Source
-from jaxaccum.data.cloud_files import read_cloud, write_cloud
 from jaxaccum.data.cloud_ops import Pose, prepare_partial
 from jaxaccum.data.cloud_sources import has_unseen, open_clouds
 from jaxaccum.data.clouds import CloudReport, CloudSource, CloudStream, cloud_batches
+from jaxaccum.data.formats.cloud_files import read_cloud, write_cloud
+from jaxaccum.data.formats.kitti import DEFAULT_CAMERA, Source3D, read_calibration, write_split
 from jaxaccum.data.images import SUFFIXES, read_image
-from jaxaccum.data.kitti import DEFAULT_CAMERA, Source3D, read_calibration, write_split
 from jaxaccum.data.loader import TrainStream, eval_batches
 from jaxaccum.data.sources import open_source
 from jaxaccum.data.sources3d import open_source3d

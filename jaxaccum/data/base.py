@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum import user_cache
 from jaxaccum.errors import UserError
+from jaxaccum.machine import user_cache
 
 Boxes = NDArray[np.float32]
 Classes = NDArray[np.int32]

@@ -20,9 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum import user_cache
 from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.texts import read_text, shown, shown_path
+from jaxaccum.machine import user_cache
 
 Vectors = NDArray[np.float32]
 _FORMAT = "jaxaccum text vectors 1"

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import cv2
 
-from jaxaccum import user_cache
 from jaxaccum.data.base import DataError
 from jaxaccum.data.images import FileSource
 from jaxaccum.data.one_pass import on_all_cores
 from jaxaccum.data.stamps import Stamps, signature_of, stamp
 from jaxaccum.data.stream import suit_process
+from jaxaccum.machine import user_cache
 
 SKIPPED = "image that cannot be decoded"
 _RULES = 1  # of what is decodable; another number makes what is known be found out again

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxaccum import user_cache
 from jaxaccum.data.base import DataError, Findings
-from jaxaccum.data.cloud_files import read_cloud
+from jaxaccum.data.formats.cloud_files import read_cloud
 from jaxaccum.data.one_pass import on_all_cores
 from jaxaccum.data.stamps import Stamp, Stamps, stamp
 from jaxaccum.data.texts import shown_path
+from jaxaccum.machine import user_cache
 
 UNREADABLE = "cloud that cannot be read"
 UNEQUAL = "cloud with another number of points than most"

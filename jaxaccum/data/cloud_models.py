@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.cloud_check import Check
-from jaxaccum.data.cloud_files import Points, read_cloud
 from jaxaccum.data.cloud_ops import unit_pose
 from jaxaccum.data.clouds import CloudReport
+from jaxaccum.data.formats.cloud_files import Points, read_cloud
 from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.texts import read_json, shown, shown_path
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum.data.cloud_files import Points
+from jaxaccum.data.formats.cloud_files import Points
 
 NUM_INPUT = 2048  # points of a partial cloud
 ORIGIN = 1e-3  # squared distance from the origin up to which a point counts as padding

@@ -16,15 +16,15 @@ import numpy as np
 
 from jaxaccum.data.base import DataError
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.cloud_cars import KittiCars
 from jaxaccum.data.cloud_check import Check
-from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_models import PairedModels, folder_content
 from jaxaccum.data.cloud_ops import CORNERS, MODES, fixed_crop, random_crop, subsampled
-from jaxaccum.data.cloud_pcn import open_pcn
-from jaxaccum.data.cloud_shapenet import SYNSETS, open_shapenet, plain_name
 from jaxaccum.data.clouds import CloudReport, CloudSource
-from jaxaccum.data.packed import PREFIX, PackedClouds, open_set
+from jaxaccum.data.formats.cloud_cars import KittiCars
+from jaxaccum.data.formats.cloud_files import Points
+from jaxaccum.data.formats.cloud_pcn import open_pcn
+from jaxaccum.data.formats.cloud_shapenet import SYNSETS, open_shapenet, plain_name
+from jaxaccum.data.formats.packed import PREFIX, PackedClouds, open_set
 from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.data.texts import shown_path

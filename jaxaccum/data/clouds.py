@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxaccum.data.base import Findings
 from jaxaccum.data.captions import Texts
-from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_ops import NUM_INPUT, mirror_factors
+from jaxaccum.data.formats.cloud_files import Points
 from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order
 
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 
 from jaxaccum.data.base import DataError, Objects, Report, Source
-from jaxaccum.data.coco import open_coco
-from jaxaccum.data.packed import PREFIX, open_packed
+from jaxaccum.data.formats.coco import open_coco
+from jaxaccum.data.formats.packed import PREFIX, open_packed
+from jaxaccum.data.formats.tfds import open_tfds
+from jaxaccum.data.formats.yolo import open_yolo
 from jaxaccum.data.synthetic.scenes import Scenes
 from jaxaccum.data.texts import shown, shown_path
-from jaxaccum.data.tfds import open_tfds
-from jaxaccum.data.yolo import open_yolo
 
 __all__ = ["DataError", "Objects", "Report", "Source", "open_source"]
 

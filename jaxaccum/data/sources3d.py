@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxaccum.data.kitti import Source3D, open_kitti
-from jaxaccum.data.packed import PREFIX, open_packed3d
+from jaxaccum.data.formats.kitti import Source3D, open_kitti
+from jaxaccum.data.formats.packed import PREFIX, open_packed3d
 from jaxaccum.data.synthetic.streets import StreetsSource
 
 

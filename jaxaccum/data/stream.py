@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum import host_memory
 from jaxaccum.data.base import DataError
+from jaxaccum.machine import host_memory
 
 Batch = dict[str, NDArray[Any]]
 Backend = Literal["auto", "grain", "threads"]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from jaxaccum.data.augment import FILL, Augment, hsv, worth_keeping
 from jaxaccum.data.base import Image
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.kitti import Objects3D, Source3D
+from jaxaccum.data.formats.kitti import Objects3D, Source3D
 from jaxaccum.data.loader import room
 from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order, suit_process
 

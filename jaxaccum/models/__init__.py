@@ -31,7 +31,7 @@ def create(name: str, *, num_classes: int = 0, dtype: Any = jnp.float32) -> Any:
 def names(task: str = "") -> list[str]:
     """Every model name, or those for a task: "detection", "detection3d" or "completion"."""
     known = {
-        "detection": yolo.names(), "detection3d": yolo.names(solid=True),
+        "detection": yolo.names(), "detection3d": yolo.names(in_space=True),
         "completion": completion.names(),
     }  # fmt: skip
     if task and task not in known:

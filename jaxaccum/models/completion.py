@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import Groups
-from jaxaccum.jax_stand_ins import gelu
+from jaxaccum.machine.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models import point_blocks as blocks
 from jaxaccum.models import point_groupers as groupers

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.jax_stand_ins import gelu
+from jaxaccum.machine.jax_stand_ins import gelu
 from jaxaccum.models import points
 from jaxaccum.models.point_layers import (
     Dense,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import Groups
-from jaxaccum.jax_stand_ins import gelu
+from jaxaccum.machine.jax_stand_ins import gelu
 from jaxaccum.models.point_layers import Dense, Dtype, largest, norm_points, wide
 
 

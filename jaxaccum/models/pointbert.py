@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum.jax_stand_ins import gelu
+from jaxaccum.machine.jax_stand_ins import gelu
 from jaxaccum.models import init, points
 from jaxaccum.models.blocks import rematerialised
 from jaxaccum.models.point_blocks import SelfAttention
@@ -32,8 +32,8 @@ from jaxaccum.models.point_layers import (
     settled,
     wide,
 )
-from jaxaccum.models.transfer_report import listed
-from jaxaccum.models.weights import Weights, WeightsError, from_reference, reference_shapes
+from jaxaccum.weights.transfer import Weights, WeightsError, from_reference, reference_shapes
+from jaxaccum.weights.transfer_report import listed
 
 PyTree = Any
 LAYER_NORM_EPS = 1e-5

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from jaxaccum import jax_stand_ins
 from jaxaccum.data import texts
 from jaxaccum.data.base import DataError
 from jaxaccum.data.texts import shown, shown_path
-from jaxaccum.models.weights import WeightsError
+from jaxaccum.machine import jax_stand_ins
+from jaxaccum.weights.transfer import WeightsError
 
 Vectors = NDArray[np.float32]
 CHOICES = "'hashed', 'hashed-WIDTH', 'clip:FOLDER' or 'clip-projected:FOLDER'"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum.accumulate import Groups
-from jaxaccum.models import blocks, ops, solids
+from jaxaccum.models import blocks, boxes3d, ops
 
 REG_MAX = 16
 Row = tuple[Any, int, str, tuple]
@@ -200,13 +200,13 @@ FAMILIES["yolov12-3d"] = dataclasses.replace(
 )
 
 
-def names(solid: bool = False) -> list[str]:
+def names(in_space: bool = False) -> list[str]:
     """Every model name, "family-scale": those that find boxes in the image, or also in space."""
     return [
         f"{name}-{scale}"
         for name, family in FAMILIES.items()
         for scale in family.scales
-        if (family.rows[-1][2] == "Detect3D") == solid
+        if (family.rows[-1][2] == "Detect3D") == in_space
     ]
 
 
@@ -214,7 +214,7 @@ def parse(name: str) -> tuple[Family, str]:
     """The family and the scale letter of a model name such as "yolov8-p2-m"."""
     family, _, scale = name.rpartition("-")
     if family not in FAMILIES or scale not in FAMILIES[family].scales:
-        known = names() + names(solid=True)
+        known = names() + names(in_space=True)
         close = get_close_matches(name, known, n=3, cutoff=0.4)
         raise ValueError(
             f"no model named {name!r}; a name is family-scale"
@@ -229,12 +229,12 @@ class Predictions(NamedTuple):
     Attributes:
       boxes: (N, A, 4 * 16) logits of the distances left, top, right, bottom, side-major.
       scores: (N, A, classes) class logits.
-      solids: (N, A, outputs) logits of 3D boxes, see `models.solids`; None of a 2D detector.
+      boxes3d: (N, A, outputs) logits of 3D boxes, see `models.boxes3d`; None of a 2D detector.
     """
 
     boxes: jax.Array
     scores: jax.Array
-    solids: jax.Array | None = None
+    boxes3d: jax.Array | None = None
 
 
 class Anchors(NamedTuple):
@@ -278,13 +278,13 @@ class Detect(nn.Module):
     """The head: a box branch and a class branch per level. Widths depend on the finest level.
 
     Attributes:
-      solids: outputs of a third branch, for 3D boxes; 0 for none.
+      outputs3d: outputs of a third branch, for 3D boxes; 0 for none.
     """
 
     classes: int
     depthwise: bool = False
     dtype: Any = jnp.float32
-    solids: int = 0
+    outputs3d: int = 0
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], groups: Groups | None) -> Predictions:
@@ -293,7 +293,7 @@ class Detect(nn.Module):
         finest = levels[0].shape[-1]
         box = max(16, finest // 4, 4 * REG_MAX)
         hidden = max(finest, min(self.classes, 100))
-        deep = max(finest // 4, min(self.solids, 512))
+        deep = max(finest // 4, min(self.outputs3d, 512))
         boxes, scores, more = [], [], []
         for i, level in enumerate(levels):
             x = self._conv(box, 3, f"cv2.{i}.0")(level, groups)
@@ -309,11 +309,11 @@ class Detect(nn.Module):
                     x = self._conv(hidden, 3, f"cv3.{i}.{j}")(x, groups)
             x = blocks.conv2d(self.classes, 1, dtype=wide, name=f"cv3.{i}.2")(x)
             scores.append(x.reshape(x.shape[0], -1, self.classes))
-            if self.solids:
+            if self.outputs3d:
                 x = self._conv(deep, 3, f"cv4.{i}.0")(level, groups)
                 x = self._conv(deep, 3, f"cv4.{i}.1")(x, groups)
-                x = blocks.conv2d(self.solids, 1, dtype=wide, name=f"cv4.{i}.2")(x)
-                more.append(x.reshape(x.shape[0], -1, self.solids))
+                x = blocks.conv2d(self.outputs3d, 1, dtype=wide, name=f"cv4.{i}.2")(x)
+                more.append(x.reshape(x.shape[0], -1, self.outputs3d))
         return Predictions(
             jnp.concatenate(boxes, axis=1),
             jnp.concatenate(scores, axis=1),
@@ -332,14 +332,14 @@ class Yolo(nn.Module):
       classes: number of classes.
       dtype: compute dtype; parameters and statistics stay as they are given.
       remat: keep only what goes from row to row, and compute the rest anew for the gradient.
-      solids: logits of a 3D box, see `models.solids`.
+      outputs3d: logits of a 3D box, see `models.boxes3d`.
     """
 
     model: str
     classes: int
     dtype: Any = jnp.float32
     remat: bool = False
-    solids: int = solids.OUTPUTS
+    outputs3d: int = boxes3d.OUTPUTS
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -408,7 +408,9 @@ class Yolo(nn.Module):
         if kind == "Detect":
             return Detect(self.classes, family.depthwise_head, self.dtype, name=name)
         if kind == "Detect3D":
-            return Detect(self.classes, family.depthwise_head, self.dtype, self.solids, name=name)
+            return Detect(
+                self.classes, family.depthwise_head, self.dtype, self.outputs3d, name=name
+            )
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
         depth = max(round(repeats * family.depth[scale]), 1)

@@ -12,12 +12,13 @@ from typing import cast
 import jax
 from absl import flags
 
-from jaxaccum import command_line, config_files, run, tasks
+from jaxaccum import command_line, config_files, tasks
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Measure, Planner, cache_folder
 from jaxaccum.plan.search import Choice, choose
 from jaxaccum.plan.targets import GIB, PlanError
+from jaxaccum.training import run
 
 MIB = 2**20
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,

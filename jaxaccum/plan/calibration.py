@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jaxaccum import user_cache
+from jaxaccum.machine import user_cache
 from jaxaccum.plan.targets import Target
 
 # Without a calibration: convolution libraries and allocators take what no plan shows.

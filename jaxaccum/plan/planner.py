@@ -24,10 +24,11 @@ import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
-from jaxaccum import run, user_cache
 from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
 from jaxaccum.accumulate.recipe import Engine
+from jaxaccum.machine import user_cache
 from jaxaccum.plan.targets import PlanError, Target
+from jaxaccum.training import run
 
 PyTree = Any
 

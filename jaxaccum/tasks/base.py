@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.fields import ConfigError, Fields
-from jaxaccum.models.weights import Weights
+from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
 Batch = dict[str, np.ndarray]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccum import data, movies
-from jaxaccum.data import texts
+from jaxaccum import data
+from jaxaccum.data import movies, texts
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
 

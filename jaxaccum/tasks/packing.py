@@ -11,9 +11,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from jaxaccum.data import packed
+from jaxaccum.data.formats import packed
+from jaxaccum.data.formats.tfds import TfdsSource
 from jaxaccum.data.images import FileSource, read_header
-from jaxaccum.data.tfds import TfdsSource
 from jaxaccum.tasks.base import PackedSplit
 
 Example = dict[str, Any]

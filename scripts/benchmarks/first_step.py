@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 import jax
 
 from benchmarks import runs
-from jaxaccum import run
+from jaxaccum.training import run
 
 
 def main() -> None:

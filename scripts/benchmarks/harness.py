@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxaccum import host_memory
+from jaxaccum.machine import host_memory
 
 PEER = Path(__file__).with_name("torch_peer.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "opencv-python-headless")

@@ -13,8 +13,8 @@ import numpy as np
 import small  # noqa: F401 registers the model "small-t"
 
 from jaxaccum import config as configs
-from jaxaccum import run
 from jaxaccum.accumulate import make_engine
+from jaxaccum.training import run
 
 PyTree = Any
 CLASSES = 80

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.harness import Context, Found, Peer, Row, interleaved, ratio_row
-from jaxaccum.models import weights
+from jaxaccum.weights import transfer as weights
 
 MODELS = (
     "yolov8-n", "yolov8-s", "yolov8-m", "yolo11-n", "yolo11-s", "yolo11-m", "yolo12-n",

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxaccum.data.base import DataError
-from jaxaccum.data.cloud_files import Points
 from jaxaccum.data.cloud_ops import unit_pose
 from jaxaccum.data.clouds import CloudReport
+from jaxaccum.data.formats.cloud_files import Points
 from jaxaccum.data.synthetic import shape_furniture as furniture
 from jaxaccum.data.synthetic import shape_vehicles as vehicles
 from jaxaccum.data.synthetic import shape_vessels as vessels

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxaccum.data.base import DataError, Image
-from jaxaccum.data.kitti import NAMES, KittiReport, Objects3D, objects_of
+from jaxaccum.data.formats.kitti import NAMES, KittiReport, Objects3D, objects_of
 from jaxaccum.data.synthetic.painting import Plan, paint
 from jaxaccum.data.synthetic.street_planner import Planner
 from jaxaccum.data.synthetic.street_view import Floats

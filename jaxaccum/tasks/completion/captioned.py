@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import data, user_cache
+from jaxaccum import data
 from jaxaccum.accumulate import Coupled
 from jaxaccum.data.captions import TextEncoder, Texts
 from jaxaccum.fields import ConfigError
 from jaxaccum.losses import alignment
-from jaxaccum.models import pointbert, text, torch_file
-from jaxaccum.models.weights import WeightsError
+from jaxaccum.machine import user_cache
+from jaxaccum.models import pointbert, text
+from jaxaccum.weights import torch_file
+from jaxaccum.weights.transfer import WeightsError
 
 PyTree = Any
 MODULE = "ulip_loss_module"  # of parameters and of statistics, as in the original's checkpoints

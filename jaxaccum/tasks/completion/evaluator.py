@@ -11,9 +11,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxaccum import data, draw_clouds
+from jaxaccum import data
 from jaxaccum.data.cloud_sources import PairedClouds
 from jaxaccum.data.stream import say_lost
+from jaxaccum.draw import clouds as draw_clouds
 from jaxaccum.metrics import completion as metrics
 from jaxaccum.tasks.completion import captioned
 from jaxaccum.tasks.evaluating import overlapped

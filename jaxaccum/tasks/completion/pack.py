@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccum.data import DataError, packed
+from jaxaccum.data import DataError
 from jaxaccum.data.cloud_sources import CroppedClouds, PairedClouds
+from jaxaccum.data.formats import packed
 from jaxaccum.data.synthetic.shapes import Shapes
 from jaxaccum.tasks import packing
 from jaxaccum.tasks.base import PackedSplit

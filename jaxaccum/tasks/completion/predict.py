@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxaccum import data, draw, draw_clouds
+from jaxaccum import data
 from jaxaccum.data import texts
+from jaxaccum.draw import boxes as draw
+from jaxaccum.draw import clouds as draw_clouds
 from jaxaccum.fields import ConfigError
 from jaxaccum.tasks import files
 from jaxaccum.tasks.base import Trained

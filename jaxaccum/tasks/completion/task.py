@@ -18,11 +18,11 @@ from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses.chamfer import chamfer_l1
 from jaxaccum.models import completion, points
-from jaxaccum.models.weights import Weights, WeightsError
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.completion import captioned, pack, predict
 from jaxaccum.tasks.completion.evaluator import Evaluator, references
 from jaxaccum.tasks.completion.fields import FIELDS
+from jaxaccum.weights.transfer import Weights, WeightsError
 
 PyTree = Any
 SAMPLES = "samples"

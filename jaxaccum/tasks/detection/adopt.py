@@ -7,8 +7,8 @@ from pathlib import Path
 
 import ml_collections
 
-from jaxaccum.models.weights import Weights, WeightsError
 from jaxaccum.tasks.base import Adopted
+from jaxaccum.weights.transfer import Weights, WeightsError
 
 
 def class_names(found: Weights, names: Sequence[str], source: Path) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxaccum import data, draw
+from jaxaccum import data
+from jaxaccum.draw import boxes as draw
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.tasks import files
 from jaxaccum.tasks.base import Trained

@@ -14,16 +14,17 @@ import numpy as np
 
 from jaxaccum import data, models
 from jaxaccum.accumulate import Groups, Objective, Output
-from jaxaccum.data import check, packed
+from jaxaccum.data import check
+from jaxaccum.data.formats import packed
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
 from jaxaccum.models import yolo
-from jaxaccum.models.weights import Weights
 from jaxaccum.tasks import packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt, predict
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.tasks.detection.fields import FIELDS
+from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
 

@@ -12,11 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxaccum import data, draw_boxes3d
+from jaxaccum import data
 from jaxaccum.data.stream import say_lost
+from jaxaccum.draw import boxes3d as draw_boxes3d
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
-from jaxaccum.models import solids
+from jaxaccum.models import boxes3d
 from jaxaccum.tasks.detection3d.labels import chosen, none, to_labels
 from jaxaccum.tasks.evaluating import overlapped
 
@@ -96,7 +97,7 @@ class Evaluator:
             original = metrics.unletterbox(
                 found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
             )
-            own = solids.Solids(*(a[i] for a in found_3d))
+            own = boxes3d.Boxes3D(*(a[i] for a in found_3d))
             return to_labels(found, original, own, self.task.names)
 
         labels.extend(pool.map(detect, np.flatnonzero(batch["weight"] > 0)))

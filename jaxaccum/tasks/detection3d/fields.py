@@ -21,7 +21,7 @@ def detection3d() -> ml_collections.ConfigDict:
         size=1.0,  # per metre
         heading=1.0,
     )
-    # What the outputs mean, see models/solids.py. A checkpoint of the original brings its own.
+    # What the outputs mean, see models/boxes3d.py. A checkpoint of the original brings its own.
     c.box3d = ml_collections.ConfigDict(
         {
             "temperature": 1.0,
@@ -66,7 +66,7 @@ def as_original(c: ml_collections.ConfigDict) -> None:
 
 
 def _names() -> list[str]:
-    return yolo.names(solid=True)
+    return yolo.names(in_space=True)
 
 
 def _check(c: ml_collections.ConfigDict) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
-from jaxaccum.models import solids
+from jaxaccum.models import boxes3d
 
 
 def to_labels(
-    found: metrics.Detections, boxes: np.ndarray, own: solids.Solids, names: Sequence[str]
+    found: metrics.Detections, boxes: np.ndarray, own: boxes3d.Boxes3D, names: Sequence[str]
 ) -> kitti.Labels:
     """Detections of an image as KITTI writes them.
 

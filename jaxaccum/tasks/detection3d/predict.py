@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxaccum import data, draw, draw_boxes3d
+from jaxaccum import data
+from jaxaccum.draw import boxes as draw
+from jaxaccum.draw import boxes3d as draw_boxes3d
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
 from jaxaccum.tasks import files
@@ -63,10 +65,10 @@ def detect3d(
         canvas, ratio, pad = data.letterbox3d(image, task.size)
         own = data.letterboxed_camera(camera, ratio, pad)
         output = forward(trained.params, trained.stats, canvas[None], own[None])
-        boxes, scores, solids = jax.tree.map(lambda a: np.asarray(a[0]), output)
+        boxes, scores, boxes3d = jax.tree.map(lambda a: np.asarray(a[0]), output)
         found = metrics.nms(boxes, scores, conf=conf, iou=iou, multi_label=False)
         original = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
-        labels = to_labels(found, original, solids, trained.names)
+        labels = to_labels(found, original, boxes3d, trained.names)
         target = picture.target
         drawn = draw_boxes3d.side_by_side(image, labels, camera)
         draw.save_image(target.with_name(f"{target.name}.png"), drawn)

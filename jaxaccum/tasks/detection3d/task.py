@@ -14,19 +14,20 @@ import numpy as np
 
 from jaxaccum import data, models
 from jaxaccum.accumulate import Groups, Objective, Output
-from jaxaccum.data import check, packed
+from jaxaccum.data import check
+from jaxaccum.data.formats import packed
 from jaxaccum.fields import ConfigError, Fields
+from jaxaccum.losses import boxes3d as losses
 from jaxaccum.losses import detection
-from jaxaccum.losses import solids as losses
 from jaxaccum.metrics import kitti
-from jaxaccum.models import solids, yolo
-from jaxaccum.models.weights import Weights
+from jaxaccum.models import boxes3d, yolo
 from jaxaccum.tasks import packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt
 from jaxaccum.tasks.detection3d import predict
 from jaxaccum.tasks.detection3d.evaluator import Evaluator
 from jaxaccum.tasks.detection3d.fields import FIELDS, as_original
+from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
 
@@ -44,7 +45,7 @@ class Detection3DTask(Task):
       model: the network.
       size: height and width of the input in pixels, multiples of 32.
       gains: of the terms box, cls, dfl, of a location's axis, of size and heading.
-      metres: see `losses.solids`.
+      metres: see `losses.boxes3d`.
       coding: what the outputs mean.
       max_objects: room for objects in a training sample.
       names: of the classes.
@@ -61,7 +62,7 @@ class Detection3DTask(Task):
     size: tuple[int, int]
     gains: tuple[float, ...] = (7.5, 0.5, 1.5, 1.0, 1.0, 1.0)
     metres: float = 0.1
-    coding: solids.Coding = dataclasses.field(default_factory=solids.Coding)
+    coding: boxes3d.Coding = dataclasses.field(default_factory=boxes3d.Coding)
     max_objects: int = 50
     names: tuple[str, ...] = ()
     compat: bool = False
@@ -95,10 +96,10 @@ class Detection3DTask(Task):
     ) -> Detection3DTask:
         """The task of a config, for classes of these names."""
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
-        loss, coding = config.loss, solids.Coding(**config.box3d.to_dict())
+        loss, coding = config.loss, boxes3d.Coding(**config.box3d.to_dict())
         gains = (loss.box, loss.cls, loss.dfl, loss.location, loss.size, loss.heading)
         return cls(
-            model.clone(remat=config.remat, solids=solids.outputs(coding)),
+            model.clone(remat=config.remat, outputs3d=boxes3d.outputs(coding)),
             (config.data.height, config.data.width), gains, loss.metres, coding,
             config.data.max_objects, tuple(names), config.compat,
         )  # fmt: skip
@@ -136,8 +137,8 @@ class Detection3DTask(Task):
         numerators, denominators, assignment = detection.detection_loss(
             predictions, self.anchors, targets, enlarge_small=not self.compat
         )
-        more, others = losses.solid_loss(
-            predictions.solids, assignment, losses.SolidTargets(
+        more, others = losses.boxes3d_loss(
+            predictions.boxes3d, assignment, losses.Targets3D(
                 batch["locations"], batch["dimensions"], batch["yaw"], weight, batch["camera"]
             ), self.coding, self.size[1], self.metres, self.compat,
         )  # fmt: skip
@@ -149,16 +150,16 @@ class Detection3DTask(Task):
         Args:
           inputs: images (N, H, W, 3); cameras (N, 3, 4) to their pixels.
         Returns:
-          boxes (N, A, 4) in pixels of the input, class probabilities (N, A, classes), and Solids
+          boxes (N, A, 4) in pixels of the input, class probabilities (N, A, classes), and Boxes3D
           in metres and radians of the cameras' frame.
         """
         images, cameras = inputs
         variables = {"params": params, "batch_stats": stats}
         predictions: Any = self.model.apply(variables, images)
         boxes, scores = yolo.decode(predictions, self.anchors)
-        found = solids.decode(predictions.solids, self.coding)
+        found = boxes3d.decode(predictions.boxes3d, self.coding)
         cameras = cameras.astype(boxes.dtype)
-        return boxes, scores, solids.in_camera(found, boxes, cameras, self.size[1], self.coding)
+        return boxes, scores, boxes3d.in_camera(found, boxes, cameras, self.size[1], self.coding)
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""
@@ -219,7 +220,7 @@ class Detection3DTask(Task):
         """Lines to print at the start of a run of `samples` of a source."""
         del samples
         lines = []
-        low, reach = solids.LOWEST, solids.WIDTH * solids.BINS
+        low, reach = boxes3d.LOWEST, boxes3d.WIDTH * boxes3d.BINS
         outside = 0
         for i in range(len(source)):
             where = source.objects(i).locations
@@ -283,7 +284,7 @@ class Detection3DTask(Task):
             "that project metres to their pixels",
             "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes), "
             "bottom centres (N, A, 3) x y z and sizes (N, A, 3) height width length in metres, "
-            "headings (N, A) in radians",
+            "yaw (N, A) in radians",
         })  # fmt: skip
 
     @classmethod
@@ -291,7 +292,7 @@ class Detection3DTask(Task):
         """YOLOv12-3D as published, or ours: the original has no heading of two outputs."""
         config = cls.fields.defaults()
         config.model = name
-        if found.solids == solids.OUTPUTS:
+        if found.outputs3d == boxes3d.OUTPUTS:
             as_original(config)
         classes = adopt.class_names(found, names, source)
         return adopt.adopted(config, classes, f"{config.data.height} x {config.data.width} px")

@@ -1,0 +1,176 @@
+"""What the log of an update and the result of an evaluation become: lines of metrics.jsonl, of the
+console and of TensorBoard, the noise scale, and warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxaccum import tasks
+from jaxaccum.accumulate.noise import NoiseScale
+from jaxaccum.draw.boxes import contact_sheet
+from jaxaccum.errors import TrainingError
+from jaxaccum.training import run
+from jaxaccum.training.cadence import Cadence
+from jaxaccum.training.distributed import Peers
+from jaxaccum.training.divergence import Divergence
+from jaxaccum.training.logs import Board, Console, MetricsFile, format_line
+
+
+class Journal:
+    """Keeps the record of a run. Of several processes only the first writes, and all watch."""
+
+    def __init__(
+        self,
+        this: run.Run,
+        source: tasks.Source,
+        stream: tasks.Stream,
+        file: MetricsFile,
+        cadence: Cadence,
+        peers: Peers,
+        start: int,
+        memory: Mapping[str, Any],
+    ) -> None:
+        """Opens the console and, beside `file`, the board.
+
+        Args:
+          source, stream: the training set, and the run's samples of it.
+          file: metrics.jsonl, rewound to the start.
+          start: updates done before this process.
+          memory: that of the run so far; {} if it is new.
+        """
+        self._this, self._source, self._stream = this, source, stream
+        self._file, self._cadence, self._peers = file, cadence, peers
+        self._noise = NoiseScale(memory.get("noise"))
+        self._divergence = Divergence(memory.get("divergence"))
+        where = None if peers.first else sys.stdout  # which leads nowhere in the others
+        self._console = Console(this.steps, start, this.recipe.nbs, this.task.unit, stream=where)
+        wanted = this.config.log.tensorboard and peers.first
+        self._board = Board(file.path.parent / "events", start) if wanted else None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that the journal can be continued from it."""
+        # Copies: a save goes on while the next updates are told.
+        return copy.deepcopy({"noise": self._noise.state, "divergence": self._divergence.state})
+
+    @property
+    def divergence(self) -> str:
+        """How the run has diverged; "" if it has not."""
+        return str(self._divergence)
+
+    def line(self, text: str) -> None:
+        """Prints one line on the console."""
+        self._console.line(text)
+
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """Time spent in this context is not training time."""
+        return self._console.pause()
+
+    def update(self, number: int, values: Mapping[str, jax.Array]) -> bool:
+        """Takes in the log of a window, waiting for it; whether the window was an update.
+
+        Args:
+          number: of the window.
+          values: as the engine gave them.
+        Raises:
+          TrainingError: too many windows in a row were skipped.
+          WorkdirError: metrics.jsonl cannot be written.
+        """
+        log: dict[str, Any] = {k: v.item() for k, v in jax.device_get(values).items()}
+        self._console.update(int(log["ok"]), samples=self._this.size_of(number))
+        for line in self._stream.news():
+            self.line(line) if self._peers.first else print(line, file=sys.stderr)
+        if not log["ok"]:
+            self._skipped(number, log)
+            return False
+        if self._this.config.log.noise_scale:
+            self._noise.add(log["noise/trace"], log["noise/square"])
+        self._divergence.add(log["loss"], log["grad_norm"])
+        if self._cadence.due("log", int(log["step"])) and self._peers.first:
+            self._write(number, log)
+        return True
+
+    def evaluation(
+        self, step: int, result: dict[str, float], pictures: list[np.ndarray], remark: str = ""
+    ) -> None:
+        """Writes down an evaluation.
+
+        Args:
+          step: updates behind the weights.
+          pictures: predictions of them.
+          remark: a line to print after it.
+        Raises:
+          WorkdirError: metrics.jsonl cannot be written.
+        """
+        record = {"step": step, "kind": "eval", **result}
+        self._file.write(record)
+        self.line(format_line(step, self._this.steps, record))
+        if self._board:
+            self._board.scalars({f"val/{k}": v for k, v in result.items()}, step)
+            if pictures:
+                self._board.image("val/samples", contact_sheet(pictures, 2), step)
+        for line in filter(None, (remark, self.divergence)):
+            self.line(line)
+
+    def close(self) -> None:
+        """Ends the console's bar, and closes the files.
+
+        Raises:
+          WorkdirError: metrics.jsonl cannot be written.
+        """
+        self._console.close()
+        if self._board:
+            self._board.close()
+        self._file.close()
+
+    def _write(self, number: int, log: dict[str, Any]) -> None:
+        this, step = self._this, int(log["step"])
+        record = {
+            "step": step,
+            "kind": "train",
+            "epoch": this.samples_before(number + 1) / len(self._source),
+            **{k: v for k, v in log.items() if k.startswith(("loss", "metrics/"))},
+            "lr": float(this.schedule.lr[step - 1]),
+            "grad_norm": log["grad_norm"],
+            **{k: v for k, v in log.items() if k.startswith("sums/")},
+            **self._noise.record(this.recipe.group),
+            "samples": int(log["samples"]),
+            "skipped": int(log["windows"]) - step,
+        }
+        self._file.write(record)
+        more = {f"{this.task.unit}_per_second": self._console.per_second}
+        more |= this.task.readable(record)
+        shown = {
+            k: v for k, v in record.items() if not k.startswith(("samples", "skipped", "sums/"))
+        }
+        self.line(format_line(step, this.steps, shown | more))
+        if self._board:
+            self._board.scalars(record | more, step)
+        if self._stream.truncated:  # only detectors have objects
+            self.line(
+                f"{self._stream.truncated} objects left out so far"
+                f"{'' if self._peers.alone else ' by this process'}: samples with more than "
+                f"data.max_objects={this.config.data.max_objects} (the smallest go first)"
+            )
+
+    def _skipped(self, number: int, log: dict[str, Any]) -> None:
+        this, limit = self._this, self._this.config.max_skipped
+        indices = self._stream.indices(this.samples_before(number), this.size_of(number))
+        names = ", ".join(self._source.name(int(i)) for i in indices)
+        self.line(
+            f"window {number} skipped ({log['skipped_in_row']} in a row): loss {log['loss']}, "
+            f"gradient norm {log['grad_norm']}"
+        )
+        if log["skipped_in_row"] >= limit:
+            raise TrainingError(
+                f"{limit} windows in a row had a loss or gradient that is not finite; the last was "
+                f"window {number} with the samples {indices.tolist()} ({names}). Look at these, "
+                "lower lr.base, or raise max_skipped."
+            )

@@ -1,0 +1,206 @@
+"""From a config and a data set to everything that a training run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxaccum import config as configs
+from jaxaccum import tasks
+from jaxaccum.accumulate import (
+    Geometry,
+    GeometryError,
+    Recipe,
+    UpdateRule,
+    Window,
+    grouped,
+    usual_rule,
+)
+from jaxaccum.accumulate.terms import Grouped
+from jaxaccum.machine import user_cache
+from jaxaccum.training import optim
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is learned from what, and how it is computed.
+
+    Attributes:
+      config: the config it was made of.
+      recipe, window: what is learned, and its layout on the geometry.
+      sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the usual rule.
+      schedule: hyperparameters of every update.
+      task: model, terms, samples and metrics.
+      rule: the update.
+    """
+
+    config: ml_collections.ConfigDict
+    recipe: Recipe
+    window: Window
+    sizes: np.ndarray
+    schedule: optim.Schedule
+    task: tasks.Task
+    rule: UpdateRule
+
+    @property
+    def steps(self) -> int:
+        """Updates of the run."""
+        return len(self.sizes)
+
+    @functools.cached_property
+    def forward(self) -> Grouped:
+        """The task's, given the recipe's groups."""
+        return grouped(self.task.forward, self.recipe.group)
+
+    def size_of(self, window: int) -> int:
+        """Samples of a window; those made up for skipped ones are like the last."""
+        return int(self.sizes[min(window, self.steps - 1)])
+
+    def samples_before(self, window: int) -> int:
+        """Samples consumed before a window."""
+        more = max(window - self.steps, 0)
+        first = min(window, self.steps)
+        return (int(self._ends[first - 1]) if first else 0) + more * int(self.sizes[-1])
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """(steps,) samples consumed after every update."""
+        return np.cumsum(self.sizes)
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    *,
+    names: Sequence[str],
+    samples: int,
+    identity: dict[str, Any],
+) -> Run:
+    """Derives a run.
+
+    Args:
+      config: as made by a file in configs/; checked here.
+      names: classes or categories of the data set.
+      samples: samples of an epoch.
+      identity: what identifies the data, kept in the recipe.
+    Raises:
+      ConfigError, GeometryError: what cannot be run, with what could.
+    """
+    configs.validate(config)
+    if config.microbatch == "auto":
+        raise configs.ConfigError("microbatch auto is settled by training; here give a number")
+    # More devices than microbatches would only compute padding.
+    useful = -(-config.nbs // config.microbatch)
+    devices = config.devices or min(len(jax.devices()), useful)
+    if jax.process_count() > 1:
+        devices = len(jax.devices())  # each process has its part in every update
+        if config.devices not in (0, devices):
+            raise GeometryError(
+                f"devices is {config.devices}, but {jax.process_count()} processes have {devices} "
+                f"in all, and all take part: set devices to 0 or {devices}"
+            )
+    sizes = _sizes(config, devices, samples)
+    config = optim.resolve(config, len(names), len(sizes))
+    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": len(names)}, devices)
+    usual = configs.is_compat(config)
+    if usual:
+        recipe = usual_rule.recipe(recipe, sizes, config.microbatch)
+    window = Window(
+        recipe, Geometry(config.microbatch, devices, config.engine, config.fsdp or devices)
+    )
+    task = tasks.of(config).create(config, names, compute_dtype(config))
+    schedule = optim.make_schedule(config, sizes, samples)
+    ema = config.ema
+    if config.log.noise_scale and window.steps * devices == 1:
+        raise configs.ConfigError(
+            "log.noise_scale compares the microbatches of an update, and here it has one: take a "
+            f"smaller microbatch than {config.microbatch}, or more devices"
+        )
+    rule = UpdateRule(
+        dataclasses.replace(task.objective(recipe.nbs, usual), noise=config.log.noise_scale),
+        optim.make_optimizer(config, schedule, task.untrained),
+        clip=config.optimizer.clip,
+        statistics_momentum=optim.at(schedule.bn_momentum),
+        ema_decay=optim.ema_decay(ema.decay, ema.ramp) if ema.decay else None,
+    )
+    return Run(config, recipe, window, sizes, schedule, task, rule)
+
+
+def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.ndarray:
+    """Samples of every update."""
+    total = config.steps * config.nbs if config.steps else config.epochs * samples
+    if not configs.is_compat(config):
+        updates = max(-(-round(total) // config.nbs), 1)
+        _require_updates(updates, config, samples)
+        return np.full(updates, config.nbs)
+    batch = config.microbatch * devices
+    warmup = round(config.lr.warmup_epochs * samples / batch)
+    return usual_rule.window_sizes(
+        config.nbs, batch, total, warmup, lambda n: _require_updates(n, config, samples)
+    )
+
+
+def _require_updates(updates: int, config: ml_collections.ConfigDict, samples: int) -> None:
+    """Refuses runs whose schedules would not fit in memory.
+
+    Raises:
+      ConfigError: says how many updates there may be.
+    """
+    if updates > configs.MOST_UPDATES:
+        asked = (
+            f"steps={config.steps}" if config.steps
+            else f"epochs={config.epochs:g} of {samples} samples at nbs={config.nbs}"
+        )  # fmt: skip
+        raise configs.ConfigError(
+            f"{asked} makes {updates:,} updates, and a run has at most {configs.MOST_UPDATES:,}: "
+            f"lower {'steps' if config.steps else 'epochs, or raise nbs'}"
+        )
+
+
+def make_stream(run: Run, source: tasks.Source, plain: bool = False) -> Any:
+    """The run's samples; without the strongest augmentation from the first if `plain`.
+
+    Raises:
+      ConfigError: an augmentation is out of its range.
+    """
+    return run.task.stream(run.config, source, int(run.sizes.sum()), plain)
+
+
+def compute_dtype(config: ml_collections.ConfigDict) -> Any:
+    """The dtype of the model's arithmetic; sets how exact JAX's products are, for the process.
+
+    float32 means float32: by default GPUs and TPUs round the factors, to a different degree from
+    one program to the next, which is more than a geometry may change.
+    """
+    exact = {"float32": "highest", "float64": "highest"}.get(config.dtype)
+    jax.config.update("jax_default_matmul_precision", exact)
+    return jnp.dtype(configs.DTYPES[config.dtype])
+
+
+def open_source(
+    config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
+) -> Any:
+    """The "train" or "val" split that the config names.
+
+    Raises:
+      ConfigError: there is no such task.
+      DataError: it cannot be used, or has other classes than `names`.
+    """
+    configs.validate(config)
+    return tasks.of(config).open(config, split, names)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless told otherwise by JAX's own
+    environment variable."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(user_cache.folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

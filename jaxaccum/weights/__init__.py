@@ -1,0 +1,1 @@
+"""Weights from elsewhere: files of other programs, never executed, and what they become."""
