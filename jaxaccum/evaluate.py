@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from jaxaccum.config import ConfigError
-from jaxaccum.draw.boxes import contact_sheet, save_image
+from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.machine import known_answers
 from jaxaccum.training import run
 from jaxaccum.training.inference import load

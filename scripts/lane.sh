@@ -13,13 +13,13 @@ lane=${1:-}
 
 selection=(
   # the core law
-  tests/test_recipe.py tests/test_batchnorm.py tests/test_update.py tests/test_hlo.py
-  tests/test_nnx.py tests/test_optim.py tests/test_losses.py
+  tests/accumulate/test_{recipe,batchnorm,update,hlo,nnx}.py
+  tests/training/test_optim.py tests/losses/test_losses.py
   # the data
-  tests/test_data_loader.py tests/test_data_augment.py tests/test_data_sources.py
-  tests/test_scenes.py
+  tests/data/test_data_{loader,augment,sources}.py
+  tests/data/test_scenes.py
   # what else leans on JAX and Orbax
-  tests/test_known_answers.py tests/test_jax_stand_ins.py tests/test_checkpoint.py
+  tests/machine/test_{known_answers,jax_stand_ins}.py tests/training/test_checkpoint.py
 )
 
 # shellcheck source=scripts/setup_env.sh

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from jaxaccum.data import Scenes
-from jaxaccum.draw.boxes import save_image
+from jaxaccum.draw import save_image
 
 folder, scenes = Path(sys.argv[1]), Scenes("val")
 folder.mkdir(parents=True, exist_ok=True)

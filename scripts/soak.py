@@ -50,7 +50,7 @@ PATIENCE = 300  # seconds without any sign of life
 def make_images(folder: Path) -> None:
     """A data set of 50 and 8 images, so that epochs end within updates."""
     from jaxaccum import data
-    from jaxaccum.draw.boxes import save_image
+    from jaxaccum.draw import save_image
 
     for split, length in (("train", 50), ("val", 8)):
         scenes = data.Scenes(split, size=64, length=length)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all the time of the tests is XLA's, and two fifths of that are optimizations of LLVM, which
-# change speed and the last bit. The lanes (scripts/lane.sh) and a test in tests/test_hardware.py
-# compile as users do; XLA_FLAGS= scripts/test.sh does so for all.
+# change speed and the last bit. The lanes (scripts/lane.sh) and a test in
+# tests/accumulate/test_hardware.py compile as users do; XLA_FLAGS= scripts/test.sh does so for all.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxaccum import tasks
 from jaxaccum.accumulate.noise import NoiseScale
-from jaxaccum.draw.boxes import contact_sheet
+from jaxaccum.draw import contact_sheet
 from jaxaccum.errors import TrainingError
 from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence

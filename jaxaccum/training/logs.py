@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxaccum.data.texts import shown
-from jaxaccum.draw.boxes import Image, encode_image
+from jaxaccum.draw import Image, encode_image
 from jaxaccum.training.workdir import WorkdirError, why_not_written
 
 if TYPE_CHECKING:

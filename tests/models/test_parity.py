@@ -1,0 +1,321 @@
+"""The reference's numbers: fixtures where the development data is, through scripts/parity.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import parity
+from test_completion_models import TINY
+
+from jaxaccum import models
+from jaxaccum.accumulate import GroupBatchNorm, batchnorm
+from jaxaccum.models import blocks, completion, yolo
+from jaxaccum.weights import transfer as weights
+
+SHARED = Path(os.environ.get("JAXACCUM_SHARED", Path(__file__).parents[3] / "shared"))
+# Every fixture there is, so that none that is added stays out.
+FIXTURES = [str(path.relative_to(SHARED)) for path in parity.found_in(SHARED / "parity")]
+LOSSES = [name for name in FIXTURES if "/loss_" in name]
+NETWORKS = [name for name in FIXTURES if "/loss_" not in name]
+LONG = re.compile(r"-m\.npz$|-shapenet55\.npz$|yolo12-s\.npz$")  # minutes each
+
+
+def checked(path):
+    try:
+        return parity.check(path)
+    except parity.UnknownFamily as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(shared, name):
+    result = checked(shared / name)
+    assert result.passed, str(result)
+    assert len(result.verdicts) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if LONG.search(name) else ()) for name in NETWORKS],
+)
+def test_networks(shared, name):
+    result = checked(shared / name)
+    assert result.passed, str(result)
+    print(f"{name}: {result}")
+    solid, points = ("3d-" in name, name.startswith("parity/completion"))
+    assert ("eval_decoded_heading" in result.verdicts) == solid
+    assert ("eval_cdl1" in result.verdicts) == points
+    assert {"parameters", "grad_norm_rms", "grad_probe_max"} <= set(result.verdicts)
+
+
+def test_the_rule_at_its_edges():
+    def passed(*values, **options):
+        return parity.Verdict(*values, **options).passed
+
+    assert passed(1e-4) and not passed(1.001e-4)
+    assert passed(1e-4, 0.0, 0.0)  # the first half needs no second
+    assert passed(4e-3, 1e-3, 3e-3) and not passed(4.001e-3, 1e-3, 3e-3)
+    inf, nan = float("inf"), float("nan")
+    assert not any(passed(*values) for values in ((inf, inf, inf), (nan, nan, nan), (nan,)))
+    assert not passed(2e-4, nan, 2e-4) and not passed(2e-4, inf, 2e-4)
+    # A run of less precision than float32 is no measure of rounding.
+    assert passed(1e-2, 1e-2, 1e-4) and not passed(1e-2, 1e-2, 0.99e-4)
+    assert passed(1e-2, 1e-2, 1e-6, jumps=True)
+    assert passed(1e-2, 1e-2, 1e-9, 1e-4) and not passed(1e-2, 1e-2, 1e-9, 0.99e-4)
+    assert not parity.Comparison({}).passed
+
+
+def test_distances():
+    assert parity.distance([1.0, 2.0], [1.0, 2.001]) == pytest.approx(0.001 / 2.001)
+    assert parity.distance([np.nan], [1.0]) == float("inf")
+    with pytest.raises(ValueError, match="shape"):
+        parity.distance([1.0], [1.0, 2.0])
+
+
+def synthetic(variant, classes):
+    """A fixture of our own, by float64; not of a network that we have from elsewhere."""
+    shapes = {k: list(s) for k, s in weights.shapes(variant, classes).items()}
+    stats = [key for key in shapes if "running_" in key]
+    trained = [key for key in shapes if key not in stats]
+    shapes["model.9.dfl.conv.weight"] = [1, 16, 1, 1]
+    size = sum(int(np.prod(s)) for key, s in shapes.items() if key not in stats)
+    facts = {
+        "variant": variant, "nc": classes, "state": shapes, "parameters": size,
+        "grad_names": trained, "stat_names": stats,
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    data = {
+        "seed": np.asarray(5), "batch_idx": np.asarray([0, 0, 0, 1]),
+        "cls": rng.integers(0, classes, 4), "bboxes": rng.uniform(0.2, 0.6, (4, 4)),
+        "target_location_3d": rng.uniform(1, 9, (4, 3)),
+        "target_dimensions_3d": rng.uniform(1, 3, (4, 3)),
+        "target_rotation_y": rng.uniform(-1, 1, 4),
+    }  # fmt: skip
+    with parity.quick_compiler(), jax.enable_x64(True):
+        numbers = parity.DetectorFixture(facts, data).numbers(jnp.float64)
+    loose = ("decisions", "parameters")
+    data |= {k: np.float32(v) for k, v in numbers.items() if k not in loose}
+    return facts, data
+
+
+@pytest.fixture(scope="module")
+def tiny_fixture():
+    return synthetic("tiny-t", 5)
+
+
+@pytest.mark.slow
+def test_a_detector_of_our_own(tiny_fixture):
+    result = parity.DetectorFixture(*tiny_fixture).compare(x64=True)
+    assert result.passed, str(result)
+    assert all(verdict.rounding < 1e-4 for verdict in result.verdicts.values()), str(result)
+
+
+@pytest.mark.slow
+def test_a_wrong_weight_is_not_excused(tiny_fixture, monkeypatch):
+    """Half a percent of one kernel of many, in float32 and in float64 alike."""
+    right = parity.rule_weight
+
+    def wrong(key, shape):
+        return right(key, shape) * (1.005 if key == "model.3.m.0.cv2.bn.weight" else 1)
+
+    monkeypatch.setattr(parity, "rule_weight", wrong)
+    result = parity.DetectorFixture(*tiny_fixture).compare()
+    assert {"eval_boxes", "train_boxes_rms", "grad_norm_rms"} <= set(result.beyond), str(result)
+    assert "BEYOND: " in str(result)
+
+
+@pytest.mark.slow
+def test_a_wrong_formula_is_not_excused(tiny_fixture, monkeypatch):
+    """The batch norms' epsilon, PyTorch's own in place of the YOLOs'."""
+    monkeypatch.setattr(blocks, "GroupBatchNorm", functools.partial(GroupBatchNorm, eps=1e-5))
+    parity._unit.clear_cache()  # its programs are known by their modules' fields
+    try:
+        result = parity.DetectorFixture(*tiny_fixture).compare()
+    finally:
+        parity._unit.clear_cache()
+    assert {"eval_boxes", "train_boxes_rms", "grad_norm_rms"} <= set(result.beyond), str(result)
+
+
+@pytest.mark.slow
+def test_half_precision_does_not_excuse_itself(tiny_fixture):
+    """As far from float64 as from the fixture: four times the one allows the other."""
+
+    class Half(parity.DetectorFixture):
+        def numbers(self, dtype):
+            return super().numbers(jnp.bfloat16 if dtype == jnp.float32 else dtype)
+
+    result = Half(*tiny_fixture).compare()
+    verdict = result.verdicts["eval_boxes"]
+    assert verdict.error <= 4 * verdict.rounding and verdict.coarse, str(result)
+    assert verdict.grain is not None
+    assert "eval_boxes" in result.beyond and "not rounding of float32" in str(result)
+
+
+# Other tests register families of their own, before this line or after it.
+SCALES = [
+    name for task in ("detection", "detection3d") for name in models.names(task) if "yolo" in name
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCALES)
+def test_every_parameter_of_every_scale_has_its_value(name, monkeypatch):
+    """From the start and from a state dict."""
+
+    class Cheap:
+        def normal(self, mean, deviation, shape):
+            return np.broadcast_to(deviation, shape)
+
+        def uniform(self, low, high, shape):
+            return np.broadcast_to(high, shape)
+
+    model = models.create(name, num_classes=8)
+    example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    constants = yolo.initial_constants(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Cheap())
+        trees = models.initialise(model, example, 0, constants, yolo.initial_deviation)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
+    gammas = [k for k in weights.to_reference(trees[0]) if k.endswith("gamma")]
+    assert bool(gammas) == (name[-1] in "lx" and "12" in name)
+    shapes = weights.reference_shapes(trees[0]) | weights.reference_shapes(trees[1])
+    state = {k: np.broadcast_to(np.float32(7), s) for k, s in shapes.items()}
+    filled = weights.from_reference(state, *trees)
+    assert all(np.all(leaf == 7) for leaf in jax.tree.leaves(filled))
+
+
+def test_a_parameter_without_a_value_is_named():
+    model = models.create("yolo12-l", num_classes=8)
+    example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    with pytest.raises(KeyError, match=r"gamma.*constants"):
+        models.initialise(model, example, 0)
+
+
+def test_the_script_says_what_it_lacks(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parity.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+    assert "no such folder or fixture" in capsys.readouterr().err
+    assert parity.main([str(tmp_path)]) == 1
+    assert "0 passed, 0 failed" in capsys.readouterr().out
+
+    (tmp_path / "yolo99-n.json").write_text('{"variant": "yolo99-n"}')
+    assert parity.main([str(tmp_path)]) == 1  # the facts alone are no fixture
+    assert "FAILED" in capsys.readouterr().out
+    np.savez(tmp_path / "yolo99-n.npz", seed=0)
+    np.savez(tmp_path / "loss_two.npz", boxes_a=0, boxes_b=0)
+    assert parity.main([str(tmp_path)]) == 1  # nothing ran
+    text = capsys.readouterr().out
+    assert "no such family yet: yolo99-n" in text and "0 passed, 0 failed, 2 skipped" in text
+    (tmp_path / "yolo12-n.json").write_text('{"variant": "yolo12-q"}')
+    np.savez(tmp_path / "yolo12-n.npz", seed=0)
+    assert parity.main([str(tmp_path / "yolo12-n.json")]) == 1  # a family we have
+    assert "1 failed" in capsys.readouterr().out
+
+
+def test_the_script_runs_single_fixtures(shared, capsys):
+    path = shared / "parity" / "detection" / "loss_no_objects.npz"
+    assert parity.main([str(path), str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "within 1e-4: loss" in text and text.endswith("2 passed, 0 failed\n")
+
+
+def completion_facts(name):
+    """Facts of a fixture of a completion network, and the numbers that it starts from."""
+    shapes = weights.shapes(name)
+    table = completion.MODELS[name]
+    points = table.queries * table.points_per_query
+    stats = [key for key in shapes if "running_" in key]
+    dead = ("base_model.query_ranking", "base_model.encoder.norm")
+    trained = [k for k in shapes if k not in stats and not k.startswith(dead)]
+    rng = np.random.default_rng(1)
+    partial = rng.uniform(-0.5, 0.5, (2, table.num_input, 3)).astype(np.float32)
+    rng.uniform(-0.5, 0.5, (2, points, 3))
+    noise = 0.01 * rng.standard_normal((2, table.denoise, 3))
+    facts = {
+        "variant": name, "points": points, "state": {k: list(s) for k, s in shapes.items()},
+        "parameters": sum(int(np.prod(s)) for k, s in shapes.items() if k not in stats),
+        "grad_names": trained, "stat_names": stats,
+    }  # fmt: skip
+    return facts, {"seed": 0, "partial": partial, "denoise_noise": noise.astype(np.float32)}
+
+
+@pytest.mark.slow
+def test_a_turned_neighbour_is_found(monkeypatch):
+    """In a fixture of our own, in which one query has another neighbour."""
+    monkeypatch.setitem(completion.MODELS, "tiny", TINY)
+    facts, data = completion_facts("tiny")
+    with jax.enable_x64(True):
+        ours = parity.CompletionFixture(facts, data, jnp.float64)
+        turned = [np.zeros(r.shape, bool) for r in ours.evaluate()[1]]
+        plain, risks = ours.evaluate(turned)
+        of_centres = np.asarray(risks[6])  # queries and centres, the last call
+        risk = np.sort(of_centres, axis=None)[2]
+        turned[6][of_centres == risk] = True
+        clouds, _ = ours.evaluate(turned)
+        data["eval_coarse"] = np.asarray(clouds.coarse)
+        data["eval_fine"] = np.asarray(clouds.fine)[:, ::16]
+        assert ours.errors(plain)["eval_fine"].max() > parity.TOLERANCE
+        assert ours.errors(clouds)["eval_fine"].max() == 0
+        assert not any(map(np.any, ours.turns(risk=0.99 * risk)))
+        assert all(map(np.array_equal, ours.turns(risk=1.01 * risk), turned))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_error_of_a_completion_model_is_not_excused(monkeypatch):
+    monkeypatch.setitem(completion.MODELS, "tiny", TINY)
+    facts, data = completion_facts("tiny")
+    ours = parity.CompletionFixture(facts, data, jnp.float32)
+    clouds, _ = ours.evaluate()
+    items, moments, gradient = ours.train()
+    l1, l2 = ours.distances(clouds)
+    moved = weights.to_reference(batchnorm.move_statistics(ours.stats, moments, 0.1))
+    gradient = weights.to_reference(gradient)
+    probes = {k: np.random.default_rng(zlib.crc32(f"{k}#probe".encode())) for k in gradient}
+    names = facts["grad_names"]
+    data |= {
+        "eval_coarse": np.array(clouds.coarse),
+        "eval_fine": np.array(clouds.fine)[:, ::16],
+        "eval_cdl1": np.asarray(l1),
+        "eval_cdl2": np.asarray(l2),
+        "train_losses": np.asarray(items),
+        "stat_norm": np.array([np.linalg.norm(moved[k]) for k in facts["stat_names"]]),
+        "grad_norm": np.array([np.linalg.norm(gradient[k]) for k in names]),
+        "grad_probe": np.array(
+            [np.vdot(gradient[k], probes[k].standard_normal(gradient[k].shape)) for k in names]
+        ),
+    }
+    result = parity.CompletionNumbers(facts, data).compare()
+    assert result.passed and result.verdicts["eval_fine"].close, str(result)
+    data["eval_fine"][1, 2] += 1e-3 * np.abs(data["eval_fine"]).max()
+    result = parity.CompletionNumbers(facts, data).compare()
+    assert "eval_fine" in result.beyond, str(result)
+    assert set(result.beyond) <= {"eval_fine", "eval_fine_sorted"}, str(result)
+
+
+def test_queries_that_are_ranked_alike_may_change_places():
+    table = completion.MODELS["adapointr-small"]
+    rng = np.random.default_rng(0)
+    coarse, fine = rng.normal(size=(2, 256, 3)), rng.normal(size=(2, 256 * 16, 3))
+    swapped, moved = coarse.copy(), fine.reshape(2, 256, 16, 3).copy()
+    swapped[1, [7, 8]], moved[1, [7, 8]] = coarse[1, [8, 7]], moved[1, [8, 7]]
+    clouds = completion.Clouds(jnp.asarray(coarse), jnp.asarray(fine))
+    a, b = parity.aligned(clouds, swapped, table)
+    np.testing.assert_allclose(a, swapped, atol=1e-6)
+    np.testing.assert_allclose(b, moved.reshape(fine.shape), atol=1e-6)
+    many = coarse[:, ::-1]  # not these
+    np.testing.assert_allclose(parity.aligned(clouds, many, table)[0], coarse, atol=1e-6)

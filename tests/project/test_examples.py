@@ -1,0 +1,47 @@
+"""The examples in examples/ run, hold the law on all their geometries, and learn."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_it_is_one_run_on_every_geometry_and_learns(name, capsys):
+    if name.startswith("equinox"):
+        pytest.importorskip("equinox", reason="Equinox is not installed")
+    load(name).main()
+    said = capsys.readouterr().out
+    assert said.count("one run") == 6 and said.count("2 devices") == 2
+    first, last = map(float, re.findall(r"update +\d+: .* ([\d.]+)$", said, re.MULTILINE))
+    assert last < 0.6 * first
+
+
+def test_padding_that_is_not_finite_is_told(monkeypatch):
+    """As the norm of a whole group of padding was, when this example was written."""
+    import jax.numpy as jnp
+
+    module = load("nnx_contrast")
+    embed = module.embed
+
+    def unsafe(*args):
+        out, found = embed(*args)
+        return out / jnp.linalg.norm(out, axis=-1, keepdims=True), found
+
+    monkeypatch.setattr(module, "embed", unsafe)
+    found = module.check()
+    assert not found.ok and "inf: something is not finite" in str(found)
