@@ -198,10 +198,10 @@ def _draw_plate(canvas: Image, text: str, box: list[int], color: Color, line: in
     top = max(0, min(top, height - plate_height))
     canvas[top : top + plate_height, left : left + plate_width] = color
     origin = (left + margin, top + margin + capital)
-    cv2.putText(canvas, text, origin, _FONT, font_scale, _ink(color), 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, origin, _FONT, font_scale, ink_on(color), 1, cv2.LINE_AA)
 
 
-def _ink(color: Color) -> Color:
+def ink_on(color: Color) -> Color:
     """White where its contrast with `color` is at least 3 : 1 (WCAG, bold text), else black."""
     channels = np.array(color) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxaccum.draw.boxes import Color, Image, class_color
+from jaxaccum.draw.boxes import Color, Image, class_color, ink_on
 from jaxaccum.metrics.kitti import DONT_CARE, Labels
 
 BACKGROUND: Color = (250, 250, 251)
@@ -207,16 +207,11 @@ def _write_plate(
     plates.append(plate)
     cv2.rectangle(canvas, plate[:2], (plate[2] - 1, plate[3] - 1), color, cv2.FILLED)
     origin = (x + margin, y + margin + capital)
-    cv2.putText(canvas, text, origin, _FONT, font_scale, _ink(color), 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, origin, _FONT, font_scale, ink_on(color), 1, cv2.LINE_AA)
 
 
 def _meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _ink(color: Color) -> Color:
-    """Black or white, whichever stands out more (by Rec. 601 luma)."""
-    return (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
 
 
 def field_of_view(camera: ArrayLike, width: int) -> tuple[float, float]:

@@ -109,15 +109,15 @@ class Conv(nn.Module):
     features: int
     kernel: int = 1
     stride: int = 1
-    groups: int = 1
+    channel_groups: int = 1
     silu: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
         x = conv2d(
-            self.features, self.kernel, self.stride, self.groups, use_bias=False, dtype=self.dtype,
-            name="conv",
+            self.features, self.kernel, self.stride, self.channel_groups, use_bias=False,
+            dtype=self.dtype, name="conv",
         )(x)  # fmt: skip
         return GroupBatchNorm(silu=self.silu, name="bn")(x, groups)
 
@@ -246,7 +246,7 @@ class Attention(nn.Module):
         qkv = qkv.reshape(n, h * w, self.heads, 2 * key + value)
         q, k, v = jnp.split(qkv, (key, 2 * key), axis=-1)
         out = attend(q, k, v).reshape(x.shape)
-        place = Conv(c, 3, groups=c, silu=False, dtype=self.dtype, name="pe")
+        place = Conv(c, 3, channel_groups=c, silu=False, dtype=self.dtype, name="pe")
         out = out + place(v.reshape(x.shape), groups)
         return Conv(c, silu=False, dtype=self.dtype, name="proj")(out, groups)
 
@@ -313,7 +313,7 @@ class AreaAttention(nn.Module):
         striped = (a.reshape(n, self.area, -1, heads, 32) for a in (q, k, v))
         out = attend(*striped).reshape(x.shape)
         kernel = 5 if self.turbo else 7
-        place = Conv(c, kernel, groups=c, silu=False, dtype=self.dtype, name="pe")
+        place = Conv(c, kernel, channel_groups=c, silu=False, dtype=self.dtype, name="pe")
         out = out + place(v.reshape(x.shape), groups)
         return Conv(c, silu=False, dtype=self.dtype, name="proj")(out, groups)
 

@@ -321,7 +321,9 @@ class Detect(nn.Module):
         )
 
     def _conv(self, features, kernel, name, channel_groups=1):
-        return blocks.Conv(features, kernel, groups=channel_groups, dtype=self.dtype, name=name)
+        return blocks.Conv(
+            features, kernel, channel_groups=channel_groups, dtype=self.dtype, name=name
+        )
 
 
 class Yolo(nn.Module):

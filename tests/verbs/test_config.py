@@ -33,6 +33,19 @@ def test_family_argument(scale):
         config = module.get_config(family)
         assert config.model == f"yolo{family}-{scale}"
         configs.validate(config)
+        assert config_files.load(f"yolo:{family}-{scale}") == config
+
+
+@pytest.mark.parametrize("recipe", ["", "-original"])
+def test_scale_of_3d(recipe):
+    named = config_files.load(f"yolo3d_n:{recipe[1:]}")
+    assert config_files.load(f"yolo3d:n{recipe}") == named
+    larger = config_files.load(f"yolo3d:x{recipe}")
+    configs.validate(larger)
+    larger.model = named.model
+    assert larger == named
+    with pytest.raises(configs.ConfigError, match="no recipe 'published'"):
+        config_files.load("yolo3d:n-published")
 
 
 @pytest.mark.parametrize(
