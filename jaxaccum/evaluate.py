@@ -18,6 +18,7 @@ from absl import flags
 from jaxaccum.config import ConfigError
 from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.machine import known_answers
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
 from jaxaccum.training.inference import load
 from jaxaccum.training.precise_bn import recompute_statistics
@@ -65,7 +66,8 @@ def evaluate(
         this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
         stream = run.make_stream(this, train_set, plain=True)
         stats = recompute_statistics(this, trained.params, stats, stream, precise_bn)
-    metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
+    with waiting("evaluating"):
+        metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
     for line in trained.task.tables(metrics):
         print(line)
     if drawn and samples:

@@ -19,6 +19,7 @@ from absl import flags
 from jax import export as jax_export
 
 from jaxaccum.config import ConfigError
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import blocks
 from jaxaccum.training.checkpoint import CheckpointError
 from jaxaccum.training.inference import Trained, load, require_run
@@ -64,7 +65,8 @@ def export(
     require_run(workdir)
     _make_folder(file)
     trained = load(workdir)
-    program, facts = (_onnx if format == "onnx" else _stablehlo)(trained, batch, platforms)
+    with waiting("exporting"):
+        program, facts = (_onnx if format == "onnx" else _stablehlo)(trained, batch, platforms)
     facts = {
         "model": trained.config.model,
         "names": list(trained.names),

@@ -235,7 +235,10 @@ class ClassificationTask(Task):
             batches = data.eval_batches(
                 source, image_size=self.image_size, batch=config.eval.batch, lost=lost
             )
-            overlapped(predict, params, stats, batches, lambda batch: (batch["image"],), score)
+            overlapped(
+                predict, params, stats, batches, lambda batch: (batch["image"],), score,
+                len(source), "images",
+            )  # fmt: skip
             say_lost(lost or [], len(source), "images")
             return {"accuracy": float(np.mean(right)) if right else float("nan")}, drawn
 

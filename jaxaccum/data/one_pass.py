@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from jaxaccum.data.stream import thread_count
+from jaxaccum.machine.waiting import waiting
 
 _AT_ONCE = 16  # items that a thread takes on
 
@@ -19,8 +18,7 @@ Result = TypeVar("Result")
 def on_all_cores(
     items: Sequence[Item], look: Callable[[Item], Result], *, unit: str, told: str
 ) -> Iterator[Result]:
-    """Results in the order of their items, with a bar on a terminal if that takes longer than a
-    second.
+    """Results in the order of their items; how far it is, is said, see `machine.waiting`.
 
     Args:
       look: called on threads.
@@ -28,12 +26,11 @@ def on_all_cores(
     """
     parts = [items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE)]
     pool = ThreadPoolExecutor(thread_count(), thread_name_prefix="check")
-    bar = tqdm(total=len(items), unit=f" {unit}", desc=told, delay=1, disable=None)
     try:
         coming = [pool.submit(lambda part: [look(item) for item in part], part) for part in parts]
-        for done in coming:
-            yield from done.result()
-            bar.update(len(done.result()))
+        with waiting(told, len(items), unit) as advance:
+            for done in coming:
+                yield from done.result()
+                advance(len(done.result()))
     finally:
-        bar.close()
         pool.shutdown(cancel_futures=True)

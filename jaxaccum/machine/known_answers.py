@@ -29,6 +29,7 @@ import numpy as np
 from jaxaccum.accumulate import batchnorm
 from jaxaccum.errors import UserError
 from jaxaccum.machine import user_cache, xla_flags
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import ops
 
 FLAG_HELP = "go on, with a warning, where JAX fails the check that it computes right numbers here"
@@ -329,7 +330,8 @@ def require(allow_wrong: bool = False) -> None:
     file = user_cache.folder() / "known_answers" / f"{name}.json"
     if user_cache.load(file) == circumstances:
         return
-    with ThreadPoolExecutor() as pool:  # compiling takes nearly all of the time
+    once = "checking what JAX computes here (once for a machine and its versions)"
+    with waiting(once), ThreadPoolExecutor() as pool:  # compiling takes nearly all of the time
         asked = itertools.product(CASES, _dtypes(device))
         found = [text for text in pool.map(lambda each: wrong(*each), asked) if text]
     if not found:

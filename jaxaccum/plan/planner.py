@@ -27,6 +27,7 @@ from jaxaccum import config as configs
 from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.machine import user_cache
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.plan.targets import PlanError, Target
 from jaxaccum.training import run
 
@@ -141,7 +142,8 @@ class Planner:
         made = make_engine(this.task.forward, this.rule, this.window, self._devices)
         state = _state_of(this)
         batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
-        programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
+        with waiting(f"compiling microbatch {microbatch}, {engine}{', remat' if remat else ''}"):
+            programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
         own = _bytes(state, made.shardings(state))
         held = own + self._accumulators(this, state)
         one = _bytes(this.task.example(microbatch))

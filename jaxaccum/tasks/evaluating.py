@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxaccum.machine.waiting import waiting
+
 PyTree = Any
 Batch = dict[str, Any]
 
@@ -18,6 +20,8 @@ def overlapped(
     batches: Iterable[Batch],
     inputs: Callable[[Batch], tuple[Any, ...]],
     use: Callable[[Batch, PyTree], None],
+    samples: int,
+    unit: str,
 ) -> None:
     """Predicts batches, and hands each with its output to the host one batch later.
 
@@ -28,13 +32,20 @@ def overlapped(
       batches: dicts of arrays, in order.
       inputs: what of a batch `predict` takes.
       use: takes every batch and its output, in order.
+      samples, unit: in all batches, and what they are, for who waits.
     """
     params, stats = jax.device_put((params, stats), jax.local_devices()[0])
     pending: tuple[Batch, PyTree] | None = None
-    for batch in batches:
-        output = predict(params, stats, *inputs(batch))
+    with waiting("evaluating", samples, unit) as advance:
+
+        def done(batch: Batch, output: PyTree) -> None:
+            use(batch, output)
+            advance(int((batch["weight"] > 0).sum()))
+
+        for batch in batches:
+            output = predict(params, stats, *inputs(batch))
+            if pending is not None:
+                done(*pending)
+            pending = batch, output
         if pending is not None:
-            use(*pending)
-        pending = batch, output
-    if pending is not None:
-        use(*pending)
+            done(*pending)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxaccum import data
 from jaxaccum.data import movies, texts
+from jaxaccum.machine.waiting import waiting
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
 
@@ -73,6 +74,14 @@ class Picture:
     target: Path
 
 
+def counted(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files; how many of them are done is said where it takes long."""
+    with waiting("predicting", len(paths), "files") as advance:
+        for path in paths:
+            yield path
+            advance(1)
+
+
 def pictures(paths: Sequence[Path], out: Path, failed: list[str]) -> Iterator[Picture]:
     """The images, and the frames of the rest, one at a time.
 
@@ -80,7 +89,7 @@ def pictures(paths: Sequence[Path], out: Path, failed: list[str]) -> Iterator[Pi
       failed: takes a message for every file that cannot be read, or not to its end.
     """
     targets = targets_of(out, paths)
-    for path in paths:
+    for path in counted(paths):
         try:
             if path.suffix.lower() not in movies.SUFFIXES:
                 yield Picture(path, {"file": path.name}, data.read_image(path), targets[path])

@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxaccum.errors import UserError
+from jaxaccum.machine.waiting import silent
 from jaxaccum.training.preemption import Preempted, end_at_once
 
 PyTree = Any
@@ -290,6 +291,7 @@ def joined(text: str) -> Iterator[Peers]:
         if not peers.first:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(silent())
         try:
             yield peers
         except Preempted:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from jaxaccum.data.texts import shown
 from jaxaccum.draw import Image, encode_image
+from jaxaccum.machine.waiting import width
 from jaxaccum.training.workdir import WorkdirError, why_not_written
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class Console:
                 total=total_updates,
                 initial=start,
                 file=self._stream,
-                dynamic_ncols=True,
+                **width(self._stream),
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} updates{postfix}",
             )
 
@@ -300,7 +301,7 @@ class Console:
             self._compiling = False
         if self._bar is not None:
             rate = self.per_second
-            if rate > 0:
+            if rate > 0 and not self._compiling:  # else what is left would be compiled, too
                 seconds = self._left * self._samples_per_update / rate
                 eta = tqdm.format_interval(round(seconds))
                 self._bar.set_postfix_str(f"{rate:.1f} {self._unit}/s, {eta} left", refresh=False)

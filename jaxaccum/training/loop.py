@@ -15,6 +15,7 @@ from jaxaccum.accumulate import State, make_engine
 from jaxaccum.data.check import signature
 from jaxaccum.errors import TrainingError
 from jaxaccum.machine import host_memory
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.models.init import count
 from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence
@@ -78,7 +79,8 @@ def _train(
 
     stream = run.make_stream(this, train_set)
     engine = make_engine(this.task.forward, this.rule, this.window)
-    params, stats = _initial(config, this, train_set)
+    with waiting("making the model"):
+        params, stats = _initial(config, this, train_set)
     evaluator = this.task.evaluator(config, val_set)
     describe(this, train_set, count(params), workdir)
 
@@ -171,10 +173,11 @@ def _opened(
     Raises:
       DistributedError: another process makes another run of it.
     """
-    train_set = run.open_source(config, "train")
-    val_set = run.open_source(config, "val", train_set.names)
-    for line in (*train_set.report.lines(), *val_set.report.lines()):
-        print(line)
+    with waiting("opening the data sets"):
+        train_set = run.open_source(config, "train")
+        val_set = run.open_source(config, "val", train_set.names)
+        told = (*train_set.report.lines(), *val_set.report.lines())  # may count them first
+    print(*told, sep="\n")
     if config.microbatch == "auto":
         config, lines = plan.settle(
             config, names=train_set.names, samples=len(train_set), target=plan.here()

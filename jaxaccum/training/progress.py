@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Generator
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxaccum import tasks
 from jaxaccum.accumulate import State
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
 from jaxaccum.training.journal import Journal
 from jaxaccum.training.restart import sound
@@ -37,6 +39,7 @@ class Progress:
         """
         self.state = state
         self.done, self.consumed = int(state.step), int(state.windows)
+        self._began = self.consumed
         self._this, self._engine = this, engine
         self._stream, self._journal = stream, journal
         self._width = this.window.geometry.microbatch * this.window.geometry.devices
@@ -51,12 +54,18 @@ class Progress:
             map(self._this.size_of, itertools.count(self.consumed)),
             workers=data.workers, prefetch=data.prefetch, share=self._engine.share,
         )  # fmt: skip
-        return made
+        with contextlib.closing(made):
+            while True:
+                with waiting("waiting for samples"):
+                    batch = next(made)
+                yield batch
 
     def compute(self, batch: dict[str, np.ndarray]) -> None:
         """Starts the update of the next window on the devices."""
         steps = -(-self._this.size_of(self.consumed) // self._width)
-        self.state, log = self._engine.update(self.state, batch, steps)
+        first = self.consumed == self._began
+        with waiting("compiling the update" if first else "computing"):
+            self.state, log = self._engine.update(self.state, batch, steps)
         self._pending.append((self.consumed, log))
         self.consumed, self.done = self.consumed + 1, self.done + 1
 
@@ -77,6 +86,8 @@ class Progress:
         """
         while len(self._pending) > but:
             number, log = self._pending.popleft()
+            with waiting("computing"):
+                jax.block_until_ready(log)
             self.done -= not self._journal.update(number, log)
             self._read = number + 1
 

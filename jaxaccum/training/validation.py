@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxaccum import tasks
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.distributed import Peers
@@ -70,14 +71,16 @@ class Validation:
         config = self._this.config
         with self._preemption.allowed():
             if config.eval.precise_bn:
-                stats = recompute_statistics(
-                    self._this, weights["params"], weights["stats"], self._plain,
-                    config.eval.precise_bn,
-                )  # fmt: skip
+                with waiting("recomputing the statistics"):
+                    stats = recompute_statistics(
+                        self._this, weights["params"], weights["stats"], self._plain,
+                        config.eval.precise_bn,
+                    )  # fmt: skip
                 weights = weights | {"stats": stats}
-            result, pictures = self._evaluator(
-                weights["params"], weights["stats"], config.log.images
-            )
+            with waiting(f"evaluating update {step}"):
+                result, pictures = self._evaluator(
+                    weights["params"], weights["stats"], config.log.images
+                )
         if self._is_best(result):
             self._keeper.save_best(step, weights, result)
         remark = ""

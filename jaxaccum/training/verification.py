@@ -11,6 +11,7 @@ from jaxaccum.accumulate import Geometry
 from jaxaccum.accumulate.equivalence import Verdict, verify
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.errors import TrainingError
+from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
 from jaxaccum.training.distributed import Peers
 
@@ -53,10 +54,11 @@ def require_law(config: ml_collections.ConfigDict, peers: Peers) -> Verdict:
         other: Engine = "multisteps" if geometry.engine == "scan" else "scan"
         (batch,) = run.make_stream(this, source).windows(0, [this.size_of(0)])
         params, stats = this.task.initialise(config.seed, np.float64)
-        found = verify(
-            this.task.forward, this.rule, this.recipe, params, stats, batch,
-            [geometry, Geometry(smallest, 1, other)],
-        )  # fmt: skip
+        with waiting("computing the first update on two geometries"):
+            found = verify(
+                this.task.forward, this.rule, this.recipe, params, stats, batch,
+                [geometry, Geometry(smallest, 1, other)],
+            )  # fmt: skip
     if not found.ok:
         raise TrainingError(f"--verify: the geometry changes what is learned here.\n{found}")
     return found

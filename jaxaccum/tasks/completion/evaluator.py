@@ -74,7 +74,7 @@ class Evaluator:
                 overlapped(
                     self._predict, params, stats,
                     data.cloud_batches(clouds, batch=self.batch, texts=texts, lost=lost),
-                    lambda batch: (batch,), score,
+                    lambda batch: (batch,), score, len(source), f"{prefix}clouds",
                 )  # fmt: skip
             say_lost(lost or [], len(source), f"samples of {source.report.where}")
             scores = result.compute()

@@ -59,7 +59,7 @@ def complete(
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     unreadable = [] if failed is None else failed
-    for path in paths:
+    for path in files.counted(paths):
         try:
             cloud = data.read_cloud(path, drop_invalid=True)
         # Whatever a reader makes of a damaged file, the next one is another.

@@ -53,6 +53,7 @@ class Evaluator:
             overlapped(
                 self._predict, params, stats, batches, lambda batch: (batch["image"],),
                 functools.partial(self._score, pool, result, drawn, pictures),
+                len(self.source), "images",
             )  # fmt: skip
         say_lost(lost or [], len(self.source), "images")
         return result.compute(), drawn

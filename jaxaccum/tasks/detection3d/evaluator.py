@@ -67,7 +67,7 @@ class Evaluator:
             overlapped(
                 self._predict, params, stats, batches,
                 lambda batch: (batch["image"], batch["camera"]),
-                functools.partial(self._detect, pool, seen, labels),
+                functools.partial(self._detect, pool, seen, labels), len(self.source), "images",
             )  # fmt: skip
         say_lost(lost or [], len(self.source), "images")
         truths = [self._truths[i] for i in seen]

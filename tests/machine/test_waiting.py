@@ -1,0 +1,111 @@
+"""What is waited for is said, now and then, and only then."""
+
+import io
+import itertools
+import os
+import struct
+import threading
+import time
+import types
+
+import pytest
+
+from jaxaccum.machine import waiting as module
+from jaxaccum.machine.waiting import silent, waiting
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture(params=[False, True], ids=["file", "terminal"])
+def stderr(request, monkeypatch):
+    """Where seconds pass ten times as fast."""
+    stream, real = Stream(request.param), time.monotonic
+    monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=stream))  # pytest sets its own
+    monkeypatch.setattr(module.time, "monotonic", lambda: 10 * real())
+    monkeypatch.setattr(module, "_TICK", 0.02)
+    return stream
+
+
+def until(condition):
+    end = time.perf_counter() + 20
+    while not condition():
+        assert time.perf_counter() < end
+        time.sleep(0.01)
+
+
+def test_what_takes_long_is_said_with_how_far_it_is(stderr):
+    with waiting("evaluating", 500, "images") as advance:
+        advance(120)
+        until(lambda: "120" in stderr.getvalue())
+    said = stderr.getvalue()
+    if stderr.terminal:
+        assert "evaluating: 120/500 images" in said
+        assert said.endswith("\r")  # nothing of it stays
+    else:
+        assert said.startswith("evaluating: 120 of 500 images, ") and said.endswith(" s\n")
+
+
+def test_what_is_over_soon_is_not(stderr):
+    for _ in range(100):
+        with waiting("waiting for the update"):
+            pass
+    time.sleep(0.1)
+    assert stderr.getvalue() == ""
+
+
+def test_the_innermost_is_said(stderr):
+    with waiting("outside"):
+        with waiting("inside"):
+            until(lambda: "inside" in stderr.getvalue())
+        assert "outside" not in stderr.getvalue()
+        until(lambda: "outside" in stderr.getvalue())
+
+
+def test_nothing_in_silence_and_nothing_raised_where_nobody_reads(stderr, monkeypatch):
+    with silent(), waiting("a"):
+        time.sleep(0.7)
+    assert stderr.getvalue() == ""
+
+    def gone(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(stderr, "write", gone)
+    with waiting("b"):
+        time.sleep(0.7)
+    module.sys.stderr = None
+    with waiting("c"):
+        time.sleep(0.7)
+
+
+def test_one_thread_for_all_and_errors_go_through():
+    with pytest.raises(KeyError), waiting("a"), waiting("b"):
+        raise KeyError
+    with waiting("c"):
+        assert [thread.name for thread in threading.enumerate()].count("waiting") == 1
+    assert module._teller._waits == []
+
+
+def test_plain_lines_become_rare():
+    assert list(itertools.islice(module.moments(), 7)) == [5, 10, 20, 30, 60, 90, 120]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"), [(0, {"ncols": 80, "nrows": 24}), (120, {"dynamic_ncols": True})]
+)
+def test_a_terminal_that_knows_no_width(columns, expected):
+    """As that of a container or of `script`, where tqdm alone would show nothing."""
+    pty = pytest.importorskip("pty")
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    outer, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(inner, "w") as stream:
+        assert module.width(stream) == expected
+    os.close(outer)
+    assert module.width(io.StringIO()) == {"dynamic_ncols": True}
