@@ -35,6 +35,12 @@ def split(spec: str) -> tuple[str, str | None]:
     return path, argument if colon else None
 
 
+def default_workdir(config_argument: str) -> Path:
+    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for --config=configs/NAME.py:ARG."""
+    path, argument = split(config_argument)
+    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
+
+
 def find(spec: str) -> str:
     """FILE[:arg], where a bare name stands for the config of that name that ships."""
     path, colon, argument = spec.partition(":")

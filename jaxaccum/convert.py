@@ -8,22 +8,18 @@ state dict that PyTorch loads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
-from safetensors.numpy import save_file
 
-from jaxaccum import models, tasks
+from jaxaccum import tasks
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.training.inference import load
-from jaxaccum.weights import transfer as weights
-from jaxaccum.weights.initial import read, sha256
-from jaxaccum.weights.transfer import Transfer, Weights, WeightsError
+from jaxaccum.weights import exchange
+from jaxaccum.weights.initial import sha256
+from jaxaccum.weights.transfer import Transfer, WeightsError
 
 PyTree = Any
 
@@ -44,23 +40,13 @@ def convert(
       WeightsError: the file does not hold the whole model. CheckpointError: `out` is taken, or
         cannot be written.
     """
-    found = read(source)
-    name = model or weights.guess_model(found)
-    kind = _task_of(name)
-    adopted = kind.adopt(found, name, names, source)
-    config, names = adopted.config, adopted.names
-    task = kind.create(config, names, np.dtype(np.float32))
-    params, stats = task.initialise(0)
-    source_weights = Weights(found.state, None, found.model, found.origin)
-    params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)
-    if not report.complete:
-        raise WeightsError("\n".join([f"the file is not a whole {name}", *report.lines()]))
+    trained, report, adopted = exchange.adopt(source, model, names)
     digest = sha256(source) if source.is_file() else ""
     meta = {
         "fingerprint": "converted",
         "recipe": {"converted_from": source.name, "sha256": digest},
-        "config": config.to_dict(),
-        "names": list(names),
+        "config": trained.config.to_dict(),
+        "names": list(trained.names),
         "facts": adopted.facts,
         "best": {},
         "metrics": {},
@@ -69,53 +55,24 @@ def convert(
         raise CheckpointError(f"{out} already holds a run: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_best(0, {"params": params, "stats": stats}, meta)
+        checkpoints.save_best(0, {"params": trained.params, "stats": trained.stats}, meta)
     return report, adopted
 
 
-def _task_of(model: str) -> type[tasks.Task]:
-    """The task that has a model of this name.
-
-    Raises:
-      WeightsError: there is none; names the nearest.
-    """
-    for task in tasks.TASKS.values():
-        if model in task.fields.models():
-            return task
-    known = models.names()
-    close = get_close_matches(model, known, n=3, cutoff=0.4)
-    raise WeightsError(
-        f"--model: no model named {model!r}; a name is family-scale"
-        + (f": did you mean {', '.join(close)}?" if close else f", one of {', '.join(known)}")
-    )
-
-
 def write(workdir: Path, file: Path) -> int:
-    """Writes the best weights of a workdir as a state dict under the reference's keys.
+    """Writes the best weights of a workdir as a state dict under the reference's keys; see
+    `exchange.save`.
 
     Returns:
       the number of tensors.
     Raises:
-      CheckpointError: the workdir holds none, or the file cannot be written.
+      CheckpointError: the workdir holds none, or the file cannot be written. WeightsError: its
+        name is not that of such a file.
     """
+    exchange.require_safetensors(file)
     if workdir.is_dir() and file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
-    trained = load(workdir)
-    state = weights.for_pytorch(trained.task.model, trained.params, trained.stats, trained.step)
-    facts = {
-        "format": "pt",
-        "model": trained.config.model,
-        "names": json.dumps(trained.names),
-        "recipe": trained.fingerprint,
-    }
-    if "image_size" in trained.config.data:
-        facts["image_size"] = str(trained.config.data.image_size)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, file, facts)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {file}: {error}") from error
-    return len(state)
+    return exchange.save(load(workdir), file)
 
 
 if __name__ == "__main__":

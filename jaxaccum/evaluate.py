@@ -12,74 +12,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from jaxaccum.config import ConfigError
-from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.machine import known_answers
-from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
 from jaxaccum.training.inference import load
-from jaxaccum.training.precise_bn import recompute_statistics
+from jaxaccum.training.measuring import measure
 
 
-def evaluate(
-    workdir: Path,
-    data_path: str = "",
-    precise_bn: int = 0,
-    references: str = "",
-    drawn: Path | None = None,
-    pictures: int = 4,
-) -> dict[str, Any]:
-    """Metrics of a run's best weights, on everything that its data set has for the purpose.
+def evaluate(workdir: Path, data_path: str = "", **options: Any) -> dict[str, Any]:
+    """Metrics of a run's best weights; see `training.measuring.measure`.
 
     Args:
       workdir: of the run.
-      data_path: evaluate on this data set instead of the run's own, by the same rules as
-        `data.path`.
-      precise_bn: recompute the running statistics over this many of the run's training samples
-        first.
-      references: a PCN folder with whose cars predictions of real scans are compared.
-      drawn: a file for one picture of samples with what was predicted.
-      pictures: samples in it, of each set that is evaluated.
-    Raises:
-      ConfigError: references for a task that has no use for them.
+      data_path: evaluate on this data set instead of the run's own.
     """
-    trained = load(workdir)
-    config = trained.config
-    own = config.copy_and_resolve_references()
-    if references:
-        if "references" not in config.eval:
-            raise ConfigError("--references is for networks that complete clouds")
-        config.eval.references = references
-    if data_path:
-        config.data.path = data_path
-        for other in ("val_path", "images"):
-            if other in config.data:
-                config.data[other] = ""
-    measure, reports = trained.task.full_evaluator(config)
-    print(*reports, sep="\n")
-    stats = trained.stats
-    if precise_bn:
-        train_set = run.open_source(own, "train", trained.names)
-        this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
-        stream = run.make_stream(this, train_set, plain=True)
-        stats = recompute_statistics(this, trained.params, stats, stream, precise_bn)
-    with waiting("evaluating"):
-        metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
-    for line in trained.task.tables(metrics):
-        print(line)
-    if drawn and samples:
-        drawn.parent.mkdir(parents=True, exist_ok=True)
-        save_image(drawn, contact_sheet(samples, 2))
-    return {
-        "workdir": str(workdir),
-        "model": config.model,
-        "step": trained.step,
-        "fingerprint": trained.fingerprint,
-        **{k: None if np.isnan(v) else v for k, v in metrics.items()},
-    }
+    return {"workdir": str(workdir), **measure(load(workdir), data_path, **options)}
 
 
 if __name__ == "__main__":
@@ -101,8 +49,8 @@ if __name__ == "__main__":
         known_answers.require(_ALLOW.value)
         drawn = Path(_DRAWN.value) if _DRAWN.value else None
         found = evaluate(
-            Path(_WORKDIR.value), _DATA.value, _PRECISE.value, _REFERENCES.value, drawn,
-            _PICTURES.value,
+            Path(_WORKDIR.value), _DATA.value, precise_bn=_PRECISE.value,
+            references=_REFERENCES.value, drawn=drawn, pictures=_PICTURES.value,
         )  # fmt: skip
         print(json.dumps(found))
         return 0

@@ -1,4 +1,4 @@
-"""python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER --out=DIR
+"""python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER [--out=DIR]
 
 Uses a run's best weights. A detector takes images, and GIFs and videos frame by frame, draws its
 detections [--conf=0.25] and writes them to detections.json. A 3D detector also draws boxes in space
@@ -18,6 +18,7 @@ from absl import flags
 from jaxaccum import tasks
 from jaxaccum.config import ConfigError
 from jaxaccum.machine import known_answers
+from jaxaccum.tasks.predicting import predict_files
 from jaxaccum.training import run
 from jaxaccum.training.inference import load, require_run
 
@@ -25,8 +26,10 @@ if __name__ == "__main__":
     from jaxaccum import command_line
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
-    _SOURCE = flags.DEFINE_string("source", None, "a file or a folder of files", required=True)
-    _OUT = flags.DEFINE_string("out", None, "where to write", required=True)
+    _SOURCE = flags.DEFINE_string(
+        "source", None, "a file, a folder of files, or a pattern", required=True
+    )
+    _OUT = flags.DEFINE_string("out", "", "where to write; WORKDIR/predicted by default")
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
     _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
@@ -39,6 +42,9 @@ if __name__ == "__main__":
     _OF_TASKS = (_CONF, _IOU, _FORMAT, _CALIB, _CAPTION, _NORMALISE)
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
+    def _out() -> Path:
+        return Path(_OUT.value) if _OUT.value else Path(_WORKDIR.value or "") / "predicted"
+
     def main() -> int:
         failed: list[str] = []
         _use(failed)
@@ -46,7 +52,7 @@ if __name__ == "__main__":
             what = "file of it" if len(failed) == 1 else "files of it"
             print(
                 f"error: {len(failed)} {what} could not be used, see 'skipped' above; the others "
-                f"are in {_OUT.value}",
+                f"are in {_out()}",
                 file=sys.stderr,
             )
         return 1 if failed else 0
@@ -54,13 +60,16 @@ if __name__ == "__main__":
     def _use(failed: list[str]) -> None:
         run.use_compilation_cache()
         known_answers.require(_ALLOW.value)
-        source, out = Path(_SOURCE.value), Path(_OUT.value)
+        source = _SOURCE.value or ""
+        out = _out()
         require_run(Path(_WORKDIR.value))
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
         trained = load(Path(_WORKDIR.value))
-        told = trained.task.predict_files(trained, source, out, failed, **_options(trained.task))
-        for line in told:
-            print(line)
+        options = _options(trained.task)
+        results = predict_files(trained, source, out, failed, **options)
+        for result in results:
+            print(result)
+        print(f"{len(results)} results drawn in {out}, and in {out / trained.task.results}")
 
     def _options(task: tasks.Task) -> dict[str, Any]:
         """The flags that the task takes; one that was given for nothing is an error."""

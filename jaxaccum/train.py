@@ -5,7 +5,11 @@ Trains a model from a config. Started again on the same workdir, it continues.
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,12 +23,6 @@ from jaxaccum.training.preemption import Preempted, end_at_once
 from jaxaccum.training.verification import require_law
 
 __all__ = ["train", "verb"]
-
-
-def default_workdir(config_argument: str) -> Path:
-    """runs/NAME for --config=configs/NAME.py, runs/NAME_ARG for --config=configs/NAME.py:ARG."""
-    path, argument = config_files.split(config_argument)
-    return Path("runs") / "_".join(filter(None, [Path(path).stem, argument]))
 
 
 EXAMPLES = (
@@ -55,7 +53,7 @@ def verb() -> None:
     def main() -> int:
         run.use_compilation_cache()
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-        folder = Path(workdir.value or default_workdir(file))
+        folder = Path(workdir.value or config_files.default_workdir(file))
         try:
             with joined(distributed.value) as peers:
                 known_answers.require(allow.value)
@@ -71,5 +69,14 @@ def verb() -> None:
     command_line.run_verb(main, __doc__, EXAMPLES)
 
 
+class _Callable(types.ModuleType):
+    """Makes `jaxaccum.train(...)` that of jaxaccum/api.py, though this module has its name."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return importlib.import_module("jaxaccum.api").train(*given, **named)
+
+
 if __name__ == "__main__":
     verb()
+else:
+    sys.modules[__name__].__class__ = _Callable

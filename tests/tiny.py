@@ -6,6 +6,7 @@ python tests/tiny.py WORKDIR [STEPS] trains it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -28,6 +29,14 @@ yolo.FAMILIES["tiny"] = yolo.Family(
 yolo.FAMILIES["tiny-3d"] = dataclasses.replace(
     yolo.FAMILIES["tiny"], rows=(*yolo.FAMILIES["tiny"].rows[:-1], ((3, 4), 1, "Detect3D", ()))
 )
+
+
+def predicted(trained, source, out, **options):
+    """What the verb `predict` writes of files, as its JSON has it."""
+    from jaxaccum.tasks.predicting import predict_files
+
+    predict_files(trained, source, out, [], **options)
+    return json.loads((out / trained.task.results).read_text())
 
 
 def tiny_config(**changes):

@@ -12,8 +12,7 @@ It learns from any data set of boxes that detectors learn from; by default from 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,13 +23,22 @@ import ml_collections
 import numpy as np
 import optax
 
-from jaxaccum import data, fields, models
+from jaxaccum import data, draw, fields, models
 from jaxaccum.accumulate import GroupBatchNorm, Groups, Objective, Output, Term
 from jaxaccum.data import check
 from jaxaccum.data.formats import packed
 from jaxaccum.data.stream import say_lost
-from jaxaccum.draw import boxes as draw
-from jaxaccum.tasks import Interface, PackedSplit, Task, Trained, files, packing
+from jaxaccum.tasks import (
+    Interface,
+    PackedSplit,
+    Predictor,
+    Result,
+    Sample,
+    Task,
+    Trained,
+    files,
+    packing,
+)
 from jaxaccum.tasks.evaluating import overlapped
 
 # --- the config ---
@@ -107,6 +115,29 @@ class Net(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Classified(Result):
+    """The class of an image."""
+
+    sample: Sample
+    name: str
+    score: float
+
+    def to_json(self) -> dict[str, Any]:
+        """{"class", "score"}"""
+        return {"class": self.name, "score": round(self.score, 5)}
+
+    def plot(self) -> np.ndarray:
+        """The image with its class at the top."""
+        height, width = self.sample.value.shape[:2]
+        whole = np.array([[0.0, 0.0, width, height]])
+        return draw.draw_detections(self.sample.value, whole, np.zeros(1, int), (self.name,))
+
+    def summary(self) -> str:
+        """The class, and how sure it is."""
+        return f"{self.name} ({self.score:.2f})"
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassificationTask(Task):
     """A classifier in training; a batch is as of `DetectionTask`."""
 
@@ -114,6 +145,8 @@ class ClassificationTask(Task):
     fields: ClassVar[fields.Fields] = FIELDS
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("accuracy", True)
+    suffixes: ClassVar[frozenset[str]] = files.PICTURES
+    results: ClassVar[str] = "classes.json"
 
     model: Net
     image_size: int
@@ -254,23 +287,25 @@ class ClassificationTask(Task):
         logits: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
         return jax.nn.softmax(logits)
 
-    def predict_files(
-        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
-    ) -> list[str]:
-        """Writes the class of every image to classes.json."""
+    def read_file(self, path: Path) -> Iterator[Sample]:
+        """An image, or the frames of a GIF or a video."""
+        return files.read_pictures(path)
+
+    def sample(self, value: Any) -> Sample:
+        """An image in memory."""
+        return files.picture_of(value)
+
+    def predictor(self, trained: Trained, **options: Any) -> Predictor:
+        """The class of one image."""
         del options
-        paths = files.find_files(source, files.PICTURES)
-        predict, results = jax.jit(self.predict), list[dict[str, Any]]()
-        for picture in files.pictures(paths, out, failed):
-            square, _, _ = data.letterbox(picture.pixels, self.image_size)
+        predict = jax.jit(self.predict)
+
+        def classify(sample: Sample) -> Classified:
+            square, _, _ = data.letterbox(sample.value, self.image_size)
             scores = np.asarray(predict(trained.params, trained.stats, square[None]))[0]
-            best = int(np.argmax(scores))
-            results.append(
-                {**picture.told, "class": self.names[best], "score": round(float(scores[best]), 5)}
-            )
-        files.report(failed, results, source)
-        (out / "classes.json").write_text(json.dumps(results, indent=1) + "\n")
-        return [f"{files.called(r)}: {r['class']} ({r['score']:.2f})" for r in results]
+            return Classified(sample, self.names[int(np.argmax(scores))], float(scores.max()))
+
+        return classify
 
     def interface(self, trained: Trained) -> Interface:
         """Images to class probabilities."""

@@ -22,6 +22,7 @@ from jaxaccum.tasks.base import (
 from jaxaccum.tasks.completion import CompletionTask
 from jaxaccum.tasks.detection import DetectionTask
 from jaxaccum.tasks.detection3d import Detection3DTask
+from jaxaccum.tasks.results import Predictor, Result, Sample
 
 TASKS: dict[str, type[Task]] = {
     "detection": DetectionTask,
@@ -76,6 +77,9 @@ __all__ = [
     "Evaluator",
     "Interface",
     "PackedSplit",
+    "Predictor",
+    "Result",
+    "Sample",
     "Source",
     "Stream",
     "Task",

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.fields import ConfigError, Fields
+from jaxaccum.tasks.results import Predictor, Sample
 from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
@@ -146,6 +147,7 @@ class Task(abc.ABC):
       unit: what a sample is called, in the plural.
       monitor: the metric that decides which weights are best, and whether more of it is better.
       predict_flags: flags of `predict` that it takes, beside source and out.
+      suffixes: of the files that it predicts; results: name of the JSON file with what it found.
       loss_modules: top-level names of parameters and statistics that belong to the loss: weights
         from elsewhere (`init_from`) leave them as they begin.
       model: the network.
@@ -157,6 +159,8 @@ class Task(abc.ABC):
     unit: ClassVar[str]
     monitor: ClassVar[tuple[str, bool]]
     predict_flags: ClassVar[tuple[str, ...]] = ()
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+    results: ClassVar[str] = "results.json"
     loss_modules: ClassVar[tuple[str, ...]] = ()
 
     model: Any
@@ -274,23 +278,35 @@ class Task(abc.ABC):
     def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array) -> Any:
         """What the network makes of inputs, each with a leading axis of samples."""
 
-    def predict_files(
-        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
-    ) -> list[str]:
-        """What the verb `predict` does.
+    def read_file(self, path: Path) -> Iterator[Sample]:
+        """The samples in a file, of one of `suffixes`.
+
+        Raises:
+          DataError: it cannot be read, or not to its end. ConfigError: the task reads no files.
+        """
+        del path
+        raise ConfigError(f"predict: the task {self.name} has no way to use files")
+
+    def sample(self, value: Any) -> Sample:
+        """A sample of what a user has in memory.
+
+        Raises:
+          DataError: it is none.
+        """
+        del value
+        raise ConfigError(f"predict: the task {self.name} has no way to use arrays")
+
+    def predictor(self, trained: Trained, **options: Any) -> Predictor:
+        """What the network makes of one sample, as a function.
 
         Args:
           trained: this task with its weights.
-          source: a file or a folder. out: folder to write to.
-          failed: takes a message for every file that could not be used.
           options: of `predict_flags`.
-        Returns:
-          lines for people.
         Raises:
-          ConfigError: the task cannot.
+          ConfigError: an option cannot be, or the task has none.
         """
-        del trained, source, out, failed, options
-        raise ConfigError(f"predict: the task {self.name} has no way to use files")
+        del trained, options
+        raise ConfigError(f"predict: the task {self.name} has no way to use single samples")
 
     def interface(self, trained: Trained) -> Interface:
         """What an exported program takes and gives.

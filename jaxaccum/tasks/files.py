@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jaxaccum import data
 from jaxaccum.data import movies, texts
 from jaxaccum.machine.waiting import waiting
+from jaxaccum.tasks.results import Predictor, Result, Sample
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
 
@@ -59,21 +60,6 @@ def _kind(path: Path) -> str:
     return "pipe or device" if path.exists() else "broken link"
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image, or a frame of a GIF or a video.
-
-    Attributes:
-      path: of the file. told: what results say of it: the file's name, the frame's number.
-      pixels: (H, W, 3) uint8 RGB. target: where to write what becomes of it, without a suffix.
-    """
-
-    path: Path
-    told: dict[str, Any]
-    pixels: np.ndarray
-    target: Path
-
-
 def counted(paths: Sequence[Path]) -> Iterator[Path]:
     """The files; how many of them are done is said where it takes long."""
     with waiting("predicting", len(paths), "files") as advance:
@@ -82,24 +68,97 @@ def counted(paths: Sequence[Path]) -> Iterator[Path]:
             advance(1)
 
 
-def pictures(paths: Sequence[Path], out: Path, failed: list[str]) -> Iterator[Picture]:
-    """The images, and the frames of the rest, one at a time.
+def samples(
+    paths: Sequence[Path], read: Callable[[Path], Iterable[Sample]], failed: list[str]
+) -> Iterator[Sample]:
+    """The samples of files, one at a time.
 
     Args:
+      read: a file's samples.
       failed: takes a message for every file that cannot be read, or not to its end.
     """
-    targets = targets_of(out, paths)
     for path in counted(paths):
         try:
-            if path.suffix.lower() not in movies.SUFFIXES:
-                yield Picture(path, {"file": path.name}, data.read_image(path), targets[path])
-                continue
-            for number, pixels in enumerate(movies.frames(path), start=1):
-                target = targets[path].with_name(f"{targets[path].name}_{number:06}")
-                yield Picture(path, {"file": path.name, "frame": number}, pixels, target)
+            yield from read(path)
         # Whatever a decoder makes of a damaged file, the next one is another.
         except Exception as error:
             failed.append(why(path, error))
+
+
+def read_pictures(path: Path) -> Iterator[Sample]:
+    """An image, or the frames of a GIF or a video.
+
+    Raises:
+      DataError: it cannot be read, or not to its end.
+    """
+    if path.suffix.lower() not in movies.SUFFIXES:
+        yield Sample(data.read_image(path), {"file": path.name}, path)
+        return
+    for number, pixels in enumerate(movies.frames(path), start=1):
+        yield Sample(pixels, {"file": path.name, "frame": number}, path)
+
+
+def picture_of(value: Any) -> Sample:
+    """An image in memory: an array (H, W, 3) or (H, W) uint8, RGB or grey, or one of Pillow's.
+
+    Raises:
+      DataError: it is none of these.
+    """
+    if hasattr(value, "convert") and hasattr(value, "size"):  # Pillow's
+        from PIL import ImageOps
+
+        value = np.asarray(ImageOps.exif_transpose(value).convert("RGB"))
+    pixels = np.asarray(value)
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        raise data.DataError(
+            f"an image is an array (height, width, 3) of uint8, RGB, or an image of Pillow; got "
+            f"{type(value).__name__} {pixels.dtype} {pixels.shape}"
+        )
+    return Sample(np.ascontiguousarray(pixels))
+
+
+def write_results(
+    found: Iterable[Sample],
+    predictor: Predictor,
+    targets: Mapping[Path, Path],
+    failed: list[str],
+    source: Path,
+    file: Path,
+) -> list[Result]:
+    """Predicts samples of files, writes each result, and all of them as one JSON file.
+
+    Args:
+      targets: as of `targets_of`.
+      failed: takes a message for every file that could not be used, after those it has.
+      source: of all, for messages. file: the JSON.
+    Raises:
+      DataError: none of the files could be used.
+    """
+    results, told = list[Result](), list[dict[str, Any]]()
+    for sample in found:
+        path = cast(Path, sample.path)
+        try:
+            result = predictor(sample)
+        except data.DataError as error:
+            if (said := why(path, error)) not in failed:  # else every frame would say it
+                failed.append(said)
+            continue
+        target, frame = targets[path], sample.facts.get("frame")
+        if frame is not None:
+            target = target.with_name(f"{target.name}_{frame:06}")
+        more = result.save(target)
+        told.append({**sample.facts, **result.to_json(), **more})
+        results.append(result)
+    for message in failed:
+        print(f"skipped: {message}")
+    if not results:
+        raise data.DataError(
+            f"none of the {len(failed)} files of {texts.shown_path(source)} could be used"
+        )
+    file.write_text(json.dumps(told, indent=1) + "\n")
+    return results
 
 
 def why(path: Path, error: Exception) -> str:
@@ -140,22 +199,3 @@ def spare(paths: Sequence[Path], targets: Iterable[str]) -> None:
     for target in targets:
         if Path(target).resolve() in sources:
             raise data.DataError(f"--out would overwrite {target}: give another folder")
-
-
-def report(unreadable: list[str], results: list[dict[str, Any]], source: Path) -> None:
-    """Prints what could not be used.
-
-    Raises:
-      DataError: that is all there was.
-    """
-    for message in unreadable:
-        print(f"skipped: {message}")
-    if not results:
-        raise data.DataError(
-            f"none of the {len(unreadable)} files of {texts.shown_path(source)} could be used"
-        )
-
-
-def called(result: dict[str, Any]) -> str:
-    """The file of a result, and the frame of it."""
-    return result["file"] + (f" frame {result['frame']}" if "frame" in result else "")

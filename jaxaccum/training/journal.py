@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from jaxaccum.training.distributed import Peers
 from jaxaccum.training.divergence import Divergence
 from jaxaccum.training.logs import Board, Console, MetricsFile, format_line
 
+Watch = Callable[[dict[str, Any]], None]
+
 
 class Journal:
     """Keeps the record of a run. Of several processes only the first writes, and all watch."""
@@ -36,6 +38,7 @@ class Journal:
         peers: Peers,
         start: int,
         memory: Mapping[str, Any],
+        watch: Watch | None = None,
     ) -> None:
         """Opens the console and, beside `file`, the board.
 
@@ -44,9 +47,11 @@ class Journal:
           file: metrics.jsonl, rewound to the start.
           start: updates done before this process.
           memory: that of the run so far; {} if it is new.
+          watch: called with every record.
         """
         self._this, self._source, self._stream = this, source, stream
         self._file, self._cadence, self._peers = file, cadence, peers
+        self._watch: Watch = watch or (lambda record: None)
         self._noise = NoiseScale(memory.get("noise"))
         self._divergence = Divergence(memory.get("divergence"))
         where = None if peers.first else sys.stdout  # which leads nowhere in the others
@@ -111,6 +116,7 @@ class Journal:
         """
         record = {"step": step, "kind": "eval", **result}
         self._file.write(record)
+        self._watch(dict(record))
         self.line(format_line(step, self._this.steps, record))
         if self._board:
             self._board.scalars({f"val/{k}": v for k, v in result.items()}, step)
@@ -145,6 +151,7 @@ class Journal:
             "skipped": int(log["windows"]) - step,
         }
         self._file.write(record)
+        self._watch(dict(record))
         more = {f"{this.task.unit}_per_second": self._console.per_second}
         more |= this.task.readable(record)
         shown = {

@@ -21,7 +21,7 @@ from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
 from jaxaccum.training.distributed import DistributedError, Peers
-from jaxaccum.training.journal import Journal
+from jaxaccum.training.journal import Journal, Watch
 from jaxaccum.training.keeping import Keeper
 from jaxaccum.training.logs import MetricsFile
 from jaxaccum.training.preemption import Preempted, Preemption
@@ -37,6 +37,9 @@ def train(
     workdir: Path,
     accept_other_recipe: bool = False,
     peers: Peers | None = None,
+    *,
+    watch: Watch | None = None,
+    signals: bool = True,
 ) -> dict[str, float]:
     """Trains, evaluates, logs and saves; returns the best evaluation's metrics.
 
@@ -46,6 +49,9 @@ def train(
       accept_other_recipe: continue a run that was started under another recipe.
       peers: the processes of the run, each of which calls this. Only the first reads and writes in
         workdir.
+      watch: called with every record of metrics.jsonl.
+      signals: handle them, see jaxaccum/training/preemption.py; else Ctrl-C is a KeyboardInterrupt
+        like anywhere, and what was learned is saved all the same.
     Raises:
       Preempted: a signal asked the process to end, see jaxaccum/training/preemption.py.
       WorkdirError: another training runs in workdir, or it cannot be written.
@@ -58,9 +64,9 @@ def train(
 
     with (
         locked(workdir) if peers.first else contextlib.nullcontext(),
-        Preemption(config.checkpoint.grace, kept, peers) as preemption,
+        Preemption(config.checkpoint.grace, kept, peers, signals) as preemption,
     ):
-        return _train(config, workdir, accept_other_recipe, preemption, peers)
+        return _train(config, workdir, accept_other_recipe, preemption, peers, watch)
 
 
 def _train(
@@ -69,6 +75,7 @@ def _train(
     accept_other_recipe: bool,
     preemption: Preemption,
     peers: Peers,
+    watch: Watch | None,
 ) -> dict[str, float]:
     config, this, train_set, val_set = _opened(config, peers)
     log_file = MetricsFile(workdir / "metrics.jsonl", this.recipe.fingerprint)
@@ -99,7 +106,7 @@ def _train(
         start = int(state.step)
         owed, best = rewound(start, log_file, checkpoints, cadence, peers)
 
-        journal = Journal(this, train_set, stream, log_file, cadence, peers, start, meta)
+        journal = Journal(this, train_set, stream, log_file, cadence, peers, start, meta, watch)
         progress = Progress(this, engine, stream, journal, state)
         del state, params, stats  # their memory goes to the first update
         about = _about(config, this, train_set)
@@ -144,7 +151,7 @@ def _train(
                 checkpoints.wait()
         except (CheckpointError, TrainingError, WorkdirError):
             raise  # what failed is the saving, or the state is not worth it
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             if peers.alone and cadence.ever("checkpoint"):  # another may be anywhere
                 keeper.rescue(progress)
             raise

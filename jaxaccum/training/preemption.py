@@ -51,7 +51,11 @@ class Preemption:
     """
 
     def __init__(
-        self, grace: float, kept: Callable[[], int | None], peers: Peers | None = None
+        self,
+        grace: float,
+        kept: Callable[[], int | None],
+        peers: Peers | None = None,
+        install: bool = True,
     ) -> None:
         """Does nothing yet.
 
@@ -59,7 +63,9 @@ class Preemption:
           grace: seconds.
           kept: update of the newest complete checkpoint, or None; called from any thread.
           peers: the other processes of the run: what one gets, all get.
+          install: take signals at all; if not, they are the caller's.
         """
+        self._wanted = install
         self.signal: signal.Signals | None = None
         self._grace = grace
         self._kept = kept
@@ -69,7 +75,8 @@ class Preemption:
         self._again: threading.Timer | None = None
 
     def __enter__(self) -> Preemption:
-        self._installed = threading.current_thread() is threading.main_thread()
+        in_main = threading.current_thread() is threading.main_thread()
+        self._installed = self._wanted and in_main
         if self._installed:
             # Python's own handler waits for the main thread; this pair does not.
             self._reader, self._writer = socket.socketpair()

@@ -263,6 +263,7 @@ def test_what_is_right_is_checked_once(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_verify_of_what_is_right():
     params, stats = variables(Ours())
     found = verify(forward, make_rule(), Recipe(NBS, GROUP), params, stats, batch_of())
@@ -296,6 +297,7 @@ def mean_of_the_microbatch(params, stats, batch, groups):
     return out._replace(numerators={"fit": out.numerators["fit"] / size})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken", [own_groups, noise_by_place, padding_counts, mean_of_the_microbatch]
 )

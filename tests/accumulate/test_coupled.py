@@ -131,6 +131,7 @@ def test_every_geometry_is_one_run(x64, microbatch, devices, engine, bn_group):
     assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
+@pytest.mark.slow
 def test_contrasting_within_microbatches_is_another_gradient(x64):
     """The check can fail, and the usual accumulation is far off."""
     params, stats = initial(np.float64)
@@ -152,6 +153,7 @@ def test_contrasting_within_microbatches_is_another_gradient(x64):
     assert 0.1 < equivalence.distance(gradient_of(4), whole) < 1
 
 
+@pytest.mark.slow
 def test_the_temperature_learns(x64):
     """A parameter that only the coupled loss has."""
     before, _ = initial(np.float64)

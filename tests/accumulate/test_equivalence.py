@@ -188,6 +188,7 @@ def broken_reference(name):
     return run(Geometry(nbs), nbs, bn_group, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("geometry", [Geometry(4, 2), Geometry(4, 1, "multisteps")], ids=str)
 def test_the_check_notices(x64, name, geometry):
@@ -221,6 +222,7 @@ def rounded_once():
     return rounded(8, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "geometry",
     [Geometry(4), Geometry(4, 2), Geometry(4, 1, "multisteps"), Geometry(1, 4), Geometry(2, 4)],
@@ -272,6 +274,7 @@ def test_the_check_notices_a_double_reduction(x64, monkeypatch, engine):
     assert not equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_the_check_notices_statistics_moved_per_microbatch(x64, monkeypatch, engine):
     """Running statistics that move twice in a window of two microbatches."""
@@ -291,6 +294,7 @@ def test_the_check_notices_statistics_moved_per_microbatch(x64, monkeypatch, eng
 # --- What the engines promise beside it. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_a_window_that_is_not_finite_is_skipped(engine):
     recipe = Recipe(8, 4)
@@ -311,6 +315,7 @@ def test_a_window_that_is_not_finite_is_skipped(engine):
     assert (int(state.step), int(state.windows), int(state.skipped_in_row)) == (1, 2, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_a_ramp_of_the_effective_batch(x64, engine):
     """A smaller effective batch in the room of the full one, without a second compilation."""

@@ -33,6 +33,7 @@ def require_same(geometry, reference=None, **options):
     assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -45,6 +46,7 @@ def test_a_divided_state_is_one_run(x64, geometry):
     require_same(geometry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 @pytest.mark.parametrize(
     ("microbatch", "devices", "nbs"), [(2, 2, 16), (1, 4, 16), (2, 4, 16), (2, 4, 11), (1, 4, 7)]

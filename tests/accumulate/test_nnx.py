@@ -32,6 +32,7 @@ def adapt(model: nnx.Module):
     return params, forward
 
 
+@pytest.mark.slow
 def test_an_nnx_model_is_one_run_on_every_geometry():
     params, forward = adapt(Net(nnx.Rngs(0)))
     rng = np.random.default_rng(0)

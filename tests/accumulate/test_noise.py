@@ -132,6 +132,7 @@ def test_two_denominators_are_one_gradient():
     assert float(log["noise/square"]) == pytest.approx((norm - square) / (1 - q), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_update_is_the_same_with_it(tmp_path):
     found = {}
     for on in (False, True):
@@ -149,6 +150,7 @@ def test_the_update_is_the_same_with_it(tmp_path):
     assert not any("noise/scale" in r for r in found[False])
 
 
+@pytest.mark.slow
 def test_with_coupled_terms():
     config = tiny_completion.tiny_config(
         nbs=4, bn_group=2, microbatch=2, steps=1,

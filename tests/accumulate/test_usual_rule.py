@@ -46,6 +46,7 @@ def loss(params, batch, bn_group=MICROBATCH):
     return fit + 0.5 * out.numerators["calm"] / jnp.maximum(out.denominators["points"], 1), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bn_group", [MICROBATCH, "frozen"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_microbatch_divides_by_its_own_denominators(x64, devices, bn_group):

@@ -377,6 +377,7 @@ def test_windows_are_the_samples_in_order_from_anywhere(backend):
     endless.close()
 
 
+@pytest.mark.slow
 @needs_grain
 def test_worker_processes_give_the_same():
     """In a process of its own: workers import __main__, which must not be pytest's."""

@@ -164,6 +164,7 @@ def test_the_policy_raise_ends_with_the_first(backend):
         stream(on_error="ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("grain") is None, reason="grain is not installed")
 def test_worker_processes_lose_the_same(tmp_path):
     """In a process of its own: workers import __main__, which must not be pytest's."""
@@ -324,6 +325,7 @@ def run_of(workdir, path, **changes):
     return [line for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_it_on_any_geometry(tmp_path, monkeypatch, capsys):
     path = folder(tmp_path / "set")
     contents = {f: f.read_bytes() for f in (tmp_path / "set" / "images").rglob("*.png")}

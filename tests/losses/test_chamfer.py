@@ -192,6 +192,7 @@ def test_memory_does_not_hold_the_distances():
     assert memory.temp_size_in_bytes < 8 * 2**20
 
 
+@pytest.mark.slow
 def test_in_a_loop_on_several_devices(x64):
     """Microbatches in a scan within shard_map, as an update does it."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))

@@ -79,6 +79,7 @@ def plain_assignment(scores, boxes, centres, gt, classes, smallest):
     return chosen, score
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10_000), objects=st.sampled_from([1, 5, 20]))
 def test_assignment_is_the_plain_rule(seed, objects):

@@ -679,6 +679,7 @@ def test_equals_the_plain_protocol_on_small_sets(seed):
     assert check_against_plain(seed, 12)[1] > 4
 
 
+@pytest.mark.slow
 def test_equals_the_plain_protocol_above_40_truths():
     ours, _ = check_against_plain(11, 250)
     assert ours["truths/Car/easy"] < 40

@@ -557,6 +557,7 @@ def test_noise_of_another_shape_is_refused():
         model.apply({"params": params, "batch_stats": stats}, clouds_of(2), None, noise_of(2, 0, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", BOTH)
 def test_gradient(x64, table, monkeypatch):
     """Against differences, and of a rematerialised model; zero for what is not trained."""
@@ -774,6 +775,7 @@ def interpolated(values, xyz, place):
     return (values[near] * (weight / weight.sum())[:, None]).sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deform", "rw_deform", "deform_graph"])
 def test_deforming_operations(x64, kind):
     """One query after the other, one neighbour after the other."""

@@ -42,6 +42,7 @@ def shapes(name, classes=80):
     return model, jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     _, variables = shapes(name)

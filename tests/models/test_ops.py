@@ -19,6 +19,7 @@ def stock(x, w, stride, pad, groups):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -197,6 +197,7 @@ def test_every_parameter_of_every_scale_has_its_value(name, monkeypatch):
     assert all(np.all(leaf == 7) for leaf in jax.tree.leaves(filled))
 
 
+@pytest.mark.slow
 def test_a_parameter_without_a_value_is_named():
     model = models.create("yolo12-l", num_classes=8)
     example = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)

@@ -139,6 +139,7 @@ def small(cache=None, **fields):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_account_is_the_compilers():
     made = small()
     found = made.compiled(4)
@@ -157,6 +158,7 @@ def test_the_account_is_the_compilers():
     assert (found.steps, found.devices, found.compiled) == (2, 1, True) and found.flops > 1e6
 
 
+@pytest.mark.slow
 def test_the_line_is_close_to_the_compiler():
     made = small(nbs=16)
     made.compiled(2), made.compiled(8)
@@ -167,6 +169,7 @@ def test_the_line_is_close_to_the_compiler():
     assert guess.flops == pytest.approx(exact.flops, rel=0.01)
 
 
+@pytest.mark.slow
 def test_multisteps_holds_accumulators_and_one_microbatch():
     made = small()
     scan, multi = made.compiled(2), made.compiled(2, "multisteps")
@@ -174,12 +177,14 @@ def test_multisteps_holds_accumulators_and_one_microbatch():
     assert multi.state > scan.state and multi.temp < scan.temp + multi.state
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_samples():
     one, two = small().compiled(2), small(devices=2).compiled(2)
     assert (one.steps, two.steps) == (4, 2)
     assert two.batch * 2 == one.batch and two.state == pytest.approx(one.state, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_kept(tmp_path):
     first, second = small(tmp_path), small(tmp_path)
     assert first.compiled(2) == second.compiled(2)
@@ -192,6 +197,7 @@ def test_an_evaluation_is_planned_too():
     assert 0 < less.evaluation() < more.evaluation()
 
 
+@pytest.mark.slow
 def test_coupled_terms_through_both_engines():
     config = tiny_completion.tiny_config(nbs=4, bn_group=2, **tiny_completion.CAPTIONED)
     made = Planner(config, names=["a", "b"], samples=100, target=plan.here(), devices=1)
@@ -203,6 +209,7 @@ def test_coupled_terms_through_both_engines():
 # --- auto, in training. ---
 
 
+@pytest.mark.slow
 def test_auto_trains_as_a_number_does(tmp_path, capsys):
     fields = {"steps": 2, "eval.every": -1, "checkpoint.every": -1}
     train.train(tiny_config(microbatch="auto", **fields), tmp_path / "auto")
@@ -217,6 +224,7 @@ def test_auto_trains_as_a_number_does(tmp_path, capsys):
     assert [r["loss"] for r in auto] == pytest.approx([r["loss"] for r in number], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_auto_says_what_would_fit():
     config = tiny_config(microbatch="auto")
     with pytest.raises(plan.PlanError, match=r"nothing fits.*smaller bn_group than 2"):

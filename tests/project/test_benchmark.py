@@ -83,6 +83,7 @@ def test_measures_run(tmp_path):
     assert "assigner: there already" in again.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_measure_is_named(tmp_path):
     done = command(tmp_path / "b.md", "--only=speed")
     assert done.returncode and "no measure speed; see --list" in done.stderr + done.stdout

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny import predicted
 from tiny_completion import CAPTIONED, tiny_config
 
 from jaxaccum import config as configs
@@ -16,7 +17,7 @@ from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion, pointbert
-from jaxaccum.tasks.completion import captioned, predict
+from jaxaccum.tasks.completion import captioned
 from jaxaccum.training import inference, run
 from jaxaccum.weights import transfer as weights
 from jaxaccum.weights.transfer import WeightsError
@@ -131,6 +132,7 @@ def test_contrast_through_multisteps(x64, in_one_pass):
     assert relative(found.gradient, in_one_pass[1]) < 1e-12
 
 
+@pytest.mark.slow
 def test_naive_accumulation_is_another_loss(in_one_pass):
     """Eight clouds at a time know seven negatives instead of 47: lower loss, other gradient."""
     loss, gradient, (naive_loss, naive) = in_one_pass
@@ -164,6 +166,7 @@ def trace_of_ten(geometry, changes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_who_gets_a_gradient(in_one_pass):
     """The contrast alone teaches the network and its temperature; nothing frozen is a parameter."""
     _, gradient, _ = in_one_pass
@@ -196,6 +199,7 @@ def trained(tmp_path_factory):
     return plain, text
 
 
+@pytest.mark.slow
 def test_a_run_with_captions(trained, monkeypatch):
     _, text = trained
     lines = [json.loads(line) for line in (text / "metrics.jsonl").read_text().splitlines()]
@@ -211,6 +215,7 @@ def test_a_run_with_captions(trained, monkeypatch):
     assert chosen <= set(found)
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay(trained):
     """After training they are what they were at the start, bit for bit; the rest is not."""
     _, text = trained
@@ -223,6 +228,7 @@ def test_frozen_weights_stay(trained):
     assert params[MODULE]["logit_scale"] != run_.params[MODULE]["logit_scale"]
 
 
+@pytest.mark.slow
 def test_a_plain_run_is_where_the_captioned_one_starts(trained):
     """With the weights of the plain run and no columns for captions yet, both predict the same."""
     plain = inference.load(trained[0])
@@ -241,20 +247,22 @@ def test_a_plain_run_is_where_the_captioned_one_starts(trained):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_predict_with_and_without_a_caption(trained, tmp_path, capsys):
     plain, text = (inference.load(folder) for folder in trained)
     data.write_cloud(tmp_path / "a.ply", few("val", 2).sample(0, None)[0])
     found = {}
     for caption in ("", "a small round table"):
         out = tmp_path / (caption or "none")
-        predict.complete(text, tmp_path / "a.ply", out, "npy", caption=caption)
+        predicted(text, tmp_path / "a.ply", out, format="npy", caption=caption)
         found[caption] = np.load(out / "a.npy")
     assert "no --caption" in capsys.readouterr().out
     assert np.abs(found[""] - found["a small round table"]).max() > 1e-4
     with pytest.raises(configs.ConfigError, match="learned without captions"):
-        predict.complete(plain, tmp_path / "a.ply", tmp_path / "o", caption="a chair")
+        predicted(plain, tmp_path / "a.ply", tmp_path / "o", caption="a chair")
 
 
+@pytest.mark.slow
 def test_weights_of_the_point_encoder_come_from_a_file(tmp_path):
     """A file with colour gives the same vectors as the encoder it holds."""
     this, _, (_, stats) = prepared(Geometry(2))

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import predicted
 from tiny_completion import tiny_config
 
 from jaxaccum import config as configs
@@ -16,7 +17,6 @@ from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
-from jaxaccum.tasks.completion import predict
 from jaxaccum.training import inference, run
 from jaxaccum.weights import initial
 
@@ -98,6 +98,7 @@ def test_noise_belongs_to_the_sample():
     assert np.std(spread) == pytest.approx(0.01, rel=0.02)
 
 
+@pytest.mark.slow
 def test_denominators_and_parameters_without_gradient():
     """The denominators are constants; what is said to be untrained is, and nothing else."""
     source = few()
@@ -142,6 +143,7 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_writes_what_a_reader_needs(trained):
     lines = records(trained)
     updates = [r for r in lines if r["kind"] == "train"]
@@ -155,6 +157,7 @@ def test_training_writes_what_a_reader_needs(trained):
     assert list((trained / "events").iterdir())
 
 
+@pytest.mark.slow
 def test_evaluate_in_all_modes(trained, monkeypatch):
     monkeypatch.setattr(
         data, "open_clouds",
@@ -169,6 +172,7 @@ def test_evaluate_in_all_modes(trained, monkeypatch):
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_predict_writes_clouds_and_pictures(trained, tmp_path):
     source = tmp_path / "scans"
     source.mkdir()
@@ -176,7 +180,7 @@ def test_predict_writes_clouds_and_pictures(trained, tmp_path):
     data.write_cloud(source / "a.ply", cloud)
     data.write_cloud(source / "a.npy", cloud)
     (source / "broken.pcd").write_text("nothing")
-    results = predict.complete(inference.load(trained), source, tmp_path / "out")
+    results = predicted(inference.load(trained), source, tmp_path / "out")
     assert [r["written"] for r in results] == ["a.npy.ply", "a.ply.ply"]
     for result in results:
         written = data.read_cloud(tmp_path / "out" / result["written"])
@@ -185,9 +189,10 @@ def test_predict_writes_clouds_and_pictures(trained, tmp_path):
         assert np.linalg.norm(written.mean(0) - cloud.mean(0)) < 3
     assert (tmp_path / "out" / "a.ply.png").stat().st_size > 1000
     with pytest.raises(data.DataError, match="none of the 1 files"):
-        predict.complete(inference.load(trained), source / "broken.pcd", tmp_path / "out")
+        predicted(inference.load(trained), source / "broken.pcd", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_weights_come_in_and_go_out(trained, tmp_path):
     """A run's weights as a file, and a file as a workdir: the same predictions, either frame."""
     from jaxaccum import convert
@@ -212,6 +217,7 @@ def test_weights_come_in_and_go_out(trained, tmp_path):
         convert.convert(file, tmp_path / "other", model="adapointr-big")
 
 
+@pytest.mark.slow
 def test_init_from_a_workdir(trained):
     task = inference.load(trained).task
     params, _, report = initial.load_initial(
@@ -222,10 +228,11 @@ def test_init_from_a_workdir(trained):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_predict_does_not_write_over_its_input(trained, tmp_path):
     data.write_cloud(tmp_path / "a.ply", data.Shapes("val", length=1).complete(0))
     with pytest.raises(data.DataError, match="would overwrite"):
-        predict.complete(inference.load(trained), tmp_path, tmp_path)
+        predicted(inference.load(trained), tmp_path, tmp_path)
 
 
 def test_a_model_of_another_data_set():
@@ -275,6 +282,7 @@ def test_the_schedules_of_the_reference():
         assert float(this.rule.statistics_momentum(np.int32(epoch))) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_running_statistics_move_by_the_schedule():
     """After one update the running mean is 0.9 of the batch's."""
     source = few()

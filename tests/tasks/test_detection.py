@@ -92,6 +92,7 @@ def test_denominators_carry_no_gradient():
         check(leaking, this.rule.objective, params, stats, example)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_pool_inside_of_a_model(x64):
     """Groups of batch norm in front of a max pool: the sums of two halves are those of the whole.
 

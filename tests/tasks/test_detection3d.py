@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_config3d
+from tiny import predicted, tiny_config3d
 
 from jaxaccum import config as configs
 from jaxaccum import convert, data, evaluate, export, train
@@ -24,7 +24,6 @@ from jaxaccum.losses.detection import Assignment
 from jaxaccum.metrics import kitti
 from jaxaccum.models import boxes3d
 from jaxaccum.models.boxes3d import ORIGINAL, Coding
-from jaxaccum.tasks.detection3d import predict
 from jaxaccum.training import inference, run
 from jaxaccum.weights import transfer as weights
 
@@ -66,6 +65,7 @@ def decoded(logits, coding, camera=CAMERA, box=None):
     return boxes3d.in_camera(found, boxes, jnp.asarray(camera)[None], WIDTH, coding)
 
 
+@pytest.mark.slow
 def test_the_optimum_is_the_label(x64):
     """Half a bin, one temperature: logits of the smallest loss decode to the labelled box."""
     coding = Coding(place="predicted")
@@ -84,6 +84,7 @@ def test_the_published_optimum_is_off_by_half_a_bin(x64):
     assert np.abs(sharper - found).max() > 0.005
 
 
+@pytest.mark.slow
 def test_depth_is_that_of_one_lens(x64):
     """Zoomed by 1.5, a camera shows the object larger, as if nearer: the network may say so."""
     zoom = np.diag([1.5, 1.5, 1]) @ CAMERA
@@ -307,11 +308,12 @@ def test_training_and_evaluation_report_kittis_metrics(trained, monkeypatch, tmp
     assert found["depth/all"] == best["depth/all"] or np.isnan(best["depth/all"])
 
 
+@pytest.mark.slow
 def test_predict_writes_what_kitti_reads(trained, tmp_path):
     streets.write(tmp_path / "kitti", train=2, val=1, size=(64, 96))
     model = inference.load(trained)
     folder = tmp_path / "kitti" / "training" / "image_2"
-    results = predict.detect3d(model, folder, tmp_path / "out", conf=0.0001)
+    results = predicted(model, folder, tmp_path / "out", conf=0.0001)
     assert len(results) == 3 and all(r["camera"].endswith(".txt") for r in results)
     for result in results:
         stem = result["file"].rpartition(".")[0]
@@ -324,17 +326,19 @@ def test_predict_writes_what_kitti_reads(trained, tmp_path):
         assert np.cos(alpha - first["alpha"]) == pytest.approx(1, abs=1e-5)
         assert (tmp_path / "out" / f"{stem}.png").is_file()
     with pytest.raises(data.DataError, match="none of the 3 files"):
-        predict.detect3d(model, folder, tmp_path / "o2", calib=tmp_path / "kitti")
+        predicted(model, folder, tmp_path / "o2", calib=tmp_path / "kitti")
 
 
+@pytest.mark.slow
 def test_an_image_without_a_calibration_is_said_to_have_the_usual(trained, tmp_path):
     from jaxaccum.draw import save_image
 
     save_image(tmp_path / "a.png", small("val", 1).image(0))
-    (result,) = predict.detect3d(inference.load(trained), tmp_path / "a.png", tmp_path / "out")
+    (result,) = predicted(inference.load(trained), tmp_path / "a.png", tmp_path / "out")
     assert result["camera"] == "KITTI's usual"
 
 
+@pytest.mark.slow
 def test_weights_go_out_and_come_in_with_their_coding(trained, tmp_path):
     """A file does not say what its outputs mean; but only ours have four for the heading."""
     file, out = tmp_path / "w.safetensors", tmp_path / "in"
@@ -415,6 +419,7 @@ def test_parameters_of_the_original(scale, count):
     assert learned + 16 == count
 
 
+@pytest.mark.slow
 def test_a_3d_checkpoint_is_told_from_a_2d_one():
     for name in ("yolov12-3d-n", "yolov12-turbo-n"):
         state = {k: np.broadcast_to(np.float32(0), s) for k, s in weights.shapes(name, 8).items()}

@@ -135,6 +135,7 @@ def test_it_trains_evaluates_and_goes_on(trained, images, tmp_path):
     assert again["accuracy"] == best["accuracy"]
 
 
+@pytest.mark.slow
 def test_it_predicts(trained, images, tmp_path):
     """From a process of its own, which finds the task by the name in the run's config."""
     command = [sys.executable, "-m", "jaxaccum.predict", f"--workdir={trained[0]}",
@@ -240,7 +241,9 @@ def test_what_a_task_leaves_out_is_said(trained):
     }  # fmt: skip
     found = inference.load(trained[0])
     for call in (
-        lambda: tasks.Task.predict_files(found.task, found, Path(), Path(), []),
+        lambda: tasks.Task.predictor(found.task, found),
+        lambda: tasks.Task.read_file(found.task, Path()),
+        lambda: tasks.Task.sample(found.task, None),
         lambda: tasks.Task.interface(found.task, found),
         lambda: Bare.adopt(None, "", (), Path()),
         lambda: Bare.packed_split(None, found.config, "train"),
@@ -298,6 +301,7 @@ def test_the_engine_guards_it(images):
 # --- train --verify ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"microbatch": "auto"}, {"log.noise_scale": True}])
 def test_a_run_that_keeps_the_law_is_begun(images, changes):
     config = config_for(str(images / "data.yaml"))
@@ -310,6 +314,7 @@ def test_a_run_that_keeps_the_law_is_begun(images, changes):
     assert not jax.config.jax_enable_x64
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_the_law_is_not(images, monkeypatch):
     config = config_for(str(images / "data.yaml"))
     task = tasks.of(config)

@@ -248,6 +248,7 @@ def examine(folder: Path) -> Counter:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
 def test_damaged_checkpoints(whole, tmp_path, damage, capsys):
     outcomes: Counter = Counter()

@@ -159,6 +159,7 @@ def scores(patch, values) -> None:
 # --- What is the best. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "best"), [([0.0, 0.0], 4), ([0.2, 0.2], 4), ([0.3, 0.2], 2), ([0.2, 0.3], 4)]
 )
@@ -257,6 +258,7 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(data_set, plain, tmp_path)
     assert_same(tmp_path, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [data.DataError("0.png: cannot be decoded"), OSError(errno.EIO, "gone"), RuntimeError()],
@@ -295,6 +297,7 @@ def test_an_error_of_the_samples_saves_what_was_learned(data_set, plain, tmp_pat
     assert_same(tmp_path, plain)
 
 
+@pytest.mark.slow
 def test_what_is_not_sound_is_not_saved(data_set, plain, tmp_path, capsys):
     for name, error, donated in (
         ("lost", RuntimeError("out of memory"), True),
@@ -353,6 +356,7 @@ def test_a_second_training_is_refused(data_set, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run [1]", "a*b/c?d", "back\\slash", "host:1", "ü ‧ 中 100%#"])
 def test_workdirs_of_any_name_work_for_every_verb(data_set, plain, tmp_path, name):
     workdir = tmp_path / name

@@ -116,6 +116,7 @@ def test_what_cannot_be_written(tmp_path, detector, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_completion_network(tmp_path, completion):
     with pytest.raises(ConfigError, match="adapointr-tiny is no detector"):
         export.export(tmp_path / "run", tmp_path / "x", format="onnx")

@@ -566,7 +566,10 @@ def test_a_decoder_that_fails_in_its_own_way_does_not_end_the_folder(tmp_path, m
 
     monkeypatch.setattr(data, "read_image", odd)
     failed: list[str] = []
-    found = [p.told["file"] for p in files.pictures(sorted(tmp_path.iterdir()), tmp_path, failed)]
+    found = [
+        one.facts["file"]
+        for one in files.samples(sorted(tmp_path.iterdir()), files.read_pictures, failed)
+    ]
     assert found == ["a.png", "c.png"]
     assert failed == [f"{tmp_path / 'b.png'}: cannot be read (OverflowError: of its own)"]
 

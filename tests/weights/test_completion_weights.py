@@ -114,6 +114,7 @@ def test_the_wrong_model_is_refused_with_the_right_one(model):
         weights.guess_model(Weights({"base_model.x": np.zeros(3)}))
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_no_tensor_are_not_guessed():
     def blank(name):
         shapes = weights.shapes(name).items()

@@ -489,6 +489,7 @@ def test_damaged_bytes_raise_nothing_else(tmp_path, file):
 # --- Into a model ---
 
 
+@pytest.mark.slow
 def test_the_model_is_told_from_the_shapes():
     *_, state = tiny()
     assert weights.guess_model(Weights(state)) == "tiny-t"

@@ -171,6 +171,7 @@ def bombs() -> dict[str, bytes]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bombs())
 def test_what_a_pickle_makes_is_bounded_by_its_size(tmp_path, monkeypatch, name):
     monkeypatch.setattr(pickle_parts, "_FREE", 4 << 20)  # as with more, but sooner

@@ -1,8 +1,9 @@
-"""Clouds of files completed: written, drawn, and told as JSON."""
+"""Clouds completed: as arrays, written, drawn, and told as JSON."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,92 +11,123 @@ import jax
 import numpy as np
 
 from jaxaccum import data
-from jaxaccum.data import texts
-from jaxaccum.draw import boxes as draw
+from jaxaccum.data.formats.cloud_files import Points
 from jaxaccum.draw import clouds as draw_clouds
 from jaxaccum.fields import ConfigError
-from jaxaccum.tasks import files
 from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.completion import captioned
+from jaxaccum.tasks.results import Predictor, Result, Sample
 
-CLOUDS = (".npy", ".pcd", ".ply")
+CLOUDS = frozenset({".npy", ".pcd", ".ply"})
 
 
-def complete(
-    trained: Trained,
-    source: Path,
-    out: Path,
-    format: str = "ply",
-    normalise: bool | None = None,
-    caption: str = "",
-    failed: list[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Completes clouds, writes and draws them.
+@dataclasses.dataclass(frozen=True)
+class Completed(Result):
+    """A cloud, completed.
+
+    Attributes:
+      sample: what there was of it.
+      cloud: (P, 3) float32, completed, in the frame of the sample.
+      normalised: whether the network saw it in the frame of ShapeNet's.
+      format: of the file that is written, "ply" or "npy".
+    """
+
+    sample: Sample
+    cloud: Points
+    normalised: bool
+    format: str = "ply"
+
+    def to_json(self) -> dict[str, Any]:
+        """{"points", "normalised"}; "written" is added where it is."""
+        return {"points": len(self.sample.value), "normalised": self.normalised}
+
+    def plot(self) -> np.ndarray:
+        """The partial and the completed cloud, side by side."""
+        return draw_clouds.draw_completion(self.sample.value, self.cloud)
+
+    def save(self, target: Path) -> dict[str, Any]:
+        """Also writes the cloud."""
+        written = target.with_name(f"{target.name}.{self.format}")
+        data.write_cloud(written, self.cloud)
+        return {**super().save(target), "written": written.name}
+
+    def summary(self) -> str:
+        """What was taken, and how."""
+        frame = "ShapeNet's frame" if self.normalised else "its own frame"
+        given, made = len(self.sample.value), len(self.cloud)
+        return f"{given} points, taken in {frame}, completed to {made}"
+
+
+def read_cloud(path: Path) -> Iterator[Sample]:
+    """A cloud of a file, without its invalid points.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    yield Sample(data.read_cloud(path, drop_invalid=True), {"file": path.name}, path)
+
+
+def cloud_of(value: Any) -> Sample:
+    """A cloud as a user has it: an array (N, 3) of numbers.
+
+    Raises:
+      DataError: it is none.
+    """
+    points = np.asarray(value)
+    if (
+        points.dtype.kind not in "fiu"
+        or points.ndim != 2
+        or points.shape[1] != 3
+        or not len(points)
+    ):
+        raise data.DataError(
+            f"a cloud is an array (points, 3) of numbers; got {points.dtype} {points.shape}"
+        )
+    points = points.astype(np.float32)
+    if not np.isfinite(points).all():
+        raise data.DataError("a cloud holds points that are not finite: leave them out")
+    return Sample(points)
+
+
+def predictor(
+    trained: Trained, format: str = "ply", normalise: str = "auto", caption: str = ""
+) -> Predictor:
+    """Completes one cloud.
 
     Args:
       trained: a completion network.
-      source: a cloud, or a folder of them.
-      out: folder for a cloud and a picture of each, and completions.json.
-      format: of the clouds, "ply" or "npy".
-      normalise: bring every cloud to the frame of ShapeNet's (mean at the origin, largest radius
-        1) before, and what is predicted back after; None does as in the training.
+      format: of the clouds that are written, "ply" or "npy".
+      normalise: "yes" brings every cloud to the frame of ShapeNet's (mean at the origin, largest
+        radius 1) before, and what is predicted back after; "auto" does as in the training.
       caption: of what is in the clouds, for a network that takes captions; "" for none.
-      failed: takes a message for every file that could not be used.
-    Returns:
-      per cloud {"file", "points", "written", "normalised"}.
     Raises:
-      ConfigError: a caption for a network that takes none.
+      ConfigError: a caption for a network that takes none, or another word.
     """
-    task = trained.task
+    if format not in ("ply", "npy") or normalise not in ("auto", "yes", "no"):
+        raise ConfigError(
+            "clouds are written as ply or npy, and normalise is auto, yes or no; got "
+            f"format={format!r}, normalise={normalise!r}"
+        )
     text = _vector(trained, caption)
-    paths = files.find_files(source, CLOUDS)
-    if normalise is None:
-        normalise = bool(trained.facts["normalised"])
-    written_to = files.targets_of(out, paths)
-    files.spare(
-        paths, (f"{t}{suffix}" for t in written_to.values() for suffix in (f".{format}", ".png"))
-    )
-    forward = jax.jit(task.predict)
-    out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    unreadable = [] if failed is None else failed
-    for path in files.counted(paths):
-        try:
-            cloud = data.read_cloud(path, drop_invalid=True)
-        # Whatever a reader makes of a damaged file, the next one is another.
-        except Exception as error:
-            unreadable.append(files.why(path, error))
-            continue
+    framed = {"auto": bool(trained.facts["normalised"]), "yes": True, "no": False}[normalise]
+    forward = jax.jit(trained.task.predict)
+
+    def complete(sample: Sample) -> Completed:
+        cloud = sample.value
         radius = float(np.linalg.norm(cloud, axis=1).max())
-        if not normalise and radius > 2:
+        if not framed and radius > 2:
             print(
-                f"{path.name}: reaches {radius:.3g} from the origin, far beyond the clouds that "
-                "the network knows; bring it to their frame, or try --normalise=yes"
+                f"{sample or 'a cloud'}: reaches {radius:.3g} from the origin, far beyond the "
+                "clouds that the network knows; bring it to their frame, or try --normalise=yes"
             )
-        partial, pose = data.prepare_partial(cloud, normalise)
-        predicted = pose.restore(
-            np.asarray(forward(trained.params, trained.stats, partial[None], text))[0]
-        )
+        partial, pose = data.prepare_partial(cloud, framed)
+        output = forward(trained.params, trained.stats, partial[None], text)
+        predicted = pose.restore(np.asarray(output)[0])
         if not np.isfinite(predicted).all():
-            unreadable.append(f"{texts.shown_path(path)}: the network's prediction is not finite")
-            continue
-        target = written_to[path]
-        written = target.with_name(f"{target.name}.{format}")
-        data.write_cloud(written, predicted)
-        draw.save_image(
-            target.with_name(f"{target.name}.png"), draw_clouds.draw_completion(cloud, predicted)
-        )
-        results.append(
-            {
-                "file": path.name,
-                "points": len(cloud),
-                "written": written.name,
-                "normalised": normalise,
-            }
-        )
-    files.report(unreadable, results, source)
-    (out / "completions.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
+            raise data.DataError(f"{sample}: the network's prediction is not finite")
+        return Completed(sample, predicted, framed, format)
+
+    return complete
 
 
 def _vector(trained: Trained, caption: str) -> jax.Array | None:
@@ -111,15 +143,3 @@ def _vector(trained: Trained, caption: str) -> jax.Array | None:
             )
         return None
     return captioned.vectors_of(encoder, caption, 1)
-
-
-def lines(results: list[dict[str, Any]]) -> list[str]:
-    """What was completed, in words."""
-    found = []
-    for result in results:
-        frame = "ShapeNet's frame" if result["normalised"] else "its own frame"
-        found.append(
-            f"{result['file']}: {result['points']} points, taken in {frame}, "
-            f"completed in {result['written']}"
-        )
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.completion import captioned, pack, predict
 from jaxaccum.tasks.completion.evaluator import Evaluator, references
 from jaxaccum.tasks.completion.fields import FIELDS
+from jaxaccum.tasks.results import Predictor, Sample
 from jaxaccum.weights.transfer import Weights, WeightsError
 
 PyTree = Any
@@ -51,6 +52,8 @@ class CompletionTask(Task):
     unit: ClassVar[str] = "clouds"
     monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
     predict_flags: ClassVar[tuple[str, ...]] = ("format", "normalise", "caption")
+    suffixes: ClassVar[frozenset[str]] = predict.CLOUDS
+    results: ClassVar[str] = "completions.json"
     loss_modules: ClassVar[tuple[str, ...]] = (captioned.MODULE,)
 
     model: Any
@@ -321,13 +324,17 @@ class CompletionTask(Task):
             if gain and f"loss/{name}" in record
         }
 
-    def predict_files(
-        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
-    ) -> list[str]:
-        """Completes, writes and draws; see `completion.predict.complete`."""
-        chosen = options.get("normalise", "auto")
-        options["normalise"] = {"auto": None, "yes": True, "no": False}[chosen]
-        return predict.lines(predict.complete(trained, source, out, failed=failed, **options))
+    def read_file(self, path: Path) -> Iterator[Sample]:
+        """A cloud."""
+        return predict.read_cloud(path)
+
+    def sample(self, value: Any) -> Sample:
+        """A cloud in memory."""
+        return predict.cloud_of(value)
+
+    def predictor(self, trained: Trained, **options: Any) -> Predictor:
+        """Completes one cloud; see `completion.predict.predictor`."""
+        return predict.predictor(trained, **options)
 
     def interface(self, trained: Trained) -> Interface:
         """Partial clouds, and vectors of captions if it takes them, to complete ones."""

@@ -11,9 +11,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxaccum import data
+from jaxaccum import data, draw
 from jaxaccum.data.stream import say_lost
-from jaxaccum.draw import boxes as draw
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.tasks.evaluating import overlapped
 

@@ -1,86 +1,104 @@
-"""Detections of files: drawn, and as JSON."""
+"""Detections of an image: as arrays, drawn, and as JSON."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxaccum import data
-from jaxaccum.draw import boxes as draw
+from jaxaccum import data, draw
 from jaxaccum.metrics import detection as metrics
-from jaxaccum.tasks import files
 from jaxaccum.tasks.base import Trained
+from jaxaccum.tasks.results import Predictor, Result, Sample
 
 
-def detect(
-    trained: Trained,
-    source: Path,
-    out: Path,
-    conf: float = 0.25,
-    iou: float = 0.7,
-    failed: list[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Detects, draws and writes.
+@dataclasses.dataclass(frozen=True)
+class Detected(Result):
+    """The objects found in an image, the surest first.
+
+    Attributes:
+      sample: the image.
+      boxes: (n, 4) float32, x1 y1 x2 y2 in its pixels.
+      scores: (n,) float32, 0 to 1. classes: (n,) int32.
+      names: of all classes.
+      highest: score of any box of the network, also of those that were left out.
+      conf: smallest score that was asked for.
+    """
+
+    sample: Sample
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    names: tuple[str, ...]
+    highest: float
+    conf: float
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"width", "height", "detections": [{"class", "name", "score", "box": [x1, y1, x2, y2] in
+        pixels}]}"""
+        height, width = self.sample.value.shape[:2]
+        return {
+            "width": width,
+            "height": height,
+            "detections": [
+                {
+                    "class": int(c),
+                    "name": self.names[c],
+                    "score": round(float(s), 5),
+                    "box": [round(float(v), 2) for v in b],
+                }
+                for b, s, c in zip(self.boxes, self.scores, self.classes, strict=True)
+            ],
+        }
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections`; needs the package supervision."""
+        import supervision  # type: ignore[import-not-found, unused-ignore]
+
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32), confidence=self.scores.astype(np.float32),
+            class_id=self.classes.astype(int),
+            data={"class_name": np.array([self.names[c] for c in self.classes], dtype=str)},
+        )  # fmt: skip
+
+    def plot(self) -> np.ndarray:
+        """The image with its boxes."""
+        return draw.draw_detections(
+            self.sample.value, self.boxes, self.classes, self.names, self.scores
+        )
+
+    def summary(self) -> str:
+        """How many of which."""
+        found = [self.names[c] for c in self.classes]
+        counts = ", ".join(f"{found.count(n)} {n}" for n in dict.fromkeys(found))
+        return counts or f"nothing (highest score {self.highest:.2g}, --conf={self.conf:g})"
+
+
+def predictor(trained: Trained, conf: float = 0.25, iou: float = 0.7) -> Predictor:
+    """Detects the objects of one image.
 
     Args:
       trained: a detector.
-      source: image, GIF, video or folder.
-      out: folder for a drawn image per image and detections.json.
       conf: smallest score. iou: overlap above which the lesser box is dropped.
-      failed: takes a message for every file that could not be used.
-    Returns:
-      per image {"file", "width", "height", "detections": [{"class", "name", "score",
-      "box": [x1, y1, x2, y2] in pixels}]}; of a GIF or a video per frame, with its number "frame",
-      counted from 1.
     """
     task: Any = trained.task
-    paths = files.find_files(source, files.PICTURES)
-    files.spare(paths, (f"{target}.png" for target in files.targets_of(out, paths).values()))
     forward = jax.jit(task.predict)
-    out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    unreadable = [] if failed is None else failed
-    for picture in files.pictures(paths, out, unreadable):
-        image = picture.pixels
+
+    def detect(sample: Sample) -> Detected:
+        image = sample.value
         square, ratio, pad = data.letterbox(image, task.image_size)
-        boxes, scores = forward(trained.params, trained.stats, square[None])
-        found = metrics.nms(
-            np.asarray(boxes[0]), np.asarray(scores[0]), conf=conf, iou=iou, multi_label=False
+        boxes, scores = (np.asarray(a[0]) for a in forward(
+            trained.params, trained.stats, square[None]
+        ))  # fmt: skip
+        found = metrics.nms(boxes, scores, conf=conf, iou=iou, multi_label=False)
+        own = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
+        return Detected(
+            sample, own, found.scores, found.classes, trained.names, float(scores.max()), conf
         )
-        boxes = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
-        drawn = draw.draw_detections(image, boxes, found.classes, trained.names, found.scores)
-        target = picture.target
-        draw.save_image(target.with_name(f"{target.name}.png"), drawn)
-        results.append(
-            {
-                **picture.told,
-                "width": image.shape[1],
-                "height": image.shape[0],
-                "detections": [
-                    {
-                        "class": int(c),
-                        "name": trained.names[c],
-                        "score": round(float(s), 5),
-                        "box": [round(float(v), 2) for v in b],
-                    }
-                    for b, s, c in zip(boxes, found.scores, found.classes, strict=True)
-                ],
-            }
-        )
-    files.report(unreadable, results, source)
-    (out / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
 
-
-def lines(results: list[dict[str, Any]], out: Path) -> list[str]:
-    """What was found, in words."""
-    found = []
-    for result in results:
-        names = [d["name"] for d in result["detections"]]
-        counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names)) or "nothing"
-        found.append(f"{files.called(result)}: {counts}")
-    return [*found, f"{len(results)} drawn images and detections.json in {out}"]
+    return detect

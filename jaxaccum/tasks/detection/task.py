@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,12 @@ from jaxaccum.data.formats import packed
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
 from jaxaccum.models import yolo
-from jaxaccum.tasks import packing
+from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt, predict
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.tasks.detection.fields import FIELDS
+from jaxaccum.tasks.results import Predictor, Sample
 from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
@@ -50,6 +51,8 @@ class DetectionTask(Task):
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("map50_95", True)
     predict_flags: ClassVar[tuple[str, ...]] = ("conf", "iou")
+    suffixes: ClassVar[frozenset[str]] = files.PICTURES
+    results: ClassVar[str] = "detections.json"
 
     model: yolo.Yolo
     image_size: int
@@ -203,11 +206,17 @@ class DetectionTask(Task):
         """The metrics of an evaluation in a few words."""
         return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
 
-    def predict_files(
-        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
-    ) -> list[str]:
-        """Detects, draws and writes; see `detection.predict.detect`."""
-        return predict.lines(predict.detect(trained, source, out, failed=failed, **options), out)
+    def read_file(self, path: Path) -> Iterator[Sample]:
+        """An image, or the frames of a GIF or a video."""
+        return files.read_pictures(path)
+
+    def sample(self, value: Any) -> Sample:
+        """An image in memory."""
+        return files.picture_of(value)
+
+    def predictor(self, trained: Trained, **options: Any) -> Predictor:
+        """Detects the objects of one image; see `detection.predict.predictor`."""
+        return predict.predictor(trained, **options)
 
     def interface(self, trained: Trained) -> Interface:
         """Images to boxes and class probabilities."""

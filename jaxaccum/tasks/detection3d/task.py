@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +21,13 @@ from jaxaccum.losses import boxes3d as losses
 from jaxaccum.losses import detection
 from jaxaccum.metrics import kitti
 from jaxaccum.models import boxes3d, yolo
-from jaxaccum.tasks import packing
+from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt
 from jaxaccum.tasks.detection3d import predict
 from jaxaccum.tasks.detection3d.evaluator import Evaluator
 from jaxaccum.tasks.detection3d.fields import FIELDS, as_original
+from jaxaccum.tasks.results import Predictor, Sample
 from jaxaccum.weights.transfer import Weights
 
 PyTree = Any
@@ -57,6 +58,8 @@ class Detection3DTask(Task):
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("ap40_3d/mean/moderate", True)
     predict_flags: ClassVar[tuple[str, ...]] = ("conf", "iou", "calib")
+    suffixes: ClassVar[frozenset[str]] = files.PICTURES
+    results: ClassVar[str] = "detections.json"
 
     model: yolo.Yolo
     size: tuple[int, int]
@@ -262,13 +265,17 @@ class Detection3DTask(Task):
             lines.append(f"{kind:28}{count:>10}{cells}")
         return lines
 
-    def predict_files(
-        self, trained: Trained, source: Path, out: Path, failed: list[str], **options: Any
-    ) -> list[str]:
-        """Detects, draws and writes; see `detection3d.predict.detect3d`."""
-        calib = options.pop("calib", "")
-        options["calib"] = Path(calib) if calib else None
-        return predict.lines(predict.detect3d(trained, source, out, failed=failed, **options), out)
+    def read_file(self, path: Path) -> Iterator[Sample]:
+        """An image, or the frames of a GIF or a video."""
+        return files.read_pictures(path)
+
+    def sample(self, value: Any) -> Sample:
+        """An image in memory."""
+        return files.picture_of(value)
+
+    def predictor(self, trained: Trained, **options: Any) -> Predictor:
+        """Detects the objects of one image; see `detection3d.predict.predictor`."""
+        return predict.predictor(trained, **options)
 
     def interface(self, trained: Trained) -> Interface:
         """Images and cameras to boxes in the image and in space."""

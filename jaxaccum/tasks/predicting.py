@@ -1,0 +1,98 @@
+"""Predictions of whatever a user gives: files, folders, patterns, videos, arrays, and these in
+lists and generators."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxaccum.data import DataError, texts
+from jaxaccum.tasks import files
+from jaxaccum.tasks.base import Task, Trained
+from jaxaccum.tasks.results import Result, Sample
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+def paths_of(source: str | os.PathLike[str], task: Task) -> list[Path]:
+    """The files that a path or a pattern names.
+
+    Args:
+      source: a file, a folder, or a pattern as "photos/**/*.jpg".
+    Raises:
+      DataError: there are none that the task reads; or it is an address.
+    """
+    text = os.fspath(source)
+    if _ADDRESS.match(text):
+        raise DataError(f"{text}: nothing is downloaded; give a file or a folder of this machine")
+    if not os.path.exists(text) and glob.has_magic(text):
+        found = sorted(Path(one) for one in glob.glob(text, recursive=True))
+        taken = [path for path in found if path.suffix.lower() in task.suffixes and path.is_file()]
+        if not taken:
+            raise DataError(
+                f"--source={texts.shown_path(text)} matches {len(found) or 'no'} files, none of "
+                f"them to be used (looked for {', '.join(sorted(task.suffixes))})"
+            )
+        return taken
+    return files.find_files(Path(text), task.suffixes)
+
+
+def predict_files(
+    trained: Trained, source: str | os.PathLike[str], out: Path, failed: list[str], **options: Any
+) -> list[Result]:
+    """What the verb `predict` does: predicts files, and writes what is found.
+
+    Args:
+      source: as of `paths_of`.
+      out: folder to write to: a picture of each, what else the task writes, and a JSON of all.
+      failed: takes a message for every file that could not be used.
+      options: of the task's `predict_flags`.
+    Raises:
+      DataError: no file can be used, or one would be written over.
+      ConfigError: an option cannot be.
+    """
+    task = trained.task
+    predictor = task.predictor(trained, **options)
+    paths = paths_of(source, task)
+    targets = files.targets_of(out, paths)
+    written = {".png", f".{options.get('format', 'png')}"}
+    files.spare(paths, (f"{target}{suffix}" for target in targets.values() for suffix in written))
+    out.mkdir(parents=True, exist_ok=True)
+    found = files.samples(paths, task.read_file, failed)
+    return files.write_results(found, predictor, targets, failed, Path(source), out / task.results)
+
+
+def predictions(trained: Trained, source: Any, **options: Any) -> Iterator[Result]:
+    """Results one at a time, as the samples come.
+
+    Args:
+      source: a path or a pattern, an array, an image of Pillow, or an iterable of these.
+      options: of the task's `predict_flags`.
+    Raises:
+      DataError: a source that was named cannot be used. A file of a folder that cannot be is a
+        warning.
+    """
+    predictor = trained.task.predictor(trained, **options)
+    for sample in _samples(source, trained.task):
+        yield predictor(sample)
+
+
+def _samples(source: Any, task: Task) -> Iterator[Sample]:
+    if isinstance(source, str | os.PathLike):
+        paths = paths_of(source, task)
+        failed: list[str] = []
+        yield from files.samples(paths, task.read_file, failed)
+        if failed and len(paths) == 1:
+            raise DataError(failed[0])
+        for message in failed:
+            warnings.warn(f"skipped: {message}", stacklevel=4)
+    elif isinstance(source, Iterable) and not hasattr(source, "__array__"):
+        for one in source:
+            yield from _samples(one, task)
+    else:
+        yield task.sample(source)

@@ -1,0 +1,72 @@
+"""What a network takes and gives, one sample at a time: a `Sample` in, a `Result` out."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxaccum import draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image, a frame of a GIF or a video, or a cloud.
+
+    Attributes:
+      value: (H, W, 3) uint8 RGB, or (N, 3) float.
+      facts: what results say of it: the "file" it is of, the number of the "frame".
+      path: of the file; None if it is of none.
+    """
+
+    value: np.ndarray
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        """The file, and the frame of it; "" for a sample of no file."""
+        frame = f" frame {self.facts['frame']}" if "frame" in self.facts else ""
+        return f"{self.facts.get('file', '')}{frame}"
+
+
+class Result(abc.ABC):
+    """What a network made of a sample.
+
+    Attributes:
+      sample: of which.
+    """
+
+    sample: Sample
+
+    @abc.abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """It in plain values, that go to a JSON file; without the sample's facts."""
+
+    @abc.abstractmethod
+    def plot(self) -> np.ndarray:
+        """A picture of it, (H, W, 3) uint8 RGB."""
+
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """It in a few words."""
+
+    def save(self, target: Path) -> dict[str, Any]:
+        """Writes what the verb `predict` writes of it: its picture.
+
+        Args:
+          target: path of what is written, without a suffix.
+        Returns:
+          what more is to be told of it in JSON.
+        """
+        draw.save_image(target.with_name(f"{target.name}.png"), self.plot())
+        return {}
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (str(self.sample), self.summary())))
+
+
+Predictor = Callable[[Sample], Result]

@@ -1,0 +1,72 @@
+"""The full evaluation of trained weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxaccum.config import ConfigError
+from jaxaccum.draw import contact_sheet, save_image
+from jaxaccum.machine.waiting import waiting
+from jaxaccum.tasks import Trained
+from jaxaccum.training import run
+from jaxaccum.training.precise_bn import recompute_statistics
+
+
+def measure(
+    trained: Trained,
+    data_path: str = "",
+    precise_bn: int = 0,
+    references: str = "",
+    drawn: str | os.PathLike[str] | None = None,
+    pictures: int = 4,
+) -> dict[str, Any]:
+    """Metrics of weights, on everything that their data set has for the purpose.
+
+    Args:
+      trained: the weights, and what they are of.
+      data_path: evaluate on this data set instead of the run's own, by the same rules as
+        `data.path`.
+      precise_bn: recompute the running statistics over this many of the run's training samples
+        first.
+      references: a PCN folder with whose cars predictions of real scans are compared.
+      drawn: a file for one picture of samples with what was predicted.
+      pictures: samples in it, of each set that is evaluated.
+    Raises:
+      ConfigError: references for a task that has no use for them.
+    """
+    config = trained.config
+    own = config.copy_and_resolve_references()
+    if references:
+        if "references" not in config.eval:
+            raise ConfigError("--references is for networks that complete clouds")
+        config.eval.references = references
+    if data_path:
+        config.data.path = data_path
+        for other in ("val_path", "images"):
+            if other in config.data:
+                config.data[other] = ""
+    measure, reports = trained.task.full_evaluator(config)
+    print(*reports, sep="\n")
+    stats = trained.stats
+    if precise_bn:
+        train_set = run.open_source(own, "train", trained.names)
+        this = run.prepare(own, names=trained.names, samples=len(train_set), identity={})
+        stream = run.make_stream(this, train_set, plain=True)
+        stats = recompute_statistics(this, trained.params, stats, stream, precise_bn)
+    with waiting("evaluating"):
+        metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
+    for line in trained.task.tables(metrics):
+        print(line)
+    if drawn and samples:
+        Path(drawn).parent.mkdir(parents=True, exist_ok=True)
+        save_image(Path(drawn), contact_sheet(samples, 2))
+    return {
+        "model": config.model,
+        "step": trained.step,
+        "fingerprint": trained.fingerprint,
+        **{k: None if np.isnan(v) else v for k, v in metrics.items()},
+    }
