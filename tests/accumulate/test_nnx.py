@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from jaxaccum.accumulate import Geometry, Objective, Output, Recipe, Term, UpdateRule, equivalence
