@@ -296,6 +296,11 @@ class Task(abc.ABC):
         del value
         raise ConfigError(f"predict: the task {self.name} has no way to use arrays")
 
+    def writes(self, **options: Any) -> tuple[str, ...]:
+        """Suffixes of the files that are written beside each other of one sample."""
+        del options
+        return (".png",)
+
     def predictor(self, trained: Trained, **options: Any) -> Predictor:
         """What the network makes of one sample, as a function.
 

@@ -60,8 +60,8 @@ def predict_files(
     predictor = task.predictor(trained, **options)
     paths = paths_of(source, task)
     targets = files.targets_of(out, paths)
-    written = {".png", f".{options.get('format', 'png')}"}
-    files.spare(paths, (f"{target}{suffix}" for target in targets.values() for suffix in written))
+    suffixes = task.writes(**options)
+    files.spare(paths, (f"{target}{suffix}" for target in targets.values() for suffix in suffixes))
     out.mkdir(parents=True, exist_ok=True)
     found = files.samples(paths, task.read_file, failed)
     return files.write_results(found, predictor, targets, failed, Path(source), out / task.results)

@@ -165,10 +165,8 @@ def _train(
         if peers.first:
             say_swapped("train", train_set)
             say_swapped("val", val_set)
-        if journal.divergence:
-            raise TrainingError(
-                f"{journal.divergence} Everything up to update {progress.done} is kept."
-            )
+        if what := journal.divergence:
+            raise TrainingError(f"{what} Everything up to update {progress.done} is kept.")
     return keeper.best
 
 

@@ -332,6 +332,10 @@ class CompletionTask(Task):
         """A cloud in memory."""
         return predict.cloud_of(value)
 
+    def writes(self, **options: Any) -> tuple[str, ...]:
+        """A picture and a cloud."""
+        return (".png", f".{options.get('format', 'ply')}")
+
     def predictor(self, trained: Trained, **options: Any) -> Predictor:
         """Completes one cloud; see `completion.predict.predictor`."""
         return predict.predictor(trained, **options)
