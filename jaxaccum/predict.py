@@ -66,10 +66,9 @@ if __name__ == "__main__":
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
         trained = load(Path(_WORKDIR.value))
         options = _options(trained.task)
-        results = predict_files(trained, source, out, failed, **options)
-        for result in results:
-            print(result)
-        print(f"{len(results)} results drawn in {out}, and in {out / trained.task.results}")
+        lines = predict_files(trained, source, out, failed, **options)
+        print(*lines, sep="\n")
+        print(f"{len(lines)} results drawn in {out}, and in {out / trained.task.results}")
 
     def _options(task: tasks.Task) -> dict[str, Any]:
         """The flags that the task takes; one that was given for nothing is an error."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxaccum import data
 from jaxaccum.data import movies, texts
 from jaxaccum.machine.waiting import waiting
-from jaxaccum.tasks.results import Predictor, Result, Sample
+from jaxaccum.tasks.results import Predictor, Sample
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
 
@@ -126,17 +126,21 @@ def write_results(
     failed: list[str],
     source: Path,
     file: Path,
-) -> list[Result]:
+) -> list[str]:
     """Predicts samples of files, writes each result, and all of them as one JSON file.
+
+    One result is in memory at a time: a video may have many.
 
     Args:
       targets: as of `targets_of`.
       failed: takes a message for every file that could not be used, after those it has.
       source: of all, for messages. file: the JSON.
+    Returns:
+      each result in words.
     Raises:
       DataError: none of the files could be used.
     """
-    results, told = list[Result](), list[dict[str, Any]]()
+    words, told = list[str](), list[dict[str, Any]]()
     for sample in found:
         path = cast(Path, sample.path)
         try:
@@ -150,15 +154,15 @@ def write_results(
             target = target.with_name(f"{target.name}_{frame:06}")
         more = result.save(target)
         told.append({**sample.facts, **result.to_json(), **more})
-        results.append(result)
+        words.append(str(result))
     for message in failed:
         print(f"skipped: {message}")
-    if not results:
+    if not words:
         raise data.DataError(
             f"none of the {len(failed)} files of {texts.shown_path(source)} could be used"
         )
     file.write_text(json.dumps(told, indent=1) + "\n")
-    return results
+    return words
 
 
 def why(path: Path, error: Exception) -> str:

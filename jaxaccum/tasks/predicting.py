@@ -44,7 +44,7 @@ def paths_of(source: str | os.PathLike[str], task: Task) -> list[Path]:
 
 def predict_files(
     trained: Trained, source: str | os.PathLike[str], out: Path, failed: list[str], **options: Any
-) -> list[Result]:
+) -> list[str]:
     """What the verb `predict` does: predicts files, and writes what is found.
 
     Args:
@@ -52,6 +52,8 @@ def predict_files(
       out: folder to write to: a picture of each, what else the task writes, and a JSON of all.
       failed: takes a message for every file that could not be used.
       options: of the task's `predict_flags`.
+    Returns:
+      each result in words.
     Raises:
       DataError: no file can be used, or one would be written over.
       ConfigError: an option cannot be.

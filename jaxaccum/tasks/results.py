@@ -13,7 +13,7 @@ import numpy as np
 from jaxaccum import draw
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Sample:
     """An image, a frame of a GIF or a video, or a cloud.
 

@@ -1,8 +1,10 @@
 """jaxaccum in Python: the three lines, whatever the source is, and what errors say."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -84,6 +86,26 @@ def test_the_verb_writes_what_python_gives(watched, images, tmp_path):
     assert [r["file"] for r in told] == ["0.png", "1.png"]
     found = model.predict(images, conf=0.0)
     assert told == [{"file": f"{i}.png", **r.to_json()} for i, r in enumerate(found[:2])]
+
+
+def test_the_verb_holds_one_result_at_a_time(watched, images, tmp_path, monkeypatch):
+    """A video has as many as it has frames, each with its pixels."""
+    model, _, _ = watched
+    kept, most = [], []
+    predictor = model.trained.task.predictor(model.trained)
+
+    def seen(self, trained, **options):
+        def one(sample):
+            gc.collect()
+            most.append(sum(one() is not None for one in kept))
+            kept.append(weakref.ref(result := predictor(sample)))
+            return result
+
+        return one
+
+    monkeypatch.setattr(type(model.trained.task), "predictor", seen)
+    tiny.predicted(model.trained, images, tmp_path / "out")
+    assert most == [0, 1, 1]
 
 
 def test_evaluate_export_and_save(watched, tmp_path):

@@ -21,7 +21,7 @@ from jaxaccum.tasks.results import Predictor, Result, Sample
 CLOUDS = frozenset({".npy", ".pcd", ".ply"})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Completed(Result):
     """A cloud, completed.
 

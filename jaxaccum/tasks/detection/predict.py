@@ -14,7 +14,7 @@ from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.results import Predictor, Result, Sample
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Detected(Result):
     """The objects found in an image, the surest first.
 

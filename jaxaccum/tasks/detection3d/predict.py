@@ -19,7 +19,7 @@ from jaxaccum.tasks.detection3d.labels import to_labels
 from jaxaccum.tasks.results import Predictor, Result, Sample
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Detected3D(Result):
     """The objects found in an image, where they stand and which way they face.
 
