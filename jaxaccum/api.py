@@ -89,11 +89,19 @@ class Model:
         return exchange.save(self.trained, Path(file))
 
 
-def load(source: str | os.PathLike[str], *, model: str = "", names: Sequence[str] = ()) -> Model:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | int = "",
+    model: str = "",
+    names: Sequence[str] = (),
+) -> Model:
     """A model of a run's workdir, or of a .pt, .pth or .safetensors file.
 
     Args:
       source: the workdir or file.
+      weights: of a run: "best", "last", or the number of an update that is kept; the best by
+        default.
       model, names: of a file, if it does not tell: "yolo11-n", and the classes in order.
     Raises:
       CheckpointError: the workdir holds no weights. WeightsError: the file is not of a model.
@@ -104,7 +112,9 @@ def load(source: str | os.PathLike[str], *, model: str = "", names: Sequence[str
     if path.is_dir():
         if model or names:
             raise configs.ConfigError(f"{path} is a run, which knows its model and its classes")
-        return Model(inference.load(path))
+        return Model(inference.load(path, str(weights)))
+    if weights != "":
+        raise configs.ConfigError(f"{path} is a file, which holds weights of one update")
     return Model(exchange.adopt(path, model, names)[0])
 
 

@@ -16,18 +16,21 @@ from absl import flags
 
 from jaxaccum.machine import known_answers
 from jaxaccum.training import run
-from jaxaccum.training.inference import load
+from jaxaccum.training.inference import WEIGHTS_HELP, load
 from jaxaccum.training.measuring import measure
 
 
-def evaluate(workdir: Path, data_path: str = "", **options: Any) -> dict[str, Any]:
+def evaluate(
+    workdir: Path, data_path: str = "", weights: str = "", **options: Any
+) -> dict[str, Any]:
     """Metrics of a run's best weights; see `training.measuring.measure`.
 
     Args:
       workdir: of the run.
       data_path: evaluate on this data set instead of the run's own.
+      weights: as of `inference.load`.
     """
-    return {"workdir": str(workdir), **measure(load(workdir), data_path, **options)}
+    return {"workdir": str(workdir), **measure(load(workdir, weights), data_path, **options)}
 
 
 if __name__ == "__main__":
@@ -35,6 +38,7 @@ if __name__ == "__main__":
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run to evaluate", required=True)
     _DATA = flags.DEFINE_string("data", "", "another data set to evaluate on")
+    _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples",
         0, 10**9,
@@ -49,7 +53,7 @@ if __name__ == "__main__":
         known_answers.require(_ALLOW.value)
         drawn = Path(_DRAWN.value) if _DRAWN.value else None
         found = evaluate(
-            Path(_WORKDIR.value), _DATA.value, precise_bn=_PRECISE.value,
+            Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, precise_bn=_PRECISE.value,
             references=_REFERENCES.value, drawn=drawn, pictures=_PICTURES.value,
         )  # fmt: skip
         print(json.dumps(found))

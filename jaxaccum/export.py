@@ -16,7 +16,7 @@ from absl import flags
 
 from jaxaccum import programs
 from jaxaccum.programs import FORMATS, PLATFORMS, load_exported
-from jaxaccum.training.inference import load, require_run
+from jaxaccum.training.inference import WEIGHTS_HELP, load, require_run
 
 __all__ = ["export", "load_exported"]
 
@@ -27,11 +27,13 @@ def export(
     platforms: Sequence[str] = PLATFORMS,
     batch: int = 0,
     format: str = "",
+    weights: str = "",
 ) -> dict[str, Any]:
     """Writes FILE, the program, and FILE.json, what it takes and gives; see `programs.write`.
 
     Args:
       workdir: of the run.
+      weights: as of `inference.load`.
     Raises:
       CheckpointError: the workdir holds no weights, or the file cannot be written.
       ConfigError: the program cannot be had in this form.
@@ -39,7 +41,7 @@ def export(
     require_run(workdir)
     programs.format_of(file, format)
     programs.make_folder(file)
-    return programs.write(load(workdir), file, platforms, batch, format)
+    return programs.write(load(workdir, weights), file, platforms, batch, format)
 
 
 if __name__ == "__main__":
@@ -47,6 +49,7 @@ if __name__ == "__main__":
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run whose weights to use", required=True)
     _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
+    _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
     _FORMAT = flags.DEFINE_enum(
         "format", "", ["", *FORMATS], "of the program; by the suffix of --out if not given"
     )
@@ -55,7 +58,12 @@ if __name__ == "__main__":
 
     def main() -> int:
         facts = export(
-            Path(_WORKDIR.value), Path(_OUT.value), _PLATFORMS.value, _BATCH.value, _FORMAT.value
+            Path(_WORKDIR.value),
+            Path(_OUT.value),
+            _PLATFORMS.value,
+            _BATCH.value,
+            _FORMAT.value,
+            _WEIGHTS.value,
         )
         print(json.dumps(facts))
         return 0

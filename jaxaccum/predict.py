@@ -20,7 +20,7 @@ from jaxaccum.config import ConfigError
 from jaxaccum.machine import known_answers
 from jaxaccum.tasks.predicting import predict_files
 from jaxaccum.training import run
-from jaxaccum.training.inference import load, require_run
+from jaxaccum.training.inference import WEIGHTS_HELP, load, require_run
 
 if __name__ == "__main__":
     from jaxaccum import command_line
@@ -29,6 +29,7 @@ if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string(
         "source", None, "a file, a folder of files, or a pattern", required=True
     )
+    _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
     _OUT = flags.DEFINE_string("out", "", "where to write; WORKDIR/predicted by default")
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
@@ -64,7 +65,7 @@ if __name__ == "__main__":
         out = _out()
         require_run(Path(_WORKDIR.value))
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
-        trained = load(Path(_WORKDIR.value))
+        trained = load(Path(_WORKDIR.value), _WEIGHTS.value)
         options = _options(trained.task)
         lines = predict_files(trained, source, out, failed, **options)
         print(*lines, sep="\n")

@@ -156,17 +156,25 @@ class Checkpoints:
         except Unreadable as error:
             raise self._lost_best(error) from error
 
-    def restore_weights(self, template: PyTree) -> tuple[PyTree, dict[str, Any], int]:
+    @property
+    def steps(self) -> list[int]:
+        """Updates of the states that are kept, in order."""
+        return sorted(self._last.all_steps())
+
+    def restore_weights(
+        self, template: PyTree, step: int | None = None
+    ) -> tuple[PyTree, dict[str, Any], int]:
         """{"params", "stats"} of the newest readable state, the average if the recipe averages;
         its meta and its update. Moves nothing.
 
         Args:
           template: the shapes that they must have.
+          step: the state after this update instead.
         Raises:
           CheckpointError: there is none, none can be read, or it is of another model.
         """
         why = "train there first"
-        for step in sorted(self._last.all_steps(), reverse=True):
+        for step in reversed(self.steps) if step is None else [step]:
             try:
                 self._verify("last", step)
                 meta = self._meta("last", step)

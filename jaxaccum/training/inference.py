@@ -15,21 +15,28 @@ from jaxaccum.tasks import Trained
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.training.run import compute_dtype
 
+WEIGHTS_HELP = (
+    "best, last, or the number of an update that is kept; the best by default, or the last where "
+    "there are no best ones yet"
+)
 
-def load(workdir: Path) -> Trained:
+
+def load(workdir: Path, weights: str = "") -> Trained:
     """The best weights of a run; the newest, which is said, if it has not evaluated yet.
 
+    Args:
+      weights: others: "best", "last", or the number of an update.
     Raises:
-      CheckpointError: the workdir holds none.
+      CheckpointError: the workdir holds none, or not these.
     """
     require_run(workdir)
     with Checkpoints(workdir) as checkpoints:
-        evaluated = checkpoints.best is not None
-        if not evaluated and checkpoints.latest is None:
+        if checkpoints.best is None and checkpoints.latest is None:
             raise CheckpointError(
                 f"{workdir} holds no trained weights (nothing in its folders 'best' and 'last'): "
                 "give the --workdir of a run that has saved a checkpoint"
             )
+        evaluated, wanted = _choice(checkpoints, weights, workdir)
         meta = checkpoints.meta(best=evaluated)
         config = configs.defaults(meta["config"]["task"])
         with config.unlocked():
@@ -43,18 +50,42 @@ def load(workdir: Path) -> Trained:
             {"params": params, "stats": stats},
         )
         if evaluated:
-            weights, step = checkpoints.restore_best(template)[0], checkpoints.best
+            found, step = checkpoints.restore_best(template)[0], checkpoints.best
         else:
-            weights, _, step = checkpoints.restore_weights(template)
-            weights = jax.device_put(weights, device)
-            print(
-                f"note: {workdir} has no best weights yet: using the last, of update {step}",
-                file=sys.stderr,
-            )
+            found, _, step = checkpoints.restore_weights(template, wanted)
+            found = jax.device_put(found, device)
+            if not weights:
+                print(
+                    f"note: {workdir} has no best weights yet: using the last, of update {step}",
+                    file=sys.stderr,
+                )
         return Trained(
-            task, weights["params"], weights["stats"], config, names, step or 0,
+            task, found["params"], found["stats"], config, names, step or 0,
             meta["fingerprint"], meta.get("facts", {}),
         )  # fmt: skip
+
+
+def _choice(checkpoints: Checkpoints, weights: str, workdir: Path) -> tuple[bool, int | None]:
+    """Whether the best weights are meant, and else of which update, None for the newest.
+
+    Raises:
+      CheckpointError: they are not kept, or the word is none.
+    """
+    best, steps = checkpoints.best, checkpoints.steps
+    if not weights or (weights == "best" and best is not None):
+        return best is not None, None
+    if weights == "last" and steps:
+        return False, None
+    if weights.isascii() and weights.isdecimal():
+        if int(weights) == best:
+            return True, None
+        if int(weights) in steps:
+            return False, int(weights)
+    kept = [*([f"best (update {best})"] if best is not None else []), *map(str, steps)]
+    raise CheckpointError(
+        f"{texts.shown_path(workdir)} keeps no weights {texts.shown(weights)}: there is "
+        f"{', '.join(kept)}. best, last and the number of an update are understood"
+    )
 
 
 def require_run(workdir: Path) -> None:

@@ -17,7 +17,7 @@ import tiny_completion
 import jaxaccum
 from jaxaccum import config as configs
 from jaxaccum import data, draw
-from jaxaccum.training import inference, loop
+from jaxaccum.training import checkpoint, inference, loop
 from jaxaccum.training.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,23 @@ def test_a_finished_run_gives_its_weights_again(watched, capsys):
     again = jaxaccum.train(tiny.tiny_config(), str(workdir))
     assert "finished: all 12 updates are done" in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, again.trained.params, model.trained.params)
+
+
+def test_other_weights_than_the_best(watched):
+    model, workdir, _ = watched
+    best, steps = model.trained.step, (6, 9, 12)  # a checkpoint every 3 updates, 3 of them kept
+    assert jaxaccum.load(workdir, weights="best").trained.step == best
+    assert jaxaccum.load(workdir, weights="last").trained.step == 12
+    for step in steps:
+        found = jaxaccum.load(workdir, weights=step).trained
+        assert found.step == step and found.config.nbs == 4
+    params = [jaxaccum.load(workdir, weights=n).trained.params for n in (9, "last")]
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), *params)))
+    for word in (7, "first", "-9", "٩"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=f"keeps no weights .*best .update {best}"
+        ):
+            jaxaccum.load(workdir, weights=word)
 
 
 def test_every_kind_of_source_gives_the_same(watched, images, tmp_path):
@@ -196,8 +213,6 @@ def test_a_session_that_is_stopped_keeps_what_it_learned(monkeypatch, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         jaxaccum.train(tiny.tiny_config(), tmp_path, watch=stop)
-    from jaxaccum.training import checkpoint
-
     assert checkpoint.newest_complete(tmp_path) >= 8
     jaxaccum.train(tiny.tiny_config(), tmp_path)
     assert inference.load(tmp_path).step in (6, 12)
