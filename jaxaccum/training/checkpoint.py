@@ -162,19 +162,19 @@ class Checkpoints:
         return sorted(self._last.all_steps())
 
     def restore_weights(
-        self, template: PyTree, step: int | None = None
+        self, template: PyTree, only: int | None = None
     ) -> tuple[PyTree, dict[str, Any], int]:
         """{"params", "stats"} of the newest readable state, the average if the recipe averages;
         its meta and its update. Moves nothing.
 
         Args:
           template: the shapes that they must have.
-          step: the state after this update instead.
+          only: the state after this update instead.
         Raises:
           CheckpointError: there is none, none can be read, or it is of another model.
         """
         why = "train there first"
-        for step in reversed(self.steps) if step is None else [step]:
+        for step in reversed(self.steps) if only is None else [only]:
             try:
                 self._verify("last", step)
                 meta = self._meta("last", step)

@@ -58,7 +58,7 @@ def test_a_finished_run_gives_its_weights_again(watched, capsys):
 
 def test_other_weights_than_the_best(watched):
     model, workdir, _ = watched
-    best, steps = model.trained.step, (6, 9, 12)  # a checkpoint every 3 updates, 3 of them kept
+    best, steps = model.trained.step, (9, 12)  # a checkpoint every 3 updates, 2 of them kept
     assert jaxaccum.load(workdir, weights="best").trained.step == best
     assert jaxaccum.load(workdir, weights="last").trained.step == 12
     for step in steps:
@@ -66,10 +66,8 @@ def test_other_weights_than_the_best(watched):
         assert found.step == step and found.config.nbs == 4
     params = [jaxaccum.load(workdir, weights=n).trained.params for n in (9, "last")]
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), *params)))
-    for word in (7, "first", "-9", "٩"):
-        with pytest.raises(
-            checkpoint.CheckpointError, match=f"keeps no weights .*best .update {best}"
-        ):
+    for word in (7, "first", "-9", "\u0669"):
+        with pytest.raises(checkpoint.CheckpointError, match=rf"no weights .*best \(update {best}"):
             jaxaccum.load(workdir, weights=word)
 
 
