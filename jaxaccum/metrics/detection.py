@@ -214,7 +214,9 @@ class DetectionMetrics:
           precision, recall, confidence: at IoU 0.5, the mean over those classes at the confidence
             where their mean F1, smoothed over a tenth of the confidence range, is best. A class
             without a detection at that confidence has precision 0.
-          ap50/<name>: AP at IoU 0.5 of each class, in the order of the names.
+          ap50/<name>, ap/<name>: AP at IoU 0.5, and the mean over all IoUs, of each class, in the
+            order of the names; precision/<name>, recall/<name>: at the same confidence as above;
+            objects/<name>: ground-truth boxes.
           images, objects: how many images and ground-truth boxes were scored.
 
         A class without ground truth has no AP: its value is nan, and without any ground truth so
@@ -225,14 +227,27 @@ class DetectionMetrics:
         average = np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (IoU, class)
         present = ~np.isnan(average[0])
         mean = average[:, present].mean(1) if present.any() else np.full(len(average), np.nan)
+        confidence, precisions, recalls = _best_f1(evaluator, np.flatnonzero(present))
+        classes = [image.gt_classes for image in self._images.values()]
+        objects = np.bincount(np.concatenate([np.zeros(0, int), *classes]), minlength=len(present))
+        each = {
+            "ap50": average[0], "ap": average.mean(0), "objects": objects,
+            "precision": precisions, "recall": recalls,
+        }  # fmt: skip
         return {
             "map50_95": float(mean.mean()),
             "map50": float(mean[0]),
             "map75": float(mean[5]),
-            **_best_f1(evaluator, np.flatnonzero(present)),
-            **{f"ap50/{n}": float(ap) for n, ap in zip(self.names, average[0], strict=True)},
+            "precision": _mean(precisions[present]),
+            "recall": _mean(recalls[present]),
+            "confidence": confidence,
+            **{
+                f"{name}/{n}": value
+                for name, values in each.items()
+                for n, value in zip(self.names, values.tolist(), strict=True)
+            },
             "images": len(self._images),
-            "objects": sum(len(image.gt_classes) for image in self._images.values()),
+            "objects": int(objects.sum()),
         }
 
     def _evaluate(self) -> COCOeval:
@@ -292,10 +307,18 @@ def _dataset(
     return coco
 
 
-def _best_f1(evaluator: COCOeval, present: NDArray[np.intp]) -> dict[str, float]:
-    """Mean precision and recall of the `present` classes at the confidence of their best F1."""
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _best_f1(
+    evaluator: COCOeval, present: NDArray[np.intp]
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """The confidence at which the mean F1 of the `present` classes is best, and precision and
+    recall of every class there, nan of those that are not present."""
+    all_precision, all_recall = np.full((2, len(evaluator.params.catIds)), np.nan)
     if not len(present):
-        return {"precision": np.nan, "recall": np.nan, "confidence": np.nan}
+        return np.nan, all_precision, all_recall
     grid = np.linspace(0, 1, 1001)
     results = np.array(evaluator.evalImgs, object).reshape(len(evaluator.params.catIds), -1)
     precision, recall, f1 = np.zeros((3, len(present), len(grid)))
@@ -315,8 +338,5 @@ def _best_f1(evaluator: COCOeval, present: NDArray[np.intp]) -> dict[str, float]
         np.pad(f1.mean(0), half, mode="edge"), np.full(2 * half + 1, 1 / (2 * half + 1)), "valid"
     )
     best = int(smooth.round(12).argmax())  # rounded, so that a plateau's first point wins
-    return {
-        "precision": float(precision[:, best].mean()),
-        "recall": float(recall[:, best].mean()),
-        "confidence": float(grid[best]),
-    }
+    all_precision[present], all_recall[present] = precision[:, best], recall[:, best]
+    return float(grid[best]), all_precision, all_recall

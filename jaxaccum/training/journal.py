@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ class Journal:
         self._this, self._source, self._stream = this, source, stream
         self._file, self._cadence, self._peers = file, cadence, peers
         self._watch: Watch = watch or (lambda record: None)
+        self._since = Counter[str]()  # updates and sums of losses since the last line
         self._noise = NoiseScale(memory.get("noise"))
         self._divergence = Divergence(memory.get("divergence"))
         where = None if peers.first else sys.stdout  # which leads nowhere in the others
@@ -98,6 +100,8 @@ class Journal:
         if self._this.config.log.noise_scale:
             self._noise.add(log["noise/trace"], log["noise/square"])
         self._divergence.add(log["loss"], log["grad_norm"])
+        self._since["updates"] += 1
+        self._since.update({k: v for k, v in log.items() if k.startswith("loss")})
         if self._cadence.due("log", int(log["step"])) and self._peers.first:
             self._write(number, log)
         return True
@@ -117,7 +121,8 @@ class Journal:
         record = {"step": step, "kind": "eval", **result}
         self._file.write(record)
         self._watch(dict(record))
-        self.line(format_line(step, self._this.steps, record))
+        total = self._this.steps
+        self.line(f"eval   {step:>{len(str(total))}}/{total} | {self._this.task.summary(result)}")
         if self._board:
             self._board.scalars({f"val/{k}": v for k, v in result.items()}, step)
             if pictures:
@@ -152,12 +157,18 @@ class Journal:
         }
         self._file.write(record)
         self._watch(dict(record))
+        count, sums = self._since.pop("updates"), self._since
+        means, self._since = {key: sums[key] / count for key in sums}, Counter()
         more = {f"{this.task.unit}_per_second": self._console.per_second}
         more |= this.task.readable(record)
         shown = {
             k: v for k, v in record.items() if not k.startswith(("samples", "skipped", "sums/"))
         }
-        self.line(format_line(step, this.steps, shown | more))
+        # A small effective batch's loss is mostly noise; the file has that of the one update.
+        self.line(
+            format_line(step, this.steps, shown | means | more)
+            + (f" | losses of {count} updates" if count > 1 else "")
+        )
         if self._board:
             self._board.scalars(record | more, step)
         if self._stream.truncated:  # only detectors have objects

@@ -149,6 +149,22 @@ def test_perfect_detections_score_one():
     assert (result["images"], result["objects"]) == (1, 2)
 
 
+def test_every_class_has_its_own():
+    result = score(detections((A, 0.9, 0)), [A, B, B], [0, 1, 1])
+    found = {key: (result[f"{key}/cat"], result[f"{key}/dog"]) for key in (
+        "ap50", "ap", "precision", "recall", "objects"
+    )}  # fmt: skip
+    assert found == {
+        "ap50": (pytest.approx(1.0), 0.0), "ap": (pytest.approx(1.0), 0.0),
+        "precision": (1.0, 0.0), "recall": (1.0, 0.0), "objects": (1, 2),
+    }  # fmt: skip
+    for mean, of in (("map50_95", "ap"), ("precision", "precision"), ("recall", "recall")):
+        assert result[mean] == pytest.approx((result[f"{of}/cat"] + result[f"{of}/dog"]) / 2)
+    absent = score(detections((A, 0.9, 0)), [A], [0])
+    assert np.isnan([absent[f"{key}/dog"] for key in ("ap50", "ap", "precision", "recall")]).all()
+    assert absent["objects/dog"] == 0
+
+
 def test_one_of_two_objects_found():
     result = score(detections((A, 0.9, 0)), [A, B], [0, 0])
     assert result["map50"] == pytest.approx(51 / 101, abs=1e-9)  # 0.50495

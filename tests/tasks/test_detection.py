@@ -11,6 +11,7 @@ from tiny import tiny_config
 from jaxaccum import data
 from jaxaccum.accumulate import ContractError, Geometry, equivalence, grouped
 from jaxaccum.accumulate.checks import check
+from jaxaccum.tasks.detection import DetectionTask
 from jaxaccum.training import run
 
 NBS, UPDATES = 10, 2  # uneven tails; some of the scenes have no objects
@@ -101,7 +102,6 @@ def test_the_gradient_of_a_pool_inside_of_a_model(x64):
     """
     from jaxaccum import models
     from jaxaccum.accumulate.terms import add
-    from jaxaccum.tasks.detection import DetectionTask
 
     source = data.Scenes("train", size=64, length=40)
     model = models.create("yolov8-n", num_classes=len(source.names), dtype=jnp.float64)
@@ -117,3 +117,17 @@ def test_the_gradient_of_a_pool_inside_of_a_model(x64):
     both = add(*halves)
     assert equivalence.distance(both.gradients, whole.gradients) < 1e-12
     assert equivalence.distance(both.moments, whole.moments) < 1e-12
+
+
+def test_the_table_of_an_evaluation():
+    found = {"objects": 12, "precision": 0.5, "recall": 0.25, "map50": 0.125, "map50_95": 0.0625}
+    for name, value in (("a", 0.75), ("a long name", float("nan"))):
+        found |= {f"{k}/{name}": value for k in ("precision", "recall", "ap50", "ap")}
+    found |= {"objects/a": 12, "objects/a long name": 0}
+    task = DetectionTask(None, 64, names=("a", "a long name"))
+    assert task.tables(found) == [
+        "class          objects  precision     recall       AP50    AP50-95",
+        "all                 12      0.500      0.250      0.125      0.062",
+        "a                   12      0.750      0.750      0.750      0.750",
+        "a long name          0          -          -          -          -",
+    ]

@@ -526,3 +526,17 @@ def test_recipe_differences_name_what_is_missing():
     assert Recipe(4, 2, {"a": {"b": 1}}).differences({"nbs": 4, "bn_group": 2}) == {
         "a.b": (None, 1)
     }
+
+
+def test_a_line_has_the_mean_of_its_updates(tmp_path, capfd):
+    """One update's loss, of few samples, says little; metrics.jsonl has it."""
+    train.train(tiny_config(**{"log.every": 5, "steps": 10}), tmp_path / "five")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("update")]
+    train.train(tiny_config(steps=10), tmp_path / "each")
+    each = [json.loads(line) for line in (tmp_path / "each" / "metrics.jsonl").open()]
+    losses = [r["loss"] for r in each if r["kind"] == "train"]
+    told = [float(line.split("loss ")[1].split()[0]) for line in said]
+    assert told == pytest.approx([np.mean(losses[:5]), np.mean(losses[5:])], rel=1e-3)
+    assert all(line.endswith(" | losses of 5 updates") for line in said)
+    five = [json.loads(line) for line in (tmp_path / "five" / "metrics.jsonl").open()]
+    assert [r["loss"] for r in five if r["kind"] == "train"] == [losses[4], losses[9]]

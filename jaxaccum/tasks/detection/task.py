@@ -206,6 +206,22 @@ class DetectionTask(Task):
         """The metrics of an evaluation in a few words."""
         return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """The metrics of all classes together and of each."""
+        columns = ("objects", "precision", "recall", "ap50", "ap")
+        titles = ("objects", "precision", "recall", "AP50", "AP50-95")
+        width = max(5, *map(len, self.names))
+        rows: list[tuple[str, tuple[str, ...]]] = [("class", titles)]
+        every = {"ap50": "map50", "ap": "map50_95"}
+        for name in ("", *self.names):
+            keys = (f"{c}/{name}" if name else every.get(c, c) for c in columns)
+            values = [found[key] for key in keys]
+            cells = (f"{values[0]:.0f}", *("-" if np.isnan(v) else f"{v:.3f}" for v in values[1:]))
+            rows.append((name or "all", cells))
+        return [
+            f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells) for name, cells in rows
+        ]
+
     def read_file(self, path: Path) -> Iterator[Sample]:
         """An image, or the frames of a GIF or a video."""
         return files.read_pictures(path)
