@@ -142,6 +142,7 @@ def run(c: ml_collections.ConfigDict) -> None:
             "every": 10,
             "tensorboard": True,
             "images": 4,
+            "report": True,  # pictures/ and report.html in the workdir
             "noise_scale": False,  # estimate how large an effective batch would still help
         }
     )

@@ -47,7 +47,8 @@ def tiny_config(**changes):
         {
             "nbs": 4, "bn_group": 2, "microbatch": 2, "devices": 1, "steps": 12,
             "data.image_size": 64, "data.max_objects": 32, "log.every": 1, "log.images": 1,
-            "log.tensorboard": False, "eval.every": 6, "eval.batch": 64, "checkpoint.every": 3,
+            "log.report": False, "log.tensorboard": False, "eval.every": 6, "eval.batch": 64,
+            "checkpoint.every": 3,
             "lr.warmup_epochs": 0.0, "optimizer.name": "adamw", "optimizer.momentum": 0.9,
             "lr.base": 1e-3,  # at the default of 1e-2 rounding grows tenfold per update
         }
@@ -64,8 +65,8 @@ def tiny_config3d(**changes):
         {
             "nbs": 4, "bn_group": 2, "microbatch": 2, "devices": 1, "steps": 6,
             "data.height": 64, "data.width": 96, "data.max_objects": 20, "log.every": 1,
-            "log.images": 1, "log.tensorboard": False, "eval.every": 3, "eval.batch": 8,
-            "checkpoint.every": 3, "lr.warmup_epochs": 0.0,
+            "log.images": 1, "log.report": False, "log.tensorboard": False, "eval.every": 3,
+            "eval.batch": 8, "checkpoint.every": 3, "lr.warmup_epochs": 0.0,
         }
         | changes
     )  # fmt: skip

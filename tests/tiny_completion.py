@@ -29,8 +29,8 @@ def tiny_config(**changes):
     config.update_from_flattened_dict(
         {
             "nbs": 4, "bn_group": 2, "microbatch": 2, "devices": 1, "steps": 6, "lr.base": 1e-3,
-            "log.every": 1, "log.images": 1, "log.tensorboard": False, "eval.every": 3,
-            "eval.batch": 8, "checkpoint.every": 3,
+            "log.every": 1, "log.images": 1, "log.report": False, "log.tensorboard": False,
+            "eval.every": 3, "eval.batch": 8, "checkpoint.every": 3,
         }
         | changes
     )  # fmt: skip

@@ -148,6 +148,31 @@ def unletterbox(
     return original.clip(0, limit).astype(np.float32)
 
 
+class Curves(NamedTuple):
+    """What threshold of confidence gives what, at IoU 0.5; nan of classes without ground truth.
+
+    Attributes:
+      grid: (1001,) confidences from 0 to 1.
+      precision, recall: (classes, 1001) of the detections at each and above.
+      best: the confidence of the best mean F1, smoothed; nan without ground truth.
+    """
+
+    grid: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    best: float
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """(classes, 1001)"""
+        return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-16)
+
+    def at_best(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Precision and recall (classes,) at the best confidence."""
+        at = 0 if np.isnan(self.best) else int(np.searchsorted(self.grid, self.best))
+        return self.precision[:, at], self.recall[:, at]
+
+
 class _Image(NamedTuple):
     detections: Detections
     gt_boxes: NDArray[np.float64]
@@ -159,6 +184,9 @@ class DetectionMetrics:
     """Collects images one by one and reports COCO mAP (pycocotools, boxes, all areas).
 
     The result does not depend on the order in which images were added.
+
+    Attributes:
+      curves: of precision and recall, of the last `compute`; None before.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -171,6 +199,7 @@ class DetectionMetrics:
     def reset(self) -> None:
         """Forgets every image."""
         self._images: dict[str, _Image] = {}
+        self.curves: Curves | None = None
 
     def add(
         self,
@@ -227,7 +256,8 @@ class DetectionMetrics:
         average = np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (IoU, class)
         present = ~np.isnan(average[0])
         mean = average[:, present].mean(1) if present.any() else np.full(len(average), np.nan)
-        confidence, precisions, recalls = _best_f1(evaluator, np.flatnonzero(present))
+        self.curves = _curves(evaluator, np.flatnonzero(present))
+        precisions, recalls = self.curves.at_best()
         classes = [image.gt_classes for image in self._images.values()]
         objects = np.bincount(np.concatenate([np.zeros(0, int), *classes]), minlength=len(present))
         each = {
@@ -240,7 +270,7 @@ class DetectionMetrics:
             "map75": float(mean[5]),
             "precision": _mean(precisions[present]),
             "recall": _mean(recalls[present]),
-            "confidence": confidence,
+            "confidence": self.curves.best,
             **{
                 f"{name}/{n}": value
                 for name, values in each.items()
@@ -249,6 +279,34 @@ class DetectionMetrics:
             "images": len(self._images),
             "objects": int(objects.sum()),
         }
+
+    def confusion(self, conf: float = 0.25, iou: float = 0.45) -> NDArray[np.int64]:
+        """What was taken for what.
+
+        A detection belongs to the object that it overlaps most, whatever their classes, of those
+        that no better pair has taken.
+
+        Args:
+          conf: smallest score. iou: smallest overlap.
+        Returns:
+          (classes + 1, classes + 1): rows by what was predicted, columns by what was there; the
+          last of each is nothing.
+        """
+        nothing = len(self.names)
+        matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
+        for image in self._images.values():
+            shown = image.detections.scores >= conf
+            boxes, found = image.detections.boxes[shown], image.detections.classes[shown]
+            overlap = _overlaps(boxes.astype(np.float64), image.gt_boxes)
+            free_found, free_truth = np.ones(len(found), bool), np.ones(len(image.gt_boxes), bool)
+            pairs = np.argwhere(overlap >= iou)
+            for i, j in pairs[np.argsort(-overlap[tuple(pairs.T)], kind="stable")]:
+                if free_found[i] and free_truth[j]:
+                    free_found[i] = free_truth[j] = False
+                    matrix[found[i], image.gt_classes[j]] += 1
+            matrix[:-1, nothing] += np.bincount(found[free_found], minlength=nothing)
+            matrix[nothing, :-1] += np.bincount(image.gt_classes[free_truth], minlength=nothing)
+        return matrix
 
     def _evaluate(self) -> COCOeval:
         """The images, sorted by name, through pycocotools."""
@@ -311,15 +369,21 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _best_f1(
-    evaluator: COCOeval, present: NDArray[np.intp]
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """The confidence at which the mean F1 of the `present` classes is best, and precision and
-    recall of every class there, nan of those that are not present."""
-    all_precision, all_recall = np.full((2, len(evaluator.params.catIds)), np.nan)
-    if not len(present):
-        return np.nan, all_precision, all_recall
+def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, m) intersection over union of boxes (n, 4) and (m, 4)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.prod(np.maximum(high - low, 0), axis=-1)
+    areas = [np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=-1) for boxes in (a, b)]
+    return both / np.maximum(areas[0][:, None] + areas[1][None] - both, 1e-12)
+
+
+def _curves(evaluator: COCOeval, present: NDArray[np.intp]) -> Curves:
+    """Precision and recall of the `present` classes, and the confidence of their best mean F1."""
     grid = np.linspace(0, 1, 1001)
+    all_precision, all_recall = np.full((2, len(evaluator.params.catIds), len(grid)), np.nan)
+    if not len(present):
+        return Curves(grid, all_precision, all_recall, float("nan"))
     results = np.array(evaluator.evalImgs, object).reshape(len(evaluator.params.catIds), -1)
     precision, recall, f1 = np.zeros((3, len(present), len(grid)))
     for row, c in enumerate(present):
@@ -338,5 +402,5 @@ def _best_f1(
         np.pad(f1.mean(0), half, mode="edge"), np.full(2 * half + 1, 1 / (2 * half + 1)), "valid"
     )
     best = int(smooth.round(12).argmax())  # rounded, so that a plateau's first point wins
-    all_precision[present], all_recall[present] = precision[:, best], recall[:, best]
-    return float(grid[best]), all_precision, all_recall
+    all_precision[present], all_recall[present] = precision, recall
+    return Curves(grid, all_precision, all_recall, float(grid[best]))

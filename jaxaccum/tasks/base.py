@@ -272,6 +272,23 @@ class Task(abc.ABC):
         del found
         return []
 
+    # --- pictures ---
+
+    def drawn_samples(self, source: Any, batch: Batch, count: int) -> list[np.ndarray]:
+        """Up to `count` samples of a training batch as the network sees them, (H, W, 3) uint8."""
+        del source, batch, count
+        return []
+
+    def drawn_source(self, source: Any) -> dict[str, np.ndarray]:
+        """Name -> picture of what a data set holds."""
+        del source
+        return {}
+
+    def drawn_evaluation(self, evaluator: Any) -> dict[str, np.ndarray]:
+        """Name -> picture of what an evaluator has measured last."""
+        del evaluator
+        return {}
+
     # --- use ---
 
     @abc.abstractmethod

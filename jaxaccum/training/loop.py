@@ -18,6 +18,7 @@ from jaxaccum.machine import host_memory
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models.init import count
 from jaxaccum.training import run
+from jaxaccum.training.album import Album
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
 from jaxaccum.training.distributed import DistributedError, Peers
@@ -111,8 +112,9 @@ def _train(
         del state, params, stats  # their memory goes to the first update
         about = _about(config, this, train_set)
         keeper = Keeper(checkpoints, journal, peers, about, signatures, start, best)
+        album = Album(this, workdir, config.log.report and peers.first)
         validation = Validation(
-            this, evaluator, train_set, val_set, cadence, journal, keeper, preemption, peers
+            this, evaluator, train_set, val_set, cadence, journal, keeper, album, preemption, peers
         )
         windows = progress.windows()
         stopped_at, preempted = start, None
@@ -128,6 +130,7 @@ def _train(
                     batch = next(windows)
                 if not peers.begin(progress.consumed):
                     raise preemption.preempted()
+                album.begin(train_set, batch)
                 progress.compute(batch)
                 progress.read(but=1)
                 if cadence.due("eval", progress.done) or cadence.due("checkpoint", progress.done):
@@ -158,16 +161,26 @@ def _train(
         windows.close()
         journal.close()
         checkpoints.wait()
+        album.end(about, keeper.best)
         if preempted:
             raise preempted
-        if keeper.best:
-            print(f"best: {best_of(this, keeper.best, workdir)}")
-        if peers.first:
-            say_swapped("train", train_set)
-            say_swapped("val", val_set)
+        _say_the_end(this, workdir, keeper.best, peers, train=train_set, val=val_set)
         if what := journal.divergence:
             raise TrainingError(f"{what} Everything up to update {progress.done} is kept.")
     return keeper.best
+
+
+def _say_the_end(
+    this: run.Run, workdir: Path, best: dict[str, Any], peers: Peers, **sources: tasks.Source
+) -> None:
+    """Prints what is best, and which files of the splits were changed meanwhile."""
+    if best:
+        print(f"best: {best_of(this, best, workdir)}")
+    if peers.first:
+        if this.config.log.report:
+            print(f"report: {workdir / 'report.html'}")
+        for split, source in sources.items():
+            say_swapped(split, source)
 
 
 def _opened(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxaccum import tasks
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.training import run
+from jaxaccum.training.album import Album
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.distributed import Peers
 from jaxaccum.training.journal import Journal
@@ -33,6 +34,7 @@ class Validation:
         cadence: Cadence,
         journal: Journal,
         keeper: Keeper,
+        album: Album,
         preemption: Preemption,
         peers: Peers,
     ) -> None:
@@ -41,10 +43,10 @@ class Validation:
         Args:
           evaluator: of the validation set.
           train_set: the running statistics are recomputed over it, if the config wants that.
-          keeper: keeps the best weights.
+          keeper: keeps the best weights. album: draws what they find.
         """
         self._this, self._evaluator, self._journal, self._keeper = this, evaluator, journal, keeper
-        self._preemption, self._peers = preemption, peers
+        self._album, self._preemption, self._peers = album, preemption, peers
         self._measurable = getattr(val_set.report, "objects", 1) > 0
         if cadence.ever("eval") and not self._measurable:
             journal.line(f"{NO_OBJECTS}; best/ will hold the weights of the last evaluation")
@@ -83,6 +85,7 @@ class Validation:
                 )
         if self._is_best(result):
             self._keeper.save_best(step, weights, result)
+            self._album.best(self._evaluator, pictures)
         remark = ""
         if np.isnan(result[metric := self._this.task.monitor[0]]):
             remark = (

@@ -283,3 +283,28 @@ def test_add_refuses_what_does_not_fit():
         metrics.add("other", detections(), [A, B], [0], (300, 400))
     with pytest.raises(ValueError, match="must differ"):
         DetectionMetrics(["cat", "cat"])
+
+
+def test_the_confusion_matrix():
+    metrics = DetectionMetrics(("cat", "dog"))
+    near_b = [B[0] + 1, B[1], B[2], B[3]]
+    metrics.add(
+        "a", detections((A, 0.9, 0), (A, 0.8, 1), (near_b, 0.7, 0), (B, 0.1, 1)),
+        [A, B, [200, 200, 210, 210]], [0, 1, 1], (300, 300),
+    )  # fmt: skip
+    # A is a cat and found as one, the second detection of it is nothing; B, a dog, is taken for a
+    # cat; a dog is missed; what has too low a score does not count.
+    assert metrics.confusion().tolist() == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
+    assert metrics.confusion(conf=0.05).tolist() == [[1, 0, 1], [0, 1, 1], [0, 1, 0]]
+    assert DetectionMetrics(("cat",)).confusion().sum() == 0
+
+
+def test_the_curves_are_those_of_the_numbers():
+    metrics = DetectionMetrics(("cat", "dog"))
+    metrics.add("a", detections((A, 0.9, 0), (B, 0.4, 0)), [A], [0], (300, 300))
+    assert metrics.curves is None
+    found, curves = metrics.compute(), metrics.curves
+    assert curves.best == found["confidence"]
+    assert curves.precision[0, [100, 500, 950]].tolist() == [0.5, 1.0, 0.0]
+    assert curves.recall[0, [100, 500, 950]].tolist() == [1.0, 1.0, 0.0]
+    assert curves.f1[0, 100] == pytest.approx(2 / 3) and np.isnan(curves.f1[1]).all()

@@ -36,11 +36,13 @@ class Evaluator:
         self.task, self.source, self.options = task, source, options
         self._forgiven = (data.DataError,) if on_error == "skip" else ()
         self._predict = jax.jit(task.predict)
+        self.measured: metrics.DetectionMetrics | None = None  # by the last call
 
     def __call__(
         self, params: PyTree, stats: PyTree, pictures: int = 0
     ) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Metrics and the first `pictures` images with detections of score 0.25 and more."""
+        """Metrics, and of the first `pictures` images the labels beside the detections of score
+        0.25 and more."""
         options = self.options
         result = metrics.DetectionMetrics(self.source.names)
         drawn: list[np.ndarray] = []
@@ -55,6 +57,7 @@ class Evaluator:
                 len(self.source), "images",
             )  # fmt: skip
         say_lost(lost or [], len(self.source), "images")
+        self.measured = result
         return result.compute(), drawn
 
     def _score(self, pool, result, drawn, pictures, batch, output):
@@ -86,9 +89,10 @@ class Evaluator:
             if len(drawn) < pictures:
                 show = found.scores >= 0.25
                 with contextlib.suppress(*self._forgiven):
-                    drawn.append(
-                        draw.draw_detections(
-                            self.source.image(index), found.boxes[show], found.classes[show],
-                            self.source.names, found.scores[show],
-                        )
-                    )  # fmt: skip
+                    image, names = self.source.image(index), self.source.names
+                    seen = found.boxes[show], found.classes[show], names, found.scores[show]
+                    both = (
+                        draw.draw_detections(image, truth.boxes, truth.classes, names),
+                        draw.draw_detections(image, *seen),
+                    )
+                    drawn.append(draw.contact_sheet(both, 2, gap=4))

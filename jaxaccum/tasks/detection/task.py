@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from jaxaccum import data, models
+from jaxaccum import data, draw, models
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.data import check
 from jaxaccum.data.formats import packed
+from jaxaccum.draw import figures
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
 from jaxaccum.models import yolo
@@ -221,6 +222,42 @@ class DetectionTask(Task):
         return [
             f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells) for name, cells in rows
         ]
+
+    def drawn_samples(self, source: Any, batch: Any, count: int) -> list[np.ndarray]:
+        """Training images with their boxes, after augmentation."""
+        drawn = []
+        for i in np.flatnonzero(np.asarray(batch["weight"]) > 0)[:count]:
+            real = np.asarray(batch["valid"][i], bool)
+            drawn.append(draw.draw_detections(
+                np.asarray(batch["image"][i]), batch["boxes"][i][real], batch["classes"][i][real],
+                source.names,
+            ))  # fmt: skip
+        return drawn
+
+    def drawn_source(self, source: data.Source) -> dict[str, np.ndarray]:
+        """How many objects of which class."""
+        counts = np.zeros(len(source.names), int)
+        for i in range(len(source)):
+            counts += np.bincount(source.objects(i).classes, minlength=len(counts))
+        named = dict(zip(source.names, counts.tolist(), strict=True))
+        return {"labels": figures.bars(named, f"objects in {len(source)} images")}
+
+    def drawn_evaluation(self, evaluator: Any) -> dict[str, np.ndarray]:
+        """Precision and recall by confidence, and a confusion matrix."""
+        found = evaluator.measured
+        if found is None or found.curves is None or np.isnan(found.curves.best):
+            return {}
+        by = found.curves
+        panels: dict[str, dict[str, figures.Curve]] = {}
+        for title, values in (("precision", by.precision), ("recall", by.recall), ("F1", by.f1)):
+            present = [(n, v) for n, v in zip(found.names, values, strict=True) if v[0] == v[0]]
+            lines: dict[str, Any] = {name: (by.grid, value) for name, value in present}
+            mean: Any = np.mean([value for _, value in present], axis=0)
+            panels[title] = {**lines, "mean": (by.grid, mean)}
+        return {
+            "precision_recall": figures.curves(panels, "confidence", columns=3, top=1.02),
+            "confusion": figures.confusion(found.confusion(), found.names),
+        }
 
     def read_file(self, path: Path) -> Iterator[Sample]:
         """An image, or the frames of a GIF or a video."""
