@@ -284,8 +284,8 @@ class Task(abc.ABC):
         del source
         return {}
 
-    def drawn_evaluation(self, evaluator: Any) -> dict[str, np.ndarray]:
-        """Name -> picture of what an evaluator has measured last."""
+    def drawn_evaluation(self, evaluator: Any) -> dict[str, Callable[[], np.ndarray]]:
+        """Name -> what draws a picture of what an evaluator has measured last, also later."""
         del evaluator
         return {}
 

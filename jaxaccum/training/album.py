@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxaccum.training import report, run
 
 FOLDER = "pictures"
 _SHOWN = 16  # samples of the first window
+_OFTEN = 60.0  # seconds between figures of better and better weights
 
 
 class Album:
@@ -32,6 +34,9 @@ class Album:
         """
         self._this, self._workdir, self._wanted = this, workdir, wanted
         self._begun = self.failed = False
+        # Figures take a second, and a run may be better at every evaluation.
+        self._later: Mapping[str, Callable[[], np.ndarray]] = {}
+        self._drawn = float("-inf")
 
     def begin(self, source: tasks.Source, batch: dict[str, np.ndarray]) -> None:
         """Draws what the run learns from.
@@ -62,8 +67,9 @@ class Album:
         with self._harmless():
             if pictures:
                 self._save("validation", contact_sheet(pictures, 2))
-            for name, picture in self._this.task.drawn_evaluation(evaluator).items():
-                self._save(name, picture)
+            self._later = self._this.task.drawn_evaluation(evaluator)
+            if time.monotonic() - self._drawn > _OFTEN:
+                self._draw()
 
     def end(self, about: Mapping[str, Any], best: Mapping[str, Any]) -> None:
         """Draws the curves, and writes the report.
@@ -74,12 +80,18 @@ class Album:
         if not self._wanted:
             return
         with self._harmless():
+            self._draw()
             records = report.records(self._workdir / "metrics.jsonl")
             self._save("results", report.results(records, self._this.task.monitor[0]))
             tables = self._this.task.tables(dict(best)) if best else []
             report.write(
                 self._workdir, about, str(self._this.window), best, tables, self._workdir / FOLDER
             )
+
+    def _draw(self) -> None:
+        for name, figure in self._later.items():
+            self._save(name, figure())
+        self._later, self._drawn = {}, time.monotonic()
 
     def _save(self, name: str, picture: np.ndarray) -> None:
         save_image(self._workdir / FOLDER / f"{name}.png", picture)

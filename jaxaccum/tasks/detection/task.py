@@ -242,7 +242,7 @@ class DetectionTask(Task):
         named = dict(zip(source.names, counts.tolist(), strict=True))
         return {"labels": figures.bars(named, f"objects in {len(source)} images")}
 
-    def drawn_evaluation(self, evaluator: Any) -> dict[str, np.ndarray]:
+    def drawn_evaluation(self, evaluator: Any) -> dict[str, Callable[[], np.ndarray]]:
         """Precision and recall by confidence, and a confusion matrix."""
         found = evaluator.measured
         if found is None or found.curves is None or np.isnan(found.curves.best):
@@ -255,8 +255,8 @@ class DetectionTask(Task):
             mean: Any = np.mean([value for _, value in present], axis=0)
             panels[title] = {**lines, "mean": (by.grid, mean)}
         return {
-            "precision_recall": figures.curves(panels, "confidence", columns=3, top=1.02),
-            "confusion": figures.confusion(found.confusion(), found.names),
+            "precision_recall": lambda: figures.curves(panels, "confidence", columns=3, top=1.02),
+            "confusion": lambda: figures.confusion(found.confusion(), found.names),
         }
 
     def read_file(self, path: Path) -> Iterator[Sample]:
