@@ -45,6 +45,7 @@ RANGES: Ranges = {
     "data.cache_gib": (0, 1e6), "data.workers": (0, 1024), "data.prefetch": (0, 1000),
     "log.every": (-1, 1e9), "log.images": (0, 1000), "checkpoint.every": (-1, 1e9),
     "checkpoint.keep": (1, 1e6), "checkpoint.grace": (0, 1e6),
+    "eval.every_epochs": (0, 1e7), "eval.patience": (0, 1e9), "checkpoint.every_epochs": (0, 1e7),
     "eval.every": (-1, 1e9), "eval.batch": (1, 65536), "eval.precise_bn": (0, 1e9),
 }  # fmt: skip
 
@@ -149,6 +150,8 @@ def run(c: ml_collections.ConfigDict) -> None:
     c.eval = ml_collections.ConfigDict(
         {
             "every": 0,
+            "every_epochs": 0.0,  # the same in epochs, in place of `every`
+            "patience": 0,  # evaluations in a row that may be no better before it ends; 0: any
             "batch": 16,
             "precise_bn": 0,  # training samples to recompute running statistics over; 0: off
         }
@@ -156,10 +159,22 @@ def run(c: ml_collections.ConfigDict) -> None:
     c.checkpoint = ml_collections.ConfigDict(
         {
             "every": 0,
+            "every_epochs": 0.0,
             "keep": 2,
             "grace": 25.0,  # seconds that a signal to stop leaves to end an update and save it
         }
     )
+
+
+def _validate_cadence(c: ml_collections.ConfigDict) -> None:
+    for name in ("eval", "checkpoint"):
+        if c[name].every and c[name].every_epochs:
+            raise ConfigError(
+                f"{name}.every is {c[name].every} updates and {name}.every_epochs "
+                f"{c[name].every_epochs:g} epochs: leave one of them 0"
+            )
+    if c.eval.patience and c.eval.every < 0:
+        raise ConfigError("eval.patience counts evaluations, and with eval.every=-1 there are none")
 
 
 def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
@@ -172,6 +187,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
     """
     ranges = {**RANGES, **own.ranges}
     _validate_types(c, own.defaults(), "", ranges, ("bn_group", "microbatch", *own.free))
+    _validate_cadence(c)
     words = {
         "dtype": tuple(DTYPES),
         "engine": ("scan", "multisteps"),

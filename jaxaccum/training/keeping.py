@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.checkpoint import Checkpoints, newest_complete
 from jaxaccum.training.distributed import Peers
 from jaxaccum.training.journal import Journal
@@ -20,6 +21,7 @@ class Keeper:
     Attributes:
       saved: update of the newest state that was saved, or that the run started from.
       best: what the evaluation of the best weights gave, and its "step"; {} before the first.
+      over: whether evaluations were no better for so long that the run ends.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Keeper:
           about: what a user of the weights must know of the run, kept beside them.
           signatures: of the data sets.
         """
-        self.saved, self.best = saved, best
+        self.saved, self.best, self.over = saved, best, False
         self._checkpoints, self._journal, self._peers = checkpoints, journal, peers
         self._about, self._signatures = about, signatures
 
@@ -52,6 +54,19 @@ class Keeper:
         self.saved = progress.done
         whole = progress.state if self._peers.alone else progress.whole()
         self._checkpoints.save(progress.done, whole, self._meta())
+
+    def judge(self, progress: Progress, cadence: Cadence) -> None:
+        """Ends the run if patience is over after an evaluation: says so and saves the state, if
+        states are saved."""
+        self.over = cadence.hopeless(progress.done, self.best)
+        if not self.over:
+            return
+        self._journal.line(
+            f"stopped early: {cadence.patience} evaluations were no better than that of update "
+            f"{self.best['step']} (eval.patience)"
+        )
+        if cadence.ever("checkpoint") and progress.done > self.saved:
+            self.save(progress)
 
     def save_best(self, step: int, weights: PyTree, result: dict[str, float]) -> None:
         """Saves weights as the best so far, and waits until they are there.

@@ -81,7 +81,7 @@ def _train(
     config, this, train_set, val_set = _opened(config, peers)
     log_file = MetricsFile(workdir / "metrics.jsonl", this.recipe.fingerprint)
     cadence = Cadence(this, len(train_set), log_file)
-    over = finished(this, workdir, accept_other_recipe, cadence.owes) if peers.first else None
+    over = finished(this, workdir, accept_other_recipe, cadence) if peers.first else None
     if (over := peers.from_first("finished", over)) is not None:
         return over
 
@@ -123,9 +123,9 @@ def _train(
             if owed:
                 with journal.pause():
                     validation.evaluate(progress)
-            if progress.done < this.steps:
+            if progress.done < this.steps and not keeper.over:
                 journal.line("compiling the update (kept on disk for the next start)")
-            while progress.done < this.steps:
+            while progress.done < this.steps and not keeper.over:
                 with preemption.allowed():
                     batch = next(windows)
                 if not peers.begin(progress.consumed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +79,36 @@ def restored(
 
 
 def finished(
-    this: run.Run, workdir: Path, accept_other_recipe: bool, owes: Callable[[int], bool]
+    this: run.Run, workdir: Path, accept_other_recipe: bool, cadence: Cadence
 ) -> dict[str, float] | None:
     """The best evaluation's metrics if a run is over, which is said; None if there is more to do.
 
     Args:
-      owes: whether the evaluation of an update is due and was not made.
+      cadence: says which evaluations are due, and for how long it waits for a better one.
     Raises:
       CheckpointError: the workdir holds a run of another recipe, or a file that cannot be read.
       WorkdirError: metrics.jsonl cannot be read.
     """
     with Checkpoints(workdir, this.config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest
-        if step is None or step < this.steps or not checkpoints.is_whole(step) or owes(step):
+        if step is None or (step < this.steps and not cadence.patience):
+            return None
+        if not checkpoints.is_whole(step) or cadence.owes(step):
             return None
         meta = checkpoints.meta()
+        early = step < this.steps
+        if early and not cadence.hopeless(step, meta.get("best", {})):
+            return None
         if not accept_other_recipe:
             require_same_recipe(meta, this.recipe, workdir)
         best = checkpoints.rewind(step)
+    if early:
+        print(
+            f"finished: stopped at update {step} of {this.steps}, as {cadence.patience} "
+            f"evaluations were no better; best: {best_of(this, best, workdir)}.\n"
+            "To train on, raise --config.eval.patience, or set it to 0."
+        )
+        return best
     field = "steps" if this.config.steps else "epochs"
     print(
         f"finished: all {this.steps} updates are done"

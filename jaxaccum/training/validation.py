@@ -47,6 +47,7 @@ class Validation:
         """
         self._this, self._evaluator, self._journal, self._keeper = this, evaluator, journal, keeper
         self._album, self._preemption, self._peers = album, preemption, peers
+        self._cadence = cadence
         self._measurable = getattr(val_set.report, "objects", 1) > 0
         if cadence.ever("eval") and not self._measurable:
             journal.line(f"{NO_OBJECTS}; best/ will hold the weights of the last evaluation")
@@ -68,6 +69,7 @@ class Validation:
         else:
             with self._preemption.allowed():
                 keeper.best = self._peers.from_first(occasion, keeper.best)
+        keeper.judge(progress, self._cadence)
 
     def _evaluate(self, step: int, weights: dict[str, PyTree]) -> None:
         config = self._this.config

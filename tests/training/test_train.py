@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from tiny import predicted, tiny_config
 
+from jaxaccum import config as configs
 from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
+from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.training import checkpoint, inference, preemption, run
 from jaxaccum.training import loop as training
+from jaxaccum.training.cadence import Cadence
 from jaxaccum.weights import transfer as weights_module
 
 ROOT = Path(__file__).parents[2]
@@ -540,3 +543,60 @@ def test_a_line_has_the_mean_of_its_updates(tmp_path, capfd):
     assert all(line.endswith(" | losses of 5 updates") for line in said)
     five = [json.loads(line) for line in (tmp_path / "five" / "metrics.jsonl").open()]
     assert [r["loss"] for r in five if r["kind"] == "train"] == [losses[4], losses[9]]
+
+
+def scored(monkeypatch, values):
+    """Evaluations that give these scores, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr(
+        Evaluator, "__call__",
+        lambda self, *_: ({"map50_95": next(left), "map50": 0.5, "images": 1, "objects": 1}, []),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_patience_ends_a_run_and_a_new_start_knows_it(tmp_path, monkeypatch, capfd, engine):
+    changes = {"eval.every": 2, "eval.patience": 2, "checkpoint.every": 5, "engine": engine}
+    scored(monkeypatch, [0.1, 0.3, 0.2, 0.2])
+    best = train.train(tiny_config(**changes), tmp_path)
+    assert best["step"] == 4 and checkpoint.newest_complete(tmp_path) == 8
+    said = capfd.readouterr()
+    assert "stopped early: 2 evaluations were no better than that of update 4" in said.err
+    assert train.train(tiny_config(**changes), tmp_path) == best  # without any evaluation
+    assert "finished: stopped at update 8 of 12, as 2 evaluations" in capfd.readouterr().out
+    scored(monkeypatch, [0.4, 0.3])  # of updates 10 and 12
+    assert train.train(tiny_config(**changes | {"eval.patience": 3}), tmp_path)["step"] == 10
+    assert "continuing from update 8" in capfd.readouterr().out
+    assert checkpoint.newest_complete(tmp_path) == 12
+
+
+def test_patience_survives_a_stop(tmp_path, monkeypatch):
+    """Evaluations before a stop count: it ends where it would have ended."""
+    changes = {"eval.every": 2, "eval.patience": 2, "checkpoint.every": 3}
+    scored(monkeypatch, [0.3, 0.2])
+    short = tiny_config(**changes | {"steps": 12})
+
+    def stop(record):
+        if record["step"] == 5:
+            raise RuntimeError("a stop")
+
+    with pytest.raises(RuntimeError, match="a stop"):
+        train.train(short, tmp_path, watch=stop)
+    scored(monkeypatch, [0.2])
+    assert train.train(short, tmp_path)["step"] == 2
+    assert checkpoint.newest_complete(tmp_path) == 6
+
+
+def test_every_in_epochs(tmp_path):
+    config = tiny_config(**{"eval.every": 0, "eval.every_epochs": 0.5, "checkpoint.every": 0,
+                            "checkpoint.every_epochs": 2.0, "nbs": 64, "steps": 300})  # fmt: skip
+    this = run.prepare(config, names=("a",), samples=1024, identity={})
+    cadence = Cadence(this, 1024, None)
+    assert [s for s in range(1, 40) if cadence.due("eval", s)] == [8, 16, 24, 32]
+    assert [s for s in range(1, 70) if cadence.due("checkpoint", s)] == [32, 64]
+    for wrong, said in (
+        ({"eval.every": 3, "eval.every_epochs": 1.0}, "eval.every is 3 updates and eval.every_ep"),
+        ({"eval.every": -1, "eval.patience": 1}, "with eval.every=-1 there are none"),
+    ):
+        with pytest.raises(configs.ConfigError, match=said):
+            configs.validate(tiny_config(**wrong))
