@@ -17,6 +17,7 @@ VERBS = {
     "compare": "trains several models on one data set, and reports",
     "plan": "says what a geometry costs in memory and time, before it runs",
     "calibrate": "measures how far plans are off on this machine",
+    "import-config": "turns a config of Ultralytics or PoinTr into one of ours",
     "pack": "writes a data set once as large files that are read at random",
     "models": "lists the models with their parameters and operations",
 }
@@ -43,7 +44,7 @@ def main() -> None:
         print(usage())
     elif word in VERBS:
         del sys.argv[1]
-        runpy.run_module(f"jaxaccum.{word}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"jaxaccum.{word.replace('-', '_')}", run_name="__main__", alter_sys=True)
         return
     else:
         close = get_close_matches(word, VERBS, n=1, cutoff=0.5)

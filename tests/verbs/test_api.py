@@ -240,10 +240,9 @@ def command(*words):
 def test_one_command():
     from jaxaccum.__main__ import VERBS
 
-    there = {
-        file.stem for file in (ROOT / "jaxaccum").glob("*.py") if "run_verb(" in file.read_text()
-    }
-    assert set(VERBS) == (there - {"command_line"}) | {"plan", "models"}
+    files = (ROOT / "jaxaccum").glob("*.py")
+    there = {file.stem.replace("_", "-") for file in files if "run_verb(" in file.read_text()}
+    assert set(VERBS) == (there - {"command-line"}) | {"plan", "models"}
     assert command("--version").stdout == f"jaxaccum {jaxaccum.__version__}\n"
     usage = command("--help")
     assert usage.returncode == 0 and all(f"  {verb} " in usage.stdout for verb in VERBS)

@@ -1,0 +1,168 @@
+"""Configs of other trainers as ours: every value in its place, and what has none is said."""
+
+import pytest
+
+from jaxaccum import config as configs
+from jaxaccum import config_files
+from jaxaccum.errors import UserError
+from jaxaccum.import_config import imported
+
+ARGS = """
+task: detect
+model: yolo11n.pt
+data: set/data.yaml
+epochs: 30
+patience: 7
+batch: 24
+imgsz: 512
+save_period: 5
+device: {device}
+workers: 8
+pretrained: {pretrained}
+optimizer: {optimizer}
+single_cls: {single_cls}
+cos_lr: true
+close_mosaic: 4
+amp: true
+val: true
+conf: null
+iou: 0.6
+max_det: 200
+lr0: 0.02
+lrf: 0.05
+momentum: 0.9
+weight_decay: 0.001
+warmup_epochs: 2
+warmup_momentum: 0.7
+warmup_bias_lr: 0.05
+box: 6
+cls: 0.4
+dfl: 1.1
+nbs: 64
+hsv_h: 0.01
+mosaic: 0.5
+mixup: 0.1
+copy_paste: 0.2
+"""
+
+
+def args(tmp_path, **changes):
+    file = tmp_path / "args.yaml"
+    values = {"device": 0, "pretrained": "true", "optimizer": "SGD", "single_cls": "false"}
+    file.write_text(ARGS.format(**values | changes))
+    return file
+
+
+def written(found, tmp_path):
+    """The file it makes, read as any config is."""
+    (tmp_path / "mine.py").write_text(found.text())
+    config = config_files.load(str(tmp_path / "mine.py"))
+    configs.validate(config)
+    assert config == found.config()
+    return config
+
+
+def test_every_value_has_its_place(tmp_path):
+    found = imported(args(tmp_path))
+    config = written(found, tmp_path)
+    assert (config.model, config.init_from) == ("yolo11-n", "yolo11n.pt")
+    # There 24 x round(64 / 24) samples are an update, whatever nbs says.
+    assert (config.nbs, config.bn_group, config.microbatch) == (72, 24, 24)
+    assert config.lr.to_dict() == {
+        **configs.detection().lr.to_dict(), "base": 0.02, "base_batch": 64, "final": 0.05,
+        "decay": "cosine", "warmup_epochs": 2.0, "warmup_bias": 0.05, "warmup_momentum": 0.7,
+    }  # fmt: skip
+    assert config.optimizer.name == "sgd" and config.optimizer.weight_decay == 0.001
+    assert config.optimizer.weight_decay_scaling == "linear"
+    assert config.loss.to_dict() == {"box": 6.0, "cls": 0.4, "dfl": 1.1}
+    assert (config.augment.mosaic, config.augment.mixup, config.augment.hsv_h) == (0.5, 0.1, 0.01)
+    assert (config.eval.patience, config.eval.iou, config.eval.max_det) == (7, 0.6, 200)
+    assert (config.epochs, config.data.image_size, config.checkpoint.every_epochs) == (30, 512, 5)
+    assert "copy_paste=0.2" in found.without
+    assert not any("single_cls" in one for one in found.without)
+
+
+def test_two_devices_share_a_batch(tmp_path):
+    config = written(imported(args(tmp_path, device="'0,1'")), tmp_path)
+    assert (config.nbs, config.bn_group, config.microbatch) == (72, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"single_cls": "true"}, "single_cls=True"),
+        ({"optimizer": "RMSProp"}, "optimizer=RMSProp: adamw in its place"),
+    ],
+)
+def test_what_has_no_counterpart_is_said(tmp_path, change, said):
+    found = imported(args(tmp_path, **change))
+    assert said in found.without and f"# no counterpart: {said}" in found.text()
+    written(found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("yolov8s-p2.yaml", "yolov8-p2-s"), ("yolo12x.pt", "yolo12-x"), ("yolov8n", "yolov8-n"),
+        ("runs/train/weights/best.pt", None), ("", None),
+    ],
+)  # fmt: skip
+def test_models(tmp_path, model, name):
+    file = tmp_path / "args.yaml"
+    file.write_text(f"model: {model}\nimgsz: 640\nlr0: 0.01\n")
+    found = imported(file)
+    assert found.fields.get("model", (None,))[0] == name
+    assert ("init_from" in found.fields) == model.endswith(".pt")
+    assert (name is None) == any("architecture" in one for one in found.without)
+
+
+def test_weights_are_left_where_they_were_not_taken(tmp_path):
+    assert "init_from" not in imported(args(tmp_path, pretrained="false")).fields
+    assert imported(args(tmp_path, pretrained="other.pt")).fields["init_from"][0] == "other.pt"
+
+
+POINTR = """
+optimizer: {type: AdamW, kwargs: {lr: 0.0003, weight_decay: 0.0005}}
+scheduler: {type: LambdaLR, kwargs: {decay_step: 21, lr_decay: 0.76, lowest_decay: 0.02}}
+dataset:
+  train: {_base_: cfgs/dataset_configs/PCN.yaml, others: {subset: train}}
+model: {NAME: AdaPoinTr, num_query: 512}
+total_bs: 32
+step_per_update: 2
+gradient_accumulation_steps: 4
+max_epoch: 200
+grad_norm_clip: 5
+"""
+
+
+def test_pointr(tmp_path):
+    (tmp_path / "a.yaml").write_text(POINTR)
+    found = imported(tmp_path / "a.yaml")
+    config = written(found, tmp_path)
+    assert config.model == "adapointr-pcn" and config.augment.mirror
+    assert (config.nbs, config.lr.base_batch, config.epochs) == (64, 64, 200.0)
+    assert (config.lr.base, config.lr.decay_rate, config.lr.decay_epochs) == (0.0003, 0.76, 21)
+    assert config.optimizer.clip == 5.0
+    assert any("accumulates nothing" in one for one in found.without)
+    (tmp_path / "a.yaml").write_text(POINTR.replace("AdaPoinTr", "GRNet"))
+    with pytest.raises(configs.ConfigError, match="its model is GRNet"):
+        imported(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: segment\nimgsz: 640", "its task is 'segment'"),
+        ("imgsz: 640\nlr0: 0.1\nbatch: many", "batch is a number; got 'many'"),
+        ("imgsz: 641\nlr0: 0.1\nmodel: yolov8n.pt", r"data\.image_size"),
+        ("imgsz: big\nlr0: 0.1", r"data\.image_size"),
+        ("imgsz: 640\nlr0: .nan", r"lr\.base"),
+        ("- 1", "expected the args.yaml"), ("a: [", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(tmp_path, text, said):
+    (tmp_path / "args.yaml").write_text(text)
+    with pytest.raises(configs.ConfigError, match=said):
+        imported(tmp_path / "args.yaml").text()
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        imported(tmp_path / "none.yaml")
