@@ -11,7 +11,17 @@ from jaxaccum.accumulate import GeometryError
 from jaxaccum.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = {"train", "evaluate", "predict", "export", "convert", "pack", "calibrate", "compare"}
+VERBS = {
+    "train",
+    "evaluate",
+    "predict",
+    "export",
+    "convert",
+    "pack",
+    "calibrate",
+    "compare",
+    "import_config",
+}
 
 
 def module_of(file: Path) -> str:
@@ -123,8 +133,9 @@ def test_no_function_is_long():
 def test_no_verb_asks_which_task_it_has():
     """What differs lies with the task: a word or a class of a task in a verb is a switch."""
     names = {name for task in TASKS.values() for name in (task.name, task.__name__)}
-    # A comparison is of detectors; what the models are is asked by name.
-    own = ("tasks", "data", "models", "weights", "losses", "metrics", "comparing", "config")
+    # A comparison is of detectors; what the models are is asked by name, also in others' configs.
+    own = ("tasks", "data", "models", "weights", "losses", "metrics", "comparing", "config",
+           "import_config")  # fmt: skip
     for verb, file in FILES.items():
         if verb.split(".")[1:2] and verb.split(".")[1] in own:
             continue

@@ -35,6 +35,7 @@ VERBS = (
     "export",
     "compare",
     "calibrate",
+    "import_config",
     "pack",
     "plan",
 )
