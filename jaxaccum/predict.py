@@ -33,6 +33,13 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "", "where to write; WORKDIR/predicted by default")
     _CONF = flags.DEFINE_float("conf", 0.25, "smallest score", 0.0, 1.0)
     _IOU = flags.DEFINE_float("iou", 0.7, "overlap above which the lesser box is dropped", 0.0, 1.0)
+    _CLASSES = flags.DEFINE_list(
+        "classes", [], "names or numbers of those to look for; all if none"
+    )
+    _MAX_DET = flags.DEFINE_integer("max_det", 300, "objects in an image at most", 1, 10**5)
+    _AGNOSTIC = flags.DEFINE_bool("agnostic", False, "drop lesser boxes whatever their class")
+    _TXT = flags.DEFINE_bool("save_txt", False, "also write labels/NAME.txt, as YOLO has labels")
+    _CROP = flags.DEFINE_bool("save_crop", False, "also write what is in each box, crops/CLASS/")
     _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
     _CALIB = flags.DEFINE_string("calib", "", "folder of KITTI calibration files, for 3D")
     _CAPTION = flags.DEFINE_string("caption", "", "of what the clouds show, where networks take it")
@@ -40,7 +47,19 @@ if __name__ == "__main__":
         "normalise", "auto", ["auto", "yes", "no"],
         "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
     )  # fmt: skip
-    _OF_TASKS = (_CONF, _IOU, _FORMAT, _CALIB, _CAPTION, _NORMALISE)
+    _OF_TASKS = (
+        _CONF,
+        _IOU,
+        _CLASSES,
+        _MAX_DET,
+        _AGNOSTIC,
+        _TXT,
+        _CROP,
+        _FORMAT,
+        _CALIB,
+        _CAPTION,
+        _NORMALISE,
+    )
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
     def _out() -> Path:

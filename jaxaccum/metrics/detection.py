@@ -59,6 +59,7 @@ def nms(
     max_det: int = 300,
     max_nms: int = 30000,
     multi_label: bool,
+    agnostic: bool = False,
 ) -> Detections:
     """Class-aware greedy non-maximum suppression of one image.
 
@@ -76,6 +77,7 @@ def nms(
       max_nms: candidates to consider at most, the best by score.
       multi_label: every class above `conf` is a detection of its own; otherwise only the best class
         of each anchor is.
+      agnostic: a box is suppressed by better boxes of all classes.
 
     Raises:
       ValueError: on shapes or thresholds that do not fit.
@@ -99,7 +101,7 @@ def nms(
     best_first = np.argsort(-scores[anchor, label], kind="stable")[:max_nms]
     anchor, label = anchor[best_first], label[best_first]
     boxes, scores, classes = boxes[anchor], scores[anchor, label], label.astype(np.int32)
-    kept = _greedy(boxes, scores, classes, iou, max_det)
+    kept = _greedy(boxes, scores, 0 * classes if agnostic else classes, iou, max_det)
     return Detections(boxes[kept], scores[kept], classes[kept], anchor[kept])
 
 

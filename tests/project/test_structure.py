@@ -133,7 +133,7 @@ def test_no_function_is_long():
 def test_no_verb_asks_which_task_it_has():
     """What differs lies with the task: a word or a class of a task in a verb is a switch."""
     names = {name for task in TASKS.values() for name in (task.name, task.__name__)}
-    # A comparison is of detectors; what the models are is asked by name, also in others' configs.
+    # A comparison is of detectors; what the models are is asked by name, in others' configs too.
     own = ("tasks", "data", "models", "weights", "losses", "metrics", "comparing", "config",
            "import_config")  # fmt: skip
     for verb, file in FILES.items():

@@ -103,6 +103,39 @@ def test_the_verb_writes_what_python_gives(watched, images, tmp_path):
     assert told == [{"file": f"{i}.png", **r.to_json()} for i, r in enumerate(found[:2])]
 
 
+def test_what_is_looked_for_and_how_much_of_it(watched, images, tmp_path):
+    model, _, _ = watched
+    every = model.predict(images, conf=0.0)
+    assert len({c for r in every for c in r.classes}) > 1 and model.names[2] == "car"
+    for word in ("car", 2):
+        for result in model.predict(images, conf=0.0, classes=[word, "boat"]):
+            assert len(result) and {result.names[c] for c in result.classes} <= {"boat", "car"}
+    assert all(len(r) == 3 for r in model.predict(images, conf=0.0, max_det=3))
+    apart, together = (
+        sum(map(len, model.predict(images, conf=0.0, iou=0.3, agnostic=a))) for a in (False, True)
+    )
+    assert together < apart
+    with pytest.raises(configs.ConfigError, match=r"'cat' is no class .* mean car\?"):
+        model.predict(images, classes=["cat"])
+    with pytest.raises(configs.ConfigError, match="'6' is no class of this model: there are house"):
+        model.predict(images, classes=["6"])
+    tiny.predicted(
+        model.trained, images, tmp_path / "out", conf=0.0, max_det=4, save_txt=True, save_crop=True
+    )
+    few = model.predict(images, conf=0.0, max_det=4)
+    crops = list((tmp_path / "out" / "crops").rglob("*.png"))
+    assert len(crops) == sum(map(len, few))
+    for result, stem in zip(few, ("0", "1", "2"), strict=True):
+        rows = [row.split() for row in (tmp_path / "out/labels" / f"{stem}.txt").open()]
+        height, width = result.sample.value.shape[:2]
+        for row, box, c in zip(rows, result.boxes, result.classes, strict=True):
+            x, y, w, h = np.array(row[1:5], float) * [width, height, width, height]
+            assert int(row[0]) == c and 0 <= float(row[5]) <= 1
+            np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], box, atol=1e-3)
+        for crop, (x1, y1, x2, y2) in zip(result.crops(), result.boxes, strict=True):
+            assert abs(crop.shape[0] - (y2 - y1)) < 2 and abs(crop.shape[1] - (x2 - x1)) < 2
+
+
 def test_the_verb_holds_one_result_at_a_time(watched, images, tmp_path, monkeypatch):
     """A video has as many as it has frames, each with its pixels."""
     model, _, _ = watched

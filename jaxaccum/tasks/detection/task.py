@@ -51,7 +51,9 @@ class DetectionTask(Task):
     fields: ClassVar[Fields] = FIELDS
     unit: ClassVar[str] = "images"
     monitor: ClassVar[tuple[str, bool]] = ("map50_95", True)
-    predict_flags: ClassVar[tuple[str, ...]] = ("conf", "iou")
+    predict_flags: ClassVar[tuple[str, ...]] = (
+        "conf", "iou", "classes", "max_det", "agnostic", "save_txt", "save_crop",
+    )  # fmt: skip
     suffixes: ClassVar[frozenset[str]] = files.PICTURES
     results: ClassVar[str] = "detections.json"
 
