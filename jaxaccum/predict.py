@@ -47,6 +47,7 @@ if __name__ == "__main__":
         "normalise", "auto", ["auto", "yes", "no"],
         "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
     )  # fmt: skip
+    _UP = flags.DEFINE_enum("up", "y", ["y", "z"], "axis that points up in pictures of clouds")
     _OF_TASKS = (
         _CONF,
         _IOU,
@@ -59,6 +60,7 @@ if __name__ == "__main__":
         _CALIB,
         _CAPTION,
         _NORMALISE,
+        _UP,
     )
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 

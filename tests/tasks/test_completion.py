@@ -17,6 +17,8 @@ from jaxaccum.accumulate import Geometry, equivalence
 from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
+from jaxaccum.tasks import Sample
+from jaxaccum.tasks.completion.predict import Completed
 from jaxaccum.training import inference, run
 from jaxaccum.weights import initial
 
@@ -324,3 +326,12 @@ def test_real_furniture_and_cars(tmp_path):
     found = evaluate.evaluate(tmp_path, str(REAL / "kitti_cars"))
     assert found["samples"] == 18 and found["fidelity"] > 0
     assert completion.names()
+
+
+def test_scans_with_z_up_stand_in_pictures():
+    """They lay on their nose."""
+    cloud = np.random.default_rng(0).normal(size=(500, 3)) * [1, 3, 2]
+    lying = np.stack([cloud[:, 0], -cloud[:, 2], cloud[:, 1]], axis=1)  # the same, with z up
+    there = Completed(Sample(cloud), cloud, True).plot()
+    assert np.array_equal(Completed(Sample(lying), lying, True, up="z").plot(), there)
+    assert not np.array_equal(Completed(Sample(lying), lying, True).plot(), there)

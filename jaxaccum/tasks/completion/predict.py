@@ -30,12 +30,14 @@ class Completed(Result):
       cloud: (P, 3) float32, completed, in the frame of the sample.
       normalised: whether the network saw it in the frame of ShapeNet's.
       format: of the file that is written, "ply" or "npy".
+      up: the axis that points up in the picture, "y" or "z".
     """
 
     sample: Sample
     cloud: Points
     normalised: bool
     format: str = "ply"
+    up: str = "y"
 
     def to_json(self) -> dict[str, Any]:
         """{"points", "normalised"}; "written" is added where it is."""
@@ -43,7 +45,9 @@ class Completed(Result):
 
     def plot(self) -> np.ndarray:
         """The partial and the completed cloud, side by side."""
-        return draw_clouds.draw_completion(self.sample.value, self.cloud)
+        # Drawn with y up. Of z, x stays to the right, and y goes away from the viewer.
+        turned = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]]).T if self.up == "z" else np.eye(3)
+        return draw_clouds.draw_completion(self.sample.value @ turned, self.cloud @ turned)
 
     def save(self, target: Path) -> dict[str, Any]:
         """Also writes the cloud."""
@@ -90,7 +94,11 @@ def cloud_of(value: Any) -> Sample:
 
 
 def predictor(
-    trained: Trained, format: str = "ply", normalise: str = "auto", caption: str = ""
+    trained: Trained,
+    format: str = "ply",
+    normalise: str = "auto",
+    caption: str = "",
+    up: str = "y",
 ) -> Predictor:
     """Completes one cloud.
 
@@ -100,14 +108,14 @@ def predictor(
       normalise: "yes" brings every cloud to the frame of ShapeNet's (mean at the origin, largest
         radius 1) before, and what is predicted back after; "auto" does as in the training.
       caption: of what is in the clouds, for a network that takes captions; "" for none.
+      up: "y" or "z", the axis that points up in pictures; LiDAR scans have z.
     Raises:
       ConfigError: a caption for a network that takes none, or another word.
     """
-    if format not in ("ply", "npy") or normalise not in ("auto", "yes", "no"):
-        raise ConfigError(
-            "clouds are written as ply or npy, and normalise is auto, yes or no; got "
-            f"format={format!r}, normalise={normalise!r}"
-        )
+    words = {"format": ("ply", "npy"), "normalise": ("auto", "yes", "no"), "up": ("y", "z")}
+    for (name, known), value in zip(words.items(), (format, normalise, up), strict=True):
+        if value not in known:
+            raise ConfigError(f"{name} is one of {', '.join(known)}; got {value!r}")
     text = _vector(trained, caption)
     framed = {"auto": bool(trained.facts["normalised"]), "yes": True, "no": False}[normalise]
     forward = jax.jit(trained.task.predict)
@@ -125,7 +133,7 @@ def predictor(
         predicted = pose.restore(np.asarray(output)[0])
         if not np.isfinite(predicted).all():
             raise data.DataError(f"{sample}: the network's prediction is not finite")
-        return Completed(sample, predicted, framed, format)
+        return Completed(sample, predicted, framed, format, up)
 
     return complete
 

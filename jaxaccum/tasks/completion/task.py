@@ -51,7 +51,7 @@ class CompletionTask(Task):
     fields: ClassVar[Fields] = FIELDS
     unit: ClassVar[str] = "clouds"
     monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
-    predict_flags: ClassVar[tuple[str, ...]] = ("format", "normalise", "caption")
+    predict_flags: ClassVar[tuple[str, ...]] = ("format", "normalise", "caption", "up")
     suffixes: ClassVar[frozenset[str]] = predict.CLOUDS
     results: ClassVar[str] = "completions.json"
     loss_modules: ClassVar[tuple[str, ...]] = (captioned.MODULE,)
