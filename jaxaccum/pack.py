@@ -18,11 +18,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from jaxaccum import config as configs
 from jaxaccum import data, tasks
 from jaxaccum.data.formats import packed
+from jaxaccum.machine.waiting import Bar
 
 SAMPLES_PER_SHARD = 512  # if nobody says how many shards
 Example = dict[str, Any]
@@ -115,7 +115,7 @@ def _write_records(
 
     features = tfds.features.FeaturesDict(task.packed_features(tfds, splits["train"].told["names"]))
     total = sum(count for split in splits.values() for count, _ in split.records.values())
-    bar = tqdm(total=total, unit=" records", disable=None)  # None: on a terminal only
+    bar = Bar(total=total, unit=" records", disable=None)  # None: on a terminal only
     generators = {
         name: [
             functools.partial(_examples, example, part, bar)
@@ -164,7 +164,7 @@ def _parts(count: int, shards: int) -> list[range]:
 
 
 def _examples(
-    example: Callable[[int], Example], part: range, bar: tqdm
+    example: Callable[[int], Example], part: range, bar: Bar
 ) -> Iterator[tuple[int, Example]]:
     for index in part:
         yield index, example(index)

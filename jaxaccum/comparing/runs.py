@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from jaxaccum.comparing.files import last_lines, write_json
 from jaxaccum.comparing.planning import layout
 from jaxaccum.comparing.subjects import Model, as_flags, load_config, prepare
 from jaxaccum.errors import TrainingError
+from jaxaccum.machine.waiting import Bar
 from jaxaccum.training import optim, run
 
 # "update  10/513 | ... | 11.6 images/s", as training prints it: evaluations and the first
@@ -129,7 +128,7 @@ def _train_in_child(cell: Cell, log: BinaryIO, allow_wrong_numbers: bool) -> int
     ended, status, used = 0, 0, None
     try:
         # A bar on a terminal, nothing in a file.
-        with tqdm(total=cell.run.steps, disable=None, desc=cell.workdir.name, leave=False) as bar:
+        with Bar(total=cell.run.steps, disable=None, desc=cell.workdir.name, leave=False) as bar:
             while not ended:
                 time.sleep(0.5)
                 ended, status, used = os.wait4(process.pid, os.WNOHANG)

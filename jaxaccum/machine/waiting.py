@@ -31,13 +31,24 @@ def width(stream: TextIO) -> dict[str, Any]:
     return {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
 
 
+class Bar(tqdm):
+    """A bar that gives tqdm's lock back where it cannot draw, as on a terminal that is gone: tqdm
+    keeps it, and the next thread that draws would wait for ever."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        """Draws it. Raises OSError if it cannot."""
+        del lock_args
+        with contextlib.nullcontext() if nolock else self.get_lock():
+            self.display()
+
+
 class _Wait:
     """One block that is waited for."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done, self.start = 0, time.monotonic()
-        self.bar: tqdm[Any] | None = None
+        self.bar: Bar | None = None
         self._moments = moments()
         self._due = next(self._moments)
 
@@ -68,7 +79,7 @@ class _Wait:
     def _draw(self) -> None:
         if self.bar is None:
             count = "{n_fmt}/{total_fmt} {unit} |{bar:24}| " if self.total else ""
-            self.bar = tqdm(
+            self.bar = Bar(
                 total=self.total or None, unit=self.unit, desc=self.what, leave=False,
                 file=sys.stderr, bar_format=f"{{desc}}: {count}{{elapsed}}", **width(sys.stderr),
             )  # fmt: skip

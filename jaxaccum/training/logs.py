@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jaxaccum.data.texts import shown
 from jaxaccum.draw import Image, encode_image
-from jaxaccum.machine.waiting import width
+from jaxaccum.machine.waiting import Bar, width
 from jaxaccum.training.workdir import WorkdirError, why_not_written
 
 if TYPE_CHECKING:
@@ -271,10 +271,10 @@ class Console:
         # (seconds, samples) after each recent update, and one before the first.
         self._marks: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=33)
         self._compiling = True
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         self._gone = False
         if self._stream.isatty():
-            self._bar = tqdm(
+            self._bar = Bar(
                 total=total_updates,
                 initial=start,
                 file=self._stream,

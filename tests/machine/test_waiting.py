@@ -84,6 +84,31 @@ def test_nothing_in_silence_and_nothing_raised_where_nobody_reads(stderr, monkey
         time.sleep(0.7)
 
 
+def test_a_terminal_that_goes_away_stops_no_other_bar(monkeypatch):
+    """tqdm keeps its lock where drawing fails: what drew next, from another thread, hung."""
+    gone, real = Stream(True), time.monotonic
+    monkeypatch.setattr(gone, "write", lambda text: (_ for _ in ()).throw(BrokenPipeError()))
+    monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=gone))
+    monkeypatch.setattr(module.time, "monotonic", lambda: 10 * real())
+    monkeypatch.setattr(module, "_TICK", 0.02)
+    with waiting("a"):  # fails in the thread of all waits
+        time.sleep(0.7)
+    with pytest.raises(BrokenPipeError):  # and here
+        module.Bar(total=2, file=gone)
+    drawn = []
+
+    def draw():
+        with module.Bar(total=2, file=Stream(True)) as bar:
+            bar.update(1)
+        drawn.append(True)
+
+    for _ in range(2):
+        thread = threading.Thread(target=draw, daemon=True)
+        thread.start()
+        thread.join(10)
+    assert drawn == [True, True]
+
+
 def test_one_thread_for_all_and_errors_go_through():
     with pytest.raises(KeyError), waiting("a"), waiting("b"):
         raise KeyError
