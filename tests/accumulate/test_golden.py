@@ -317,6 +317,7 @@ def compute(name: str, golden: Golden, dtype) -> tuple[dict, dict[str, int]]:
 SLOW = [name for name in GOLDEN if name != "yolov8-n"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize(
     "name", ["yolov8-n", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]

@@ -52,6 +52,7 @@ def trace(geometry, bn_group, model="adapointr-tiny", x64=True):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["adapointr-tiny", pytest.param("pointr-tiny", marks=pytest.mark.slow)]
 )
