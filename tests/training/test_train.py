@@ -554,9 +554,12 @@ def scored(monkeypatch, values):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["scan", "multisteps"])
-def test_patience_ends_a_run_and_a_new_start_knows_it(tmp_path, monkeypatch, capfd, engine):
-    changes = {"eval.every": 2, "eval.patience": 2, "checkpoint.every": 5, "engine": engine}
+@pytest.mark.parametrize(
+    "geometry", [{}, {"engine": "multisteps"}, {"microbatch": 4}, {"devices": 2}], ids=str
+)
+def test_patience_ends_a_run_and_a_new_start_knows_it(tmp_path, monkeypatch, capfd, geometry):
+    """After the same update on every geometry."""
+    changes = {"eval.every": 2, "eval.patience": 2, "checkpoint.every": 5, **geometry}
     scored(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     best = train.train(tiny_config(**changes), tmp_path)
     assert best["step"] == 4 and checkpoint.newest_complete(tmp_path) == 8
