@@ -83,7 +83,7 @@ def killed_and_done(config_file, tmp_path_factory):
     """A comparison killed in its second run, then ended; (folder, results, first run's bytes)."""
     out = tmp_path_factory.mktemp("compared")
     program = (
-        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(Path(__file__).parent)!r}]\n"
         "import tiny, test_compare, pathlib\n"
         f"test_compare.start(*map(pathlib.Path, {(str(config_file), str(out))!r}))\n"
     )
