@@ -15,7 +15,7 @@ from jaxaccum import config_files, programs, tasks
 from jaxaccum.machine import known_answers
 from jaxaccum.tasks import predicting
 from jaxaccum.training import inference, loop, measuring, run
-from jaxaccum.training.preemption import Preempted
+from jaxaccum.training.preemption import STOPPED_BY_HAND, Preempted
 from jaxaccum.weights import exchange
 
 
@@ -155,9 +155,10 @@ def train(
     try:
         loop.train(config, folder, accept_other_recipe, watch=watch, signals=not _interactive())
     except Preempted as stopped:
-        if stopped.code == 130:
+        if stopped.code == STOPPED_BY_HAND:
             raise KeyboardInterrupt from stopped
-        raise
+        if not stopped.in_time:
+            raise
     return Model(inference.load(folder))
 
 

@@ -61,7 +61,7 @@ def measure(
     )
     planned = planner.compiled(**geometry).peak
     this = planner.prepared(**geometry)
-    engine = make_engine(this.task.forward, this.rule, this.window)
+    engine = make_engine(this.forward, this.rule, this.window)
     start = this.task.initialise(0)
     nbs = this.window.recipe.nbs
     batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), this.task.example(nbs))

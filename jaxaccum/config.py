@@ -62,7 +62,8 @@ def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict, devices: int
       devices: that the run uses; learned from by the compat rule only.
     """
     settings = c.to_dict()
-    for field in (*not_learned(c.task), "nbs", "bn_group"):
+    later = [f for f, usual in fields.LATER.items() if has(c, f) and get(c, f) in usual]
+    for field in (*not_learned(c.task), "nbs", "bn_group", *later):
         if not has(c, field):
             continue
         *parents, leaf = field.split(".")

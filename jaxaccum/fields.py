@@ -20,9 +20,13 @@ from jaxaccum.errors import UserError
 # its contents; all others, but for those that a task names, are the recipe.
 NOT_LEARNED = (
     "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "epochs", "log", "eval",
-    "checkpoint", "max_skipped", "data.path", "data.on_error", "data.cache", "data.cache_gib",
-    "data.workers", "data.prefetch",
+    "checkpoint", "max_skipped", "hours", "data.path", "data.on_error", "data.cache",
+    "data.cache_gib", "data.workers", "data.prefetch",
 )  # fmt: skip
+
+# Fields of the recipe that came later. Where they hold this a run is what it was before, and its
+# recipe does not name them: it has the fingerprint that it had, and may be continued.
+LATER: Mapping[str, Any] = {"freeze": (0, ""), "data.fraction": (1.0,), "data.single_cls": (False,)}
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
 
@@ -36,7 +40,8 @@ GAIN = (0, 1e9)  # of a term of the loss
 # The range of every number that configs of all tasks have.
 RANGES: Ranges = {
     "nbs": (1, MOST_SAMPLES), "seed": (0, 2**31 - 1), "steps": (0, MOST_UPDATES),
-    "epochs": (0, 1e7), "devices": (0, 1e6), "fsdp": (0, 1e6), "max_skipped": (1, 1e9),
+    "epochs": (0, 1e7), "hours": (0, 1e5), "devices": (0, 1e6), "fsdp": (0, 1e6),
+    "max_skipped": (1, 1e9),
     "optimizer.momentum": (0, 1), "optimizer.b2": (0, 1), "optimizer.weight_decay": (0, 1e9),
     "optimizer.clip": (0, 1e9),
     "lr.base": (0, 1e30), "lr.base_batch": (1, 1e9), "lr.final": (0, 1),
@@ -96,6 +101,8 @@ def recipe(c: ml_collections.ConfigDict) -> None:
     c.steps = 0  # updates, if not 0
     c.seed = 0
     c.init_from = ""  # weights to start from: a .pt, .pth, .safetensors or the workdir of a run
+    # Modules that do not learn: "model.0,model.1", or 10 for a detector's first ten (its backbone).
+    c.freeze = any_of(0)
     # Compute: "float32", "tf32" (float32 whose products may be rounded on the way, several times
     # as fast on GPUs) or "bfloat16". Parameters and accumulators are float32 in all of them.
     c.dtype = "float32"
@@ -137,6 +144,7 @@ def geometry(c: ml_collections.ConfigDict) -> None:
 
 def run(c: ml_collections.ConfigDict) -> None:
     """What is watched and kept. `every` counts updates; 0: once per epoch, -1: never."""
+    c.hours = 0.0  # stop after so many, saved, to be continued by the same command; 0: no limit
     c.max_skipped = 3  # windows in a row that may be skipped for a NaN or Inf
     c.log = ml_collections.ConfigDict(
         {
@@ -186,7 +194,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
       ConfigError: names the field, what it holds and what it may hold.
     """
     ranges = {**RANGES, **own.ranges}
-    _validate_types(c, own.defaults(), "", ranges, ("bn_group", "microbatch", *own.free))
+    _validate_types(c, own.defaults(), "", ranges, ("bn_group", "microbatch", "freeze", *own.free))
     _validate_cadence(c)
     words = {
         "dtype": tuple(DTYPES),
@@ -247,6 +255,11 @@ def _validate_recipe(c: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"bn_group is a positive integer, at most {MOST_SAMPLES:,}, 'all' or 'frozen'; got "
             f"{shown(c.bn_group)}"
+        )
+    if not isinstance(c.freeze, str) and not (type(c.freeze) is int and 0 <= c.freeze <= 1000):
+        raise ConfigError(
+            "freeze is a number of modules, 0 to 1000, or names with commas between them; got "
+            f"{shown(c.freeze)}"
         )
     if not c.steps and not c.epochs:
         raise ConfigError("set epochs (passes over the data) or steps (updates)")

@@ -23,6 +23,7 @@ from jaxaccum.data import texts
 # Ultralytics' name -> our field, where the value means the same.
 _SAME = {
     "epochs": "epochs", "imgsz": "data.image_size", "data": "data.path", "seed": "seed",
+    "single_cls": "data.single_cls", "fraction": "data.fraction",
     "patience": "eval.patience", "lr0": "lr.base", "lrf": "lr.final",
     "momentum": "optimizer.momentum", "weight_decay": "optimizer.weight_decay",
     "warmup_epochs": "lr.warmup_epochs", "warmup_momentum": "lr.warmup_momentum",
@@ -170,6 +171,12 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         found.without.append(f"optimizer={optimizer}: adamw in its place")
     if (period := _number(given, "save_period", -1, file)) > 0:
         found.fields["checkpoint.every_epochs"] = (float(period), "")
+    if freeze := given.get("freeze"):
+        if isinstance(freeze, list):
+            freeze = ",".join(f"model.{number}" for number in freeze)
+        found.fields["freeze"] = (freeze, "batch norm there by the running statistics")
+    if hours := given.get("time"):
+        found.fields["hours"] = (hours, "ends there; that trainer makes its schedule shorter")
     if given.get("val") is False:
         found.fields["eval.every"] = (-1, "")
         found.fields.pop("eval.patience", None)
@@ -177,7 +184,7 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         if name in _TELLS and value not in (None, "", False):
             found.without.append(f"{name}={value}: {_TELLS[name]}")
         taken = {*_SAME, *_MEANS_NOTHING, "model", "pretrained", "batch", "nbs", "cos_lr",
-                 "optimizer", "save_period"}  # fmt: skip
+                 "optimizer", "save_period", "freeze", "time"}  # fmt: skip
         if name not in taken and value not in (None, False, 0, 0.0, "", "default"):
             found.without.append(f"{name}={value}")
     return found

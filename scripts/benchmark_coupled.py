@@ -115,7 +115,7 @@ def measure_departure(this, params, stats, batch) -> None:
     @jax.jit
     def contrast(params, stats, batch, part):
         def loss(params):
-            features = this.forward(params, stats, batch).features
+            features = this.grouped(params, stats, batch).features
             scale = params[captioned.MODULE]["logit_scale"]
             cosines, _ = alignment.similarities(
                 features["cloud"], features["text"], jnp.ones(count)

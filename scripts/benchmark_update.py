@@ -59,7 +59,7 @@ def main(_) -> int:
         for engine in ("scan", "multisteps"):
             config.engine = engine
             this = run.prepare(config, names=source.names, samples=len(source), identity={})
-            made[engine] = make_engine(this.task.forward, this.rule, this.window)
+            made[engine] = make_engine(this.forward, this.rule, this.window)
         batch = next(run.make_stream(this, source).windows(0, [config.nbs]))
         start = this.task.initialise(config.seed)
         states = {name: engine.init(*start) for name, engine in made.items()}
@@ -68,7 +68,7 @@ def main(_) -> int:
         one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], batch))
         if single is None:  # the sums do not depend on the effective batch
             single = jax.jit(
-                lambda p, s, b, this=this: this.rule.objective.sums(this.forward, p, s, b)
+                lambda p, s, b, this=this: this.rule.objective.sums(this.grouped, p, s, b)
             )
             single(*start, one)
         passes, ratios = [], {name: [] for name in made}

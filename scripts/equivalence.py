@@ -122,7 +122,7 @@ def measure(config, train_set, laid: Laid, engine: str, peers=None):
         peers.connect(mesh)
 
     trace = equivalence.trace(
-        this.task.forward, this.rule, this.recipe, this.window.geometry, params, stats, batches,
+        this.forward, this.rule, this.recipe, this.window.geometry, params, stats, batches,
         UPDATES.value, connect=connect if peers else None,
     )  # fmt: skip
     return trace, str(this.recipe)

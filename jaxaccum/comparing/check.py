@@ -80,7 +80,7 @@ def first_losses(
                 config.init_from, this.task.model, params, stats, source.names,
                 this.task.loss_modules,
             )  # fmt: skip
-        engine = make_engine(this.task.forward, this.rule, this.window)
+        engine = make_engine(this.forward, this.rule, this.window)
         state = engine.init(params, stats)
         windows = run.make_stream(this, source).windows(0, [this.recipe.nbs] * updates)
         losses.append([])

@@ -139,7 +139,7 @@ class Planner:
         if key in self._known:
             return self._known[key]
         this = self.prepared(microbatch, engine, remat)
-        made = make_engine(this.task.forward, this.rule, this.window, self._devices)
+        made = make_engine(this.forward, this.rule, this.window, self._devices)
         state = _state_of(this)
         batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
         with waiting(f"compiling microbatch {microbatch}, {engine}{', remat' if remat else ''}"):
@@ -231,9 +231,9 @@ class Planner:
             ),
             (state.params, state.stats, this.task.example(self.unit)),
         )
-        passes = [lambda *a: objective.sums(this.forward, *a)]
+        passes = [lambda *a: objective.sums(this.grouped, *a)]
         if this.rule.objective.coupled:
-            passes.append(lambda *a: objective.features(this.forward, *a))
+            passes.append(lambda *a: objective.features(this.grouped, *a))
         costs = [jax.jit(f).lower(*arguments).cost_analysis() or {} for f in passes]
         return sum(float(cost.get("flops", 0.0)) for cost in costs) / self.unit
 

@@ -159,16 +159,16 @@ class Journal:
         self._watch(dict(record))
         count, sums = self._since.pop("updates"), self._since
         means, self._since = {key: sums[key] / count for key in sums}, Counter()
+        # A small effective batch's loss is mostly noise; the file has that of the one update.
+        mean = "mean_" if count > 1 else ""
         more = {f"{this.task.unit}_per_second": self._console.per_second}
         more |= this.task.readable(record)
         shown = {
-            k: v for k, v in record.items() if not k.startswith(("samples", "skipped", "sums/"))
+            mean + k if k in means else k: means.get(k, v)
+            for k, v in record.items()
+            if not k.startswith(("samples", "skipped", "sums/"))
         }
-        # A small effective batch's loss is mostly noise; the file has that of the one update.
-        self.line(
-            format_line(step, this.steps, shown | means | more)
-            + (f" | losses of {count} updates" if count > 1 else "")
-        )
+        self.line(format_line(step, this.steps, shown | more))
         if self._board:
             self._board.scalars(record | more, step)
         if self._stream.truncated:  # only detectors have objects

@@ -357,7 +357,7 @@ def format_line(step: int, total: int, record: Mapping[str, Any]) -> str:
         head, _, member = key.partition("/")
         group = groups.setdefault(head, {})
         if member:
-            group[member] = _show(head, value)
+            group[member] = _show(head, value, digits=3)
         else:
             heads[head] = _show(head, value)
     word = "eval" if record.get("kind") == "eval" else "update"
@@ -378,7 +378,7 @@ def format_line(step: int, total: int, record: Mapping[str, Any]) -> str:
     return " | ".join(parts)
 
 
-def _show(head: str, value: Any) -> str:
+def _show(head: str, value: Any, digits: int = 4) -> str:
     """A value in as many digits as a reader wants."""
     if isinstance(value, str | bool | int) or value is None:
         return str(value)
@@ -386,4 +386,5 @@ def _show(head: str, value: Any) -> str:
     if array.dtype.kind in "biu":
         return str(array)
     number = float(array)
-    return format(number, {"lr": ".2e", "epoch": ".2f"}.get(head, ".4g"))
+    usual = {"lr": ".2e", "epoch": ".2f", "grad_norm": ".3g"}
+    return format(number, usual.get(head, f".{digits}g"))

@@ -17,7 +17,7 @@ from jaxaccum.errors import TrainingError
 from jaxaccum.machine import host_memory
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models.init import count
-from jaxaccum.training import run
+from jaxaccum.training import freezing, run
 from jaxaccum.training.album import Album
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
@@ -65,7 +65,7 @@ def train(
 
     with (
         locked(workdir) if peers.first else contextlib.nullcontext(),
-        Preemption(config.checkpoint.grace, kept, peers, signals) as preemption,
+        Preemption(config.checkpoint.grace, kept, peers, signals, config.hours) as preemption,
     ):
         return _train(config, workdir, accept_other_recipe, preemption, peers, watch)
 
@@ -86,7 +86,7 @@ def _train(
         return over
 
     stream = run.make_stream(this, train_set)
-    engine = make_engine(this.task.forward, this.rule, this.window)
+    engine = make_engine(this.forward, this.rule, this.window)
     with waiting("making the model"):
         params, stats = _initial(config, this, train_set)
     evaluator = this.task.evaluator(config, val_set)
@@ -239,6 +239,8 @@ def _initial(
     stats, lines = this.task.load_frozen(config, stats)
     for line in lines:
         print(line)
+    if names := freezing.modules(config.freeze):
+        print(freezing.described(params, names))
     return params, stats
 
 

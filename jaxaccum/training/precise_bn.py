@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def recompute_statistics(
     group = this.recipe.group
     if group is None:
         raise ValueError("eval.precise_bn needs batch statistics; this recipe's are frozen")
-    moments_of, total = _moments_of(cast(Any, this.task), group), None
+    moments_of, total = _moments_of(this.forward, group), None
     for batch in stream.windows(0, [group] * -(-samples // group)):
         new = moments_of(params, stats, batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
@@ -41,7 +41,7 @@ def recompute_statistics(
 
 
 @functools.cache
-def _moments_of(task: Any, group: int):
+def _moments_of(forward: Any, group: int):
     """Compiled once per task: (params, stats, batch of one group) -> moments."""
-    forward = grouped(task.forward, group)
-    return jax.jit(lambda params, stats, batch: forward(params, stats, batch).moments)
+    of_groups = grouped(forward, group)
+    return jax.jit(lambda params, stats, batch: of_groups(params, stats, batch).moments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -32,9 +33,15 @@ _TOLD = 128  # marks, for the watching thread, a signal that another process got
 
 
 class Preempted(SystemExit):
-    """A signal ended the run, and what it had learned is kept; `code` is the exit status."""
+    """A signal or the clock ended the run, and what it had learned is kept; `code` is the exit
+    status.
+
+    Attributes:
+      in_time: the run's own limit of time was reached.
+    """
 
     code: int
+    in_time = False
 
 
 class Preemption:
@@ -56,15 +63,21 @@ class Preemption:
         kept: Callable[[], int | None],
         peers: Peers | None = None,
         install: bool = True,
+        hours: float = 0.0,
     ) -> None:
-        """Does nothing yet.
+        """The time begins.
 
         Args:
           grace: seconds.
           kept: update of the newest complete checkpoint, or None; called from any thread.
           peers: the other processes of the run: what one gets, all get.
           install: take signals at all; if not, they are the caller's.
+          hours: after which it raises `Preempted` in `allowed`, without a signal; 0 for never. Of
+            several processes the first looks at the clock.
         """
+        self._hours, self._out_of_time = hours, False
+        looks = hours > 0 and (peers is None or peers.first)
+        self._ends = time.monotonic() + 3600 * hours if looks else math.inf
         self._wanted = install
         self.signal: signal.Signals | None = None
         self._grace = grace
@@ -93,6 +106,9 @@ class Preemption:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        stopped = self.signal and kind and issubclass(kind, Preempted) and self._speaks
+        if stopped and self._out_of_time:
+            _say(f"stopped after hours={self._hours:g}: {self._what_is_kept()}")
         if not self._installed:
             return
         self._raises = False
@@ -109,7 +125,7 @@ class Preemption:
         self._watcher.join()
         self._reader.close()
         self._writer.close()
-        if self.signal and kind and issubclass(kind, Preempted) and self._speaks:
+        if stopped and self.signal and not self._out_of_time:
             _say(f"stopped by {self.signal.name}: {self._what_is_kept()}")
 
     def hold(self) -> None:
@@ -121,6 +137,7 @@ class Preemption:
         """Work that may be dropped: a signal, also one that came before, raises `Preempted`."""
         try:
             self._raises = True
+            self._look_at_the_clock()
             if self.signal:
                 raise self.preempted()
             yield
@@ -135,7 +152,17 @@ class Preemption:
     def preempted(self) -> Preempted:
         """What to raise after a signal."""
         assert self.signal
-        return Preempted(STATUS[self.signal])
+        preempted = Preempted(STATUS[self.signal])
+        preempted.in_time = self._out_of_time
+        return preempted
+
+    def _look_at_the_clock(self) -> None:
+        """Where time is over, the same as if SIGUSR1 had come, which the others are sent."""
+        if self.signal or time.monotonic() < self._ends:
+            return
+        self.signal, self._out_of_time = signal.SIGUSR1, True
+        if self._peers:
+            self._peers.stop(signal.SIGUSR1)
 
     def _arrived(self, number: int, _: Any) -> None:
         self.signal = self.signal or signal.Signals(number)

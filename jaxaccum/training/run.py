@@ -26,7 +26,7 @@ from jaxaccum.accumulate import (
 )
 from jaxaccum.accumulate.terms import Grouped
 from jaxaccum.machine import user_cache
-from jaxaccum.training import optim
+from jaxaccum.training import freezing, optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Run:
       sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the usual rule.
       schedule: hyperparameters of every update.
       task: model, terms, samples and metrics.
+      forward: the task's, without what is frozen.
       rule: the update.
     """
 
@@ -48,6 +49,7 @@ class Run:
     sizes: np.ndarray
     schedule: optim.Schedule
     task: tasks.Task
+    forward: freezing.Forward
     rule: UpdateRule
 
     @property
@@ -56,9 +58,9 @@ class Run:
         return len(self.sizes)
 
     @functools.cached_property
-    def forward(self) -> Grouped:
-        """The task's, given the recipe's groups."""
-        return grouped(self.task.forward, self.recipe.group)
+    def grouped(self) -> Grouped:
+        """The forward, given the recipe's groups."""
+        return grouped(self.forward, self.recipe.group)
 
     def size_of(self, window: int) -> int:
         """Samples of a window; those made up for skipped ones are like the last."""
@@ -123,14 +125,20 @@ def prepare(
             "log.noise_scale compares the microbatches of an update, and here it has one: take a "
             f"smaller microbatch than {config.microbatch}, or more devices"
         )
+    frozen = freezing.modules(config.freeze)
     rule = UpdateRule(
         dataclasses.replace(task.objective(recipe.nbs, usual), noise=config.log.noise_scale),
-        optim.make_optimizer(config, schedule, task.untrained),
+        optim.make_optimizer(
+            config,
+            schedule,
+            lambda path: task.untrained(path) or freezing.is_frozen(path, frozen),
+        ),
         clip=config.optimizer.clip,
         statistics_momentum=optim.at(schedule.bn_momentum),
         ema_decay=optim.ema_decay(ema.decay, ema.ramp) if ema.decay else None,
     )
-    return Run(config, recipe, window, sizes, schedule, task, rule)
+    forward = freezing.frozen_forward(task.forward, frozen)
+    return Run(config, recipe, window, sizes, schedule, task, forward, rule)
 
 
 def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def require_law(config: ml_collections.ConfigDict, peers: Peers) -> Verdict:
         params, stats = this.task.initialise(config.seed, np.float64)
         with waiting("computing the first update on two geometries"):
             found = verify(
-                this.task.forward, this.rule, this.recipe, params, stats, batch,
+                this.forward, this.rule, this.recipe, params, stats, batch,
                 [geometry, Geometry(smallest, 1, other)],
             )  # fmt: skip
     if not found.ok:

@@ -38,7 +38,7 @@ def update(context: Context, part: str) -> Found:
     }  # fmt: skip
     this, start = made["scan"].run, made["scan"].start
     one = jax.device_put(jax.tree.map(lambda a: a[:microbatch], made["scan"].batch))
-    single = jax.jit(lambda p, s, b: this.rule.objective.sums(this.forward, p, s, b))
+    single = jax.jit(lambda p, s, b: this.rule.objective.sums(this.grouped, p, s, b))
     jax.block_until_ready(single(*start, one))
     # The samples of scan lie on the device, like those of the pass; multisteps brings its own.
     placed = made["scan"].engine.place(made["scan"].batch)
@@ -171,7 +171,7 @@ def state(context: Context, part: str) -> Found:
         floor = (4 * unit + 2 * runs.bytes_of(held.stats)) / unit
         if engine == "multisteps":  # and the accumulator, with the moments of batch norm
             one = this.task.example(microbatch)
-            sums_of = functools.partial(this.rule.objective.sums, this.forward)
+            sums_of = functools.partial(this.rule.objective.sums, this.grouped)
             sums = jax.eval_shape(sums_of, held.params, held.stats, one)
             floor += runs.bytes_of(sums) / unit
         closing = _programs(this)[-1]

@@ -111,7 +111,7 @@ def law(context: Context, part: str) -> Found:
         batches = [runs.random_batch(this, seed=i) for i in range(updates)]
         params, stats = this.task.initialise(0, np.float64 if dtype == "float64" else np.float32)
         return equivalence.trace(
-            this.task.forward, this.rule, this.recipe, geometry, params, stats,
+            this.forward, this.rule, this.recipe, geometry, params, stats,
             lambda: iter(batches), updates,
         )  # fmt: skip
 

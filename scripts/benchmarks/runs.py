@@ -66,7 +66,7 @@ def random_batch(this: run.Run, objects: int = 8, seed: int = 0) -> dict[str, np
 
 def engine_of(this: run.Run):
     """The engine of a run."""
-    return make_engine(this.task.forward, this.rule, this.window)
+    return make_engine(this.forward, this.rule, this.window)
 
 
 def state_of(this: run.Run) -> PyTree:

@@ -96,7 +96,7 @@ def trace(model: str, geometry: Geometry) -> equivalence.Trace:
     )  # fmt: skip
     this = run.prepare(config, names=source.names, samples=len(source), identity={})
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, geometry,
+        this.forward, this.rule, this.recipe, geometry,
         *this.task.initialise(0, np.float64),
         lambda: run.make_stream(this, source).windows(0, [NBS] * UPDATES, backend="threads"),
         UPDATES,

@@ -157,7 +157,7 @@ def test_with_coupled_terms():
         **tiny_completion.CAPTIONED, **{"log.noise_scale": True},
     )  # fmt: skip
     this = run.prepare(config, names=["a", "b"], samples=8, identity={})
-    made = make_engine(this.task.forward, this.rule, this.window)
+    made = make_engine(this.forward, this.rule, this.window)
     state = jax.eval_shape(made.init, *this.task.initialise(0))
     (program,) = made.lowered(state, this.task.example(4))
     _, log = program.out_info

@@ -144,7 +144,7 @@ def test_the_account_is_the_compilers():
     made = small()
     found = made.compiled(4)
     this = made.prepared(4, "scan", False)
-    engine = make_engine(this.task.forward, this.rule, this.window)
+    engine = make_engine(this.forward, this.rule, this.window)
     state = jax.eval_shape(engine.init, *this.task.initialise(0))
     (program,) = engine.lowered(state, this.task.example(8))
     memory = program.compile().memory_analysis()

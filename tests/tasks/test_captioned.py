@@ -57,7 +57,7 @@ def first_batch(this, source):
 def trace(geometry, **changes):
     this, source, initial = prepared(geometry, **changes)
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, geometry, *initial,
+        this.forward, this.rule, this.recipe, geometry, *initial,
         lambda: iter([first_batch(this, source)]), 1,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ def trace_of_ten(geometry, changes):
     source = captioned.with_captions(few(), config)
     this = run.prepare(config, names=source.names, samples=len(source), identity={})
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, geometry,
+        this.forward, this.rule, this.recipe, geometry,
         *this.task.initialise(0, np.float64),
         lambda: run.make_stream(this, source).windows(0, [10, 10], backend="threads"), 2,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def trace(geometry, bn_group, model="adapointr-tiny", x64=True):
         return run.make_stream(this, source).windows(0, [NBS] * UPDATES, backend="threads")
 
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, geometry,
+        this.forward, this.rule, this.recipe, geometry,
         *this.task.initialise(0, np.float64 if x64 else np.float32), batches, UPDATES,
     )  # fmt: skip
 
@@ -110,9 +110,9 @@ def test_denominators_and_parameters_without_gradient():
             tiny_config(model=name), names=source.names, samples=len(source), identity={}
         )
         params, stats = this.task.initialise(0)
-        check(this.forward, this.rule.objective, params, stats, this.task.example(2))
+        check(this.grouped, this.rule.objective, params, stats, this.task.example(2))
         batch = next(run.make_stream(this, source).windows(0, [2], backend="threads"))
-        sums = jax.jit(lambda p, s, b, this=this: this.rule.objective.sums(this.forward, p, s, b))(
+        sums = jax.jit(lambda p, s, b, this=this: this.rule.objective.sums(this.grouped, p, s, b))(
             params, stats, batch
         )
         dead = {
@@ -302,10 +302,10 @@ def trace_of(this, source):
 
     params, stats = this.task.initialise(0)
     batch = next(run.make_stream(this, source).windows(0, [4], backend="threads"))
-    moments = this.forward(params, stats, {k: v[:2] for k, v in batch.items()}).moments
-    more = this.forward(params, stats, {k: v[2:] for k, v in batch.items()}).moments
+    moments = this.grouped(params, stats, {k: v[:2] for k, v in batch.items()}).moments
+    more = this.grouped(params, stats, {k: v[2:] for k, v in batch.items()}).moments
     total = jax.tree.map(lambda a, b: a + b, moments, more)
-    engine = make_engine(this.task.forward, this.rule, this.window)
+    engine = make_engine(this.forward, this.rule, this.window)
     state, _ = engine.update(engine.init(params, stats), batch)
     (first,) = [m for m in jax.tree.leaves(total, is_leaf=lambda t: "count" in t)]
     (mean,) = [m["mean"] for m in jax.tree.leaves(state.stats, is_leaf=lambda t: "mean" in t)]

@@ -33,7 +33,7 @@ def trace(geometry, bn_group, x64=True, objects=None):
             yield batch
 
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, geometry,
+        this.forward, this.rule, this.recipe, geometry,
         *this.task.initialise(0, np.float64 if x64 else np.float32), batches, UPDATES,
     )  # fmt: skip
 
@@ -80,10 +80,10 @@ def test_denominators_carry_no_gradient():
     this = run.prepare(tiny_config(), names=source.names, samples=4, identity={})
     params, stats = this.task.initialise(0)
     example = this.task.example(2)
-    check(this.forward, this.rule.objective, params, stats, example)
+    check(this.grouped, this.rule.objective, params, stats, example)
 
     def leaking(params, stats, batch):
-        out = this.forward(params, stats, batch)
+        out = this.grouped(params, stats, batch)
         leak = jnp.sum(params["model.5"]["cv2.0.2"]["bias"])
         return out._replace(
             denominators={"target_scores": out.denominators["target_scores"] + leak}

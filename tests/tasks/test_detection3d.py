@@ -227,7 +227,7 @@ def trace(geometry, x64=True, **changes):
         return run.make_stream(this, source).windows(0, sizes, backend="threads")
 
     return equivalence.trace(
-        this.task.forward, this.rule, this.recipe, this.window.geometry,
+        this.forward, this.rule, this.recipe, this.window.geometry,
         *this.task.initialise(0, np.dtype(dtype)), batches, 2,
     )  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_denominators_are_constants():
         this = run.prepare(config, names=data.open_source3d("", "val").names, samples=12,
                            identity={})  # fmt: skip
         params, stats = jax.eval_shape(lambda t=this.task: t.initialise(0))
-        check(this.forward, this.rule.objective, params, stats, this.task.example(2))
+        check(this.grouped, this.rule.objective, params, stats, this.task.example(2))
 
 
 # --- the verbs ---

@@ -96,7 +96,7 @@ def test_it_holds_the_law(images):
     params, stats = this.task.initialise(0, np.float64)
     geometries = [Geometry(10), Geometry(4), Geometry(3, engine="multisteps"), Geometry(1, 2)]
     found = equivalence.verify(
-        this.task.forward, this.rule, this.recipe, params, stats, batch, geometries
+        this.forward, this.rule, this.recipe, params, stats, batch, geometries
     )
     assert found.ok, str(found)
 
@@ -295,7 +295,7 @@ def test_the_engine_guards_it(images):
     with pytest.raises(checks.ContractError, match="weight"):
         batch = this.task.example(2)
         del batch["weight"]
-        checks.check(this.forward, this.rule.objective, *this.task.initialise(0), batch)
+        checks.check(this.grouped, this.rule.objective, *this.task.initialise(0), batch)
 
 
 # --- train --verify ---

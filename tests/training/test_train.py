@@ -540,7 +540,7 @@ def test_a_line_has_the_mean_of_its_updates(tmp_path, capfd):
     losses = [r["loss"] for r in each if r["kind"] == "train"]
     told = [float(line.split("loss ")[1].split()[0]) for line in said]
     assert told == pytest.approx([np.mean(losses[:5]), np.mean(losses[5:])], rel=1e-3)
-    assert all(line.endswith(" | losses of 5 updates") for line in said)
+    assert all(" | mean loss " in line and len(line) < 130 for line in said)
     five = [json.loads(line) for line in (tmp_path / "five" / "metrics.jsonl").open()]
     assert [r["loss"] for r in five if r["kind"] == "train"] == [losses[4], losses[9]]
 

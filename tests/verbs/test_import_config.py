@@ -79,7 +79,17 @@ def test_every_value_has_its_place(tmp_path):
     assert (config.eval.patience, config.eval.iou, config.eval.max_det) == (7, 0.6, 200)
     assert (config.epochs, config.data.image_size, config.checkpoint.every_epochs) == (30, 512, 5)
     assert "copy_paste=0.2" in found.without
+    assert not config.data.single_cls and config.freeze == 0
     assert not any("single_cls" in one for one in found.without)
+
+
+@pytest.mark.parametrize(("freeze", "field"), [("10", 10), ("[0, 3]", "model.0,model.3")])
+def test_switches(tmp_path, freeze, field):
+    file = args(tmp_path, single_cls="true")
+    file.write_text(f"{file.read_text()}\nfreeze: {freeze}\ntime: 1.5\nfraction: 0.25\n")
+    config = written(imported(file), tmp_path)
+    assert (config.freeze, config.hours) == (field, 1.5)
+    assert (config.data.single_cls, config.data.fraction) == (True, 0.25)
 
 
 def test_two_devices_share_a_batch(tmp_path):
@@ -90,7 +100,7 @@ def test_two_devices_share_a_batch(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"single_cls": "true"}, "single_cls=True"),
+        ({"single_cls": "true\nrect: true"}, "rect=True"),
         ({"optimizer": "RMSProp"}, "optimizer=RMSProp: adamw in its place"),
     ],
 )

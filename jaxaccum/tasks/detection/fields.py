@@ -30,6 +30,8 @@ def detection() -> ml_collections.ConfigDict:
             "path": "",
             "val_path": "",  # of a COCO set: the json to evaluate on; "" to guess
             "images": "",  # of a COCO set: the folder of its images; "" to guess
+            "fraction": 1.0,  # of the training images, evenly spaced
+            "single_cls": False,  # all classes are one
             "image_size": 640,
             "max_objects": 300,  # room for objects per training sample
             "on_error": "raise",  # bad labels and images: "raise" or "skip" (counted)
@@ -65,7 +67,7 @@ FIELDS = fields.Fields(
         **LOSS, **IMAGES,
         "augment.close_mosaic": (0, 1e9), "augment.mosaic": UNIT, "augment.mixup": UNIT,
         "augment.degrees": (0, 180), "augment.shear": (0, 89), "augment.perspective": (0, 0.001),
-        "augment.flipud": UNIT, "data.image_size": (32, 16384),
+        "augment.flipud": UNIT, "data.image_size": (32, 16384), "data.fraction": (1e-6, 1),
     },
     not_learned=("data.val_path", "data.images"),
     check=_check,

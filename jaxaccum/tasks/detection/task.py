@@ -16,6 +16,7 @@ from jaxaccum import data, draw, models
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.data import check
 from jaxaccum.data.formats import packed
+from jaxaccum.data.views import viewed
 from jaxaccum.draw import figures
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
@@ -68,6 +69,20 @@ class DetectionTask(Task):
         cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None = None
     ) -> data.Source:
         """The "train" or "val" split that the config names.
+
+        Raises:
+          DataError: it cannot be used, or has other classes than `names`.
+        """
+        options = config.data
+        one_class = options.single_cls
+        whole = cls.open_to_pack(config, split, None if one_class else names)
+        return viewed(whole, options.fraction if split == "train" else 1.0, one_class)
+
+    @classmethod
+    def open_to_pack(
+        cls, config: ml_collections.ConfigDict, split: str, names: Sequence[str] | None
+    ) -> data.Source:
+        """A split, whole and with all its classes.
 
         Raises:
           DataError: it cannot be used, or has other classes than `names`.
