@@ -21,7 +21,7 @@ def get_config(size: str = "projected"):
     config.model = f"adapointr-{size}"
     config.text.encoder = "hashed"
     config.text.point_encoder = "pointbert-small" if size == "small" else "pointbert"
-    config.eval.unseen = True
+    config.eval.unseen = "auto"
     if size == "small":  # fine-tunes a run of quickstart_completion.py
         config.epochs = 30.0
         config.loss.align = 0.0005  # docs/completion.md: more of it bends the shapes

@@ -22,6 +22,6 @@ def get_config():
     config.microbatch = 8
     config.log.every = 20
     config.eval.every = 200
-    config.eval.unseen = True
+    config.eval.unseen = "auto"
     config.checkpoint.every = 100
     return config

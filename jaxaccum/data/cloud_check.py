@@ -85,7 +85,7 @@ class Check:
                     f"{points}. Sample all of a data set to the same number of points."
                 )
         seen = {str(file): one for file, one in stamps.items()}
-        return Checked(self, where, groups, wrong, unequal, points, seen)
+        return Checked(self, where, groups, wrong, unequal, points, seen, good)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Checked:
       wrong, unequal: file -> what is wrong with it.
       points: of the first files; None if they need not be equal or none can be read.
       stamps: of all files.
+      counts: points of every file that can be read.
     """
 
     check: Check
@@ -106,6 +107,7 @@ class Checked:
     unequal: dict[Path, str]
     points: int | None
     stamps: Stamps
+    counts: dict[Path, int]
 
     def usable(self, report: Findings) -> list[list[bool]]:
         """Of each group which files can be used.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxaccum.data.base import DataError, Findings
-from jaxaccum.data.cloud_check import Check
+from jaxaccum.data.cloud_check import Check, points_in
 from jaxaccum.data.cloud_ops import unit_pose
 from jaxaccum.data.clouds import CloudReport
 from jaxaccum.data.formats.cloud_files import Points, read_cloud
@@ -44,7 +44,11 @@ class Models:
     Attributes:
       names, identity, report, points: as of a `CloudSource`.
       stamps: of the files that were checked, see `Check`.
+      counts: points in the file of every complete cloud, where these were checked.
+      points_of_all: of every cloud, by the kind of set; 0: all files must have as many.
     """
+
+    points_of_all = 0
 
     def __init__(
         self, kind: str, where: str, models: Sequence[Model], names: dict[str, str],
@@ -72,9 +76,13 @@ class Models:
             else:
                 found.append((model, size))
         self.stamps: Stamps = {}
-        points = None
+        self.counts: list[int] = []
+        points, result = None, None
         if check is not None and found:
-            result = check.run(where, [files_of(model) for model, _ in found])
+            result = check.run(
+                where, [files_of(model) for model, _ in found], self.points_in,
+                equal=not self.points_of_all,
+            )  # fmt: skip
             self.stamps, points = result.stamps, result.points
             found = [
                 (kept, size)
@@ -89,6 +97,8 @@ class Models:
             told = f"\0{model.category}\0{model.name}\0{size}\0{views}"
             digest.update(told.encode("utf-8", "surrogatepass"))
         self._models = [model for model, _ in found]
+        if result is not None:
+            self.counts = [result.counts[model.complete] for model in self._models]
         ids = sorted({model.category for model in self._models})
         words = Counter(names.get(i, i) for i in ids)
         # Two ids of one name stay two categories.
@@ -103,7 +113,15 @@ class Models:
         report.samples = len(self._models)
         self.report = report
         self._first = self._models[0].complete
-        self.points = len(read_cloud(self._first)) if points is None else points
+        self.points = self.points_of_all or points or len(read_cloud(self._first))
+
+    def points_in(self, file: Path) -> int:
+        """The number of points in a file.
+
+        Raises:
+          DataError: it cannot be used.
+        """
+        return points_in(file)
 
     def __len__(self) -> int:
         return len(self._models)

@@ -1,5 +1,5 @@
-"""Opens a data set of clouds by its path: embedded shapes, PCN, ShapeNet-55/34, Projected, KITTI,
-or a packed set of them.
+"""Opens a data set of clouds by its path: embedded shapes, PCN, ShapeNet-55/34, Projected, KITTI, a
+plain folder, or a packed set of them.
 
 The layouts are those of PoinTr's data sets (Yu et al. 2021, arXiv:2108.08839; 2023,
 arXiv:2301.04545), of which the first is PCN's (Yuan et al. 2018, arXiv:1808.00671).
@@ -22,6 +22,7 @@ from jaxaccum.data.cloud_ops import CORNERS, MODES, fixed_crop, random_crop, sub
 from jaxaccum.data.clouds import CloudReport, CloudSource
 from jaxaccum.data.formats.cloud_cars import KittiCars
 from jaxaccum.data.formats.cloud_files import Points
+from jaxaccum.data.formats.cloud_folder import is_folder_of_clouds, open_folder
 from jaxaccum.data.formats.cloud_pcn import open_pcn
 from jaxaccum.data.formats.cloud_shapenet import SYNSETS, open_shapenet, plain_name
 from jaxaccum.data.formats.packed import PREFIX, PackedClouds, open_set
@@ -49,7 +50,8 @@ def open_clouds(
     """Opens one split of a data set of clouds.
 
     Args:
-      path: "" for the embedded shapes; a folder that holds PCN.json; a folder that holds
+      path: "" for the embedded shapes; a folder of clouds, or of folders of clouds (see
+        `open_folder`); a folder that holds PCN.json; a folder that holds
         shapenet_pc, with the benchmark after a colon (`DATA:ShapeNet-34`,
         `DATA:Projected_ShapeNet-55_noise`; `DATA/ShapeNet-34` is the same); a folder that holds
         KITTI's cars and bboxes; `packed:DIR` for what `python -m jaxaccum.pack` wrote.
@@ -101,9 +103,12 @@ def open_clouds(
         return KittiCars(root, split, checked)
     if (root.parent / "shapenet_pc").is_dir():
         return shapenet(root.parent, root.name)
+    if is_folder_of_clouds(root):
+        folder = open_folder(root, split, checked)
+        return CroppedClouds(folder, split != "train", mode, viewpoints or 8, cache_bytes)
     raise DataError(
-        f"{name}: no known data set of clouds. Looked for PCN.json, shapenet_pc, and cars with "
-        f"bboxes in it; it has {folder_content(root)}.",
+        f"{name}: no known data set of clouds. Looked for PCN.json, shapenet_pc, cars with bboxes, "
+        f"and for clouds (*.ply, *.pcd, *.npy) in it; it has {folder_content(root)}.",
         file=path,
     )
 
@@ -132,6 +137,8 @@ def has_unseen(path: str) -> bool:
     if path.startswith(PREFIX):
         return "unseen" in open_set(path, "completion").splits
     root, benchmark = _divided(path)
+    if not benchmark and not (root.parent / "shapenet_pc").is_dir():
+        return False
     return plain_name(benchmark or root.name).endswith("-34")
 
 

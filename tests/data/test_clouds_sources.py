@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxaccum.data import CloudStream, DataError, Shapes, cloud_batches, open_clouds, write_cloud
+from jaxaccum.data import CloudStream, DataError, Shapes, cloud_batches, open_clouds
 from jaxaccum.data.cloud_ops import CORNERS, fixed_crop, random_crop, subsampled
 from jaxaccum.data.cloud_sources import SYNSETS, CroppedClouds
 from jaxaccum.data.synthetic.shape_parts import (
@@ -412,8 +412,8 @@ def test_wrong_arguments_say_what_was_expected(tmp_path):
         open_clouds("", "val", viewpoints=9)
     with pytest.raises(DataError, match="absent: no such folder"):
         open_clouds(str(tmp_path / "absent"), "train")
-    write_cloud(tmp_path / "a.ply", cloud(3))
-    with pytest.raises(DataError, match=r"Looked for PCN\.json, shapenet_pc, and cars.*has a\.ply"):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"Looked for PCN\.json, shapenet_pc, cars.*has a\.txt"):
         open_clouds(str(tmp_path), "train")
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jaxaccum.data import DataError, open_source, texts
+from jaxaccum.data import DataError, open_source, texts, walking
 from jaxaccum.data.base import Findings, Objects, Report, identify
 from jaxaccum.data.formats import yolo
 
@@ -242,7 +242,7 @@ def test_a_folder_of_other_things_is_refused_in_time(tmp_path, monkeypatch):
     for i in range(30):
         (tmp_path / "images" / "train" / f"{i}.md").write_text("")
     assert len(open_source(path, "train").report.skipped["file that is no image"]) == 30
-    monkeypatch.setattr(yolo, "MOST_OTHERS", 20)
+    monkeypatch.setattr(walking, "MOST_OTHERS", 20)
     refused(path, "holds over 20 things that are no images, and 1 images so far")
 
 

@@ -39,6 +39,7 @@ _PCD_TYPES = {
     "I": {1: "i1", 2: "i2", 4: "i4", 8: "i8"},
     "U": {1: "u1", 2: "u2", 4: "u4", 8: "u8"},
 }
+SUFFIXES = frozenset({".npy", ".pcd", ".ply"})
 _PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
     "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
@@ -72,7 +73,7 @@ def read_cloud(file: str | Path, *, drop_invalid: bool = False) -> Points:
     """
     path = Path(file)
     readers = {".pcd": _read_pcd, ".ply": _read_ply, ".npy": _read_npy}
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(path.suffix.lower())  # of SUFFIXES
     if reader is None:
         raise _error(path, "not a known kind of point cloud; expected *.pcd, *.ply or *.npy")
     points, lines = reader(path, read_bytes(path, limit=_LARGEST_FILE))

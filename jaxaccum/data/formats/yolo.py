@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxaccum.data.base import DataError, Report, no_objects, normalised_objects
 from jaxaccum.data.formats.yolo_labels import HIGHEST as HIGHEST
@@ -29,11 +29,11 @@ from jaxaccum.data.texts import (
     shown_path,
     whole_number,
 )
+from jaxaccum.data.walking import Found, found_files
 
 MOST_CLASSES = 100_000  # several times what the largest public set has
 MOST_KEY_POINTS = 10_000
 LONGEST_CLASS_NAME = 1000  # characters
-MOST_OTHERS = 100_000  # things in a folder that are no images, if they are 10 times the images
 
 
 def open_yolo(path: str, split: str, *, on_error: str = "raise") -> FileSource:
@@ -229,18 +229,9 @@ def _path(value: Any, field: str, path: str) -> str:
     return str(value)
 
 
-class _Found(NamedTuple):
-    """An image: its name relative to the split, its file, and where that lies if a link to a
-    folder led to it."""
-
-    name: str
-    file: Path
-    real: Path | None = None
-
-
 def _split_images(
     config: dict[str, Any], split: str, root: Path, path: str, report: Report
-) -> Iterator[_Found]:
+) -> Iterator[Found]:
     """Yields each image of the split."""
     told, yaml = config.get(split), shown_path(path)
     if not told:
@@ -259,7 +250,7 @@ def _split_images(
                 f"read {shown_path(place)} instead"
             )
         if os.path.isdir(place):
-            yield from _folder_images(place, report)
+            yield from found_files(place, report, SUFFIXES, "images", _is_label)
         elif os.path.isfile(place) and place.suffix.lower() == ".txt":
             yield from _listed_images(place, root, report)
         elif os.path.exists(place):
@@ -305,108 +296,12 @@ def _reason(place: Path) -> str:
     return "was not there before"
 
 
-def _folder_images(folder: Path, report: Report) -> Iterator[_Found]:
-    """Yields the images of a folder and of all below it, sorted by their paths.
-
-    Links to folders are followed, to each folder once, and not to what is read without them.
-    """
-    top = os.path.realpath(folder)
-    linked: list[str] = []
-    led_to = {top}  # and the real folders that were read through links
-    images = others = 0
-    pending = [("", "", True)]  # name below the folder, real path if behind a link, is a folder
-    while pending:
-        name, real, is_folder = pending.pop()
-        if not is_folder:
-            yield _Found(name, folder / name, Path(real) if real else None)
-            continue
-        below = []
-        for entry in _entries(folder / name, report):
-            kind, suffix = _kind(entry), os.path.splitext(entry.name)[1].lower()
-            is_image = kind == "file" and suffix in SUFFIXES
-            others += not is_image
-            if entry.name.startswith("."):
-                if kind == "folder" or is_image:
-                    report.skip(f"hidden {kind}", entry.path)
-            elif kind == "folder":
-                target = os.path.join(real, entry.name) if real else ""
-                if entry.is_symlink():
-                    target = os.path.realpath(entry.path)
-                problem = ""
-                if entry.is_symlink() and _holds(target, top):
-                    problem = "link to a folder around it, a loop"
-                elif target in led_to or (entry.is_symlink() and _is_read(target, led_to)):
-                    problem = "folder that is read by another path"
-                if problem:
-                    report.skip(problem, entry.path)
-                    continue
-                below.append((f"{name}{entry.name}/", target, True))
-                if target:
-                    led_to.add(target)
-                if entry.is_symlink():
-                    linked.append(entry.path)
-            elif is_image:
-                images += 1
-                there = os.path.join(real, entry.name) if real else ""
-                below.append((f"{name}{entry.name}", there, False))
-            elif kind != "file":
-                report.skip(kind, entry.path)
-            elif suffix != ".txt" or label_file(Path(entry.path)) != Path(entry.path):
-                # Labels may lie beside their images when no folder is called images.
-                report.skip("file that is no image", entry.path)
-        if others > MOST_OTHERS and others > 10 * images:
-            raise DataError(
-                f"{report.where}: {shown_path(folder)} holds over {MOST_OTHERS:,} things that are "
-                f"no images, and {images:,} images so far. Name the folder of the images itself.",
-                file=str(folder),
-            )
-        pending.extend(reversed(below))
-    if linked:
-        report.notes.append(
-            f"followed links to {len(linked)} folders: {', '.join(map(shown_path, linked[:3]))}"
-            f"{', ...' if len(linked) > 3 else ''}"
-        )
+def _is_label(file: Path) -> bool:
+    """Whether labels lie beside their images, as they do where no folder is called images."""
+    return file.suffix.lower() == ".txt" and label_file(file) == file
 
 
-def _entries(folder: Path, report: Report) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; nothing, and counted, if it cannot be read."""
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError:  # not ours to read, or gone since
-        report.skip("folder unreadable", str(folder))
-        return []
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    """`folder`, `file`, or the reason to skip what is neither."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        if not entry.is_symlink() or os.path.exists(entry.path):
-            return "pipe or device"
-    except OSError:  # a ring of links, or one through what is not ours to read
-        pass
-    return "link that leads nowhere"
-
-
-def _holds(folder: str, other: str) -> bool:
-    """Whether a real path is a folder's or lies in it."""
-    return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _is_read(target: str, led_to: set[str]) -> bool:
-    """Whether a real folder lies in one of these, and is not hidden there."""
-    while target not in led_to:
-        target, name = os.path.split(target)
-        if not name or name.startswith("."):
-            return False
-    return True
-
-
-def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[_Found]:
+def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[Found]:
     otherwise = 0
     for line in lines(read_text(listing)):
         entry = line.strip()
@@ -417,7 +312,7 @@ def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[_Found
         for word, place in places:
             if os.path.isfile(place):
                 otherwise += word != entry
-                yield _Found(_portable_name(word, root), place)
+                yield Found(_portable_name(word, root), place)
                 break
         else:
             place = places[0][1]

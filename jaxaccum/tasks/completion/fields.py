@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_collections
 
 from jaxaccum import fields
+from jaxaccum.data.texts import shown
 from jaxaccum.models import completion as models
 from jaxaccum.models import pointbert
 
@@ -50,8 +51,9 @@ def completion() -> ml_collections.ConfigDict:
     c.augment = ml_collections.ConfigDict({"mirror": True})  # along x and z, target alike
     c.data = ml_collections.ConfigDict(
         {
-            # "" for the embedded shapes, the folder of PCN, or FOLDER:BENCHMARK in the ShapeNet
-            # layout: DATA/ShapeNet55-34:ShapeNet-34, ...:Projected_ShapeNet-34_noise
+            # "" for the embedded shapes, a folder of complete clouds, the folder of PCN, or
+            # FOLDER:BENCHMARK in the ShapeNet layout: DATA/ShapeNet55-34:ShapeNet-34,
+            # ...:Projected_ShapeNet-34_noise
             "path": "",
             "on_error": "raise",  # clouds that cannot be read: "raise" or "skip" (counted)
             "cache_gib": 2.0,  # most memory for clouds, the least recently used go first
@@ -64,7 +66,8 @@ def completion() -> ml_collections.ConfigDict:
     # Of the ShapeNet layout: how much is cut off, "easy", "median" or "hard".
     c.eval.mode = "median"
     c.eval.viewpoints = 1  # and from how many of its 8 sides while training; `evaluate` takes all
-    c.eval.unseen = False  # evaluate the categories that are not trained on, too
+    # Evaluate the categories that are not trained on, too; "auto": where there are some.
+    c.eval.unseen = fields.any_of(False)
     c.eval.references = ""  # a PCN folder, with whose cars predictions of KITTI's are compared
     return c
 
@@ -80,6 +83,10 @@ def _check(c: ml_collections.ConfigDict) -> None:
         raise fields.ConfigError(
             f"text.point_encoder is one of {', '.join(pointbert.names())}, or empty; got "
             f"{text.point_encoder!r}"
+        )
+    if c.eval.unseen not in (True, False, "auto"):
+        raise fields.ConfigError(
+            f"eval.unseen is True, False or 'auto'; got {shown(c.eval.unseen)}"
         )
     if c.optimizer.name in ("auto", "musgd"):
         raise fields.ConfigError(
@@ -98,6 +105,7 @@ FIELDS = fields.Fields(
         "loss.align": fields.GAIN, "text.temperature": (1e-6, 1e6), "eval.viewpoints": (1, 8),
     },
     words={"eval.mode": ("easy", "median", "hard")},
+    free=("eval.unseen",),
     not_learned=("text.encoder", "text.captions"),
     weight_files={"text.point_weights": "point_weights"},
     check=_check,

@@ -18,8 +18,6 @@ from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.completion import captioned
 from jaxaccum.tasks.results import Predictor, Result, Sample
 
-CLOUDS = frozenset({".npy", ".pcd", ".ply"})
-
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Completed(Result):

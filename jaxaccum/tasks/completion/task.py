@@ -15,6 +15,7 @@ import numpy as np
 from jaxaccum import data
 from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
 from jaxaccum.data.cloud_sources import CroppedClouds
+from jaxaccum.data.formats.cloud_files import SUFFIXES
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses.chamfer import chamfer_l1
 from jaxaccum.models import completion, points
@@ -52,7 +53,7 @@ class CompletionTask(Task):
     unit: ClassVar[str] = "clouds"
     monitor: ClassVar[tuple[str, bool]] = ("cd_l1", False)
     predict_flags: ClassVar[tuple[str, ...]] = ("format", "normalise", "caption", "up")
-    suffixes: ClassVar[frozenset[str]] = predict.CLOUDS
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES
     results: ClassVar[str] = "completions.json"
     loss_modules: ClassVar[tuple[str, ...]] = (captioned.MODULE,)
 
@@ -275,12 +276,13 @@ class CompletionTask(Task):
     def evaluator(self, config: ml_collections.ConfigDict, source: data.CloudSource) -> Evaluator:
         """Chamfer distances and F-Score on a source, and on the unseen categories if asked for."""
         sources = {"": source}
-        if config.eval.unseen and not data.has_unseen(config.data.path):
+        there = data.has_unseen(config.data.path)
+        if config.eval.unseen is True and not there:
             raise ConfigError(
                 f"eval.unseen: {config.data.path} has no categories that training does not see; "
                 "set eval.unseen=False"
             )
-        if config.eval.unseen:
+        if config.eval.unseen and there:
             sources["unseen/"] = self.open(config, "unseen")
         lenient = config.data.get("on_error", "raise") == "skip"
         return Evaluator(self, sources, config.eval.batch, references(config), lenient)
