@@ -76,7 +76,7 @@ class Model:
 
         Args:
           data: by the same rules as `data.path` of a config.
-          options: of `training.measuring.measure`.
+          options: of `training.measuring.measure`: `split` and so on.
         """
         return measuring.measure(self.trained, str(data), **options)
 

@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from absl import app, flags, logging
@@ -83,10 +83,18 @@ def run_verb(main: Callable[[], int], told: str | None, examples: Examples) -> N
         return argv[:1]
 
     def quietly() -> int:
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.FATAL)  # what matters of libraries' errors is said by us
+        sys.unraisablehook = _without_echoes
         return main()
 
     app.run(lambda _: _clear(quietly), flags_parser=parse)
+
+
+def _without_echoes(what: Any) -> None:
+    """Prints what could not be raised, but for what a save that failed leaves behind: each of the
+    writes under way then, hundreds, would say from a thread of its own that nobody waits for it."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _clear(call: Callable[[], int]) -> int:
@@ -130,7 +138,7 @@ def explained(error: OSError) -> str:
     if isinstance(error.filename, str | bytes | os.PathLike):
         where = texts.shown_path(os.fsdecode(error.filename))
         return f"{where}: {_REASONS.get(error.errno or 0, error.strerror or str(error))}"
-    return str(error) or type(error).__name__
+    return _REASONS.get(error.errno or 0, str(error) or type(error).__name__)
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,5 @@
-"""python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--precise_bn=N] [--references=PATH]
-    [--drawn=FILE] [--pictures=4]
+"""python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--split=SPLIT] [--precise_bn=N]
+    [--references=PATH] [--drawn=FILE] [--pictures=4]
 
 Evaluates the best weights of a run on its val split; of completion, on the test split and the
 unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
@@ -37,7 +37,10 @@ if __name__ == "__main__":
     from jaxaccum import command_line
 
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run to evaluate", required=True)
-    _DATA = flags.DEFINE_string("data", "", "another data set to evaluate on")
+    _DATA = flags.DEFINE_string(
+        "data", "", "another data set to evaluate on; of COCO, the json of these images"
+    )
+    _SPLIT = flags.DEFINE_string("split", "", "of the data set: train, val, test, ...")
     _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples",
@@ -53,8 +56,9 @@ if __name__ == "__main__":
         known_answers.require(_ALLOW.value)
         drawn = Path(_DRAWN.value) if _DRAWN.value else None
         found = evaluate(
-            Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, precise_bn=_PRECISE.value,
-            references=_REFERENCES.value, drawn=drawn, pictures=_PICTURES.value,
+            Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, split=_SPLIT.value,
+            precise_bn=_PRECISE.value, references=_REFERENCES.value, drawn=drawn,
+            pictures=_PICTURES.value,
         )  # fmt: skip
         print(json.dumps(found))
         return 0

@@ -23,6 +23,7 @@ from jaxaccum import config as configs
 from jaxaccum import data, tasks
 from jaxaccum.data.formats import packed
 from jaxaccum.machine.waiting import Bar
+from jaxaccum.training.workdir import why_not_written
 
 SAMPLES_PER_SHARD = 512  # if nobody says how many shards
 Example = dict[str, Any]
@@ -65,6 +66,11 @@ def pack(config: ml_collections.ConfigDict, out: Path, shards: int = 0) -> list[
         ) from None
     try:
         return _written(config, out, work, shards)
+    except (OSError, RuntimeError) as error:  # ArrayRecord's own words are in RuntimeErrors
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise
+        why, advice = why_not_written(error, out.parent)
+        raise data.DataError(f"--out={out}: {why}. {advice}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

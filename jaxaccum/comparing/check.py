@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ from jaxaccum.accumulate import make_engine
 from jaxaccum.comparing.files import write_json
 from jaxaccum.comparing.runs import Cell
 from jaxaccum.comparing.subjects import load_config, prepare
-from jaxaccum.machine import known_answers
+from jaxaccum.machine import known_answers, user_cache
 from jaxaccum.training import run
 from jaxaccum.weights.initial import load_initial
 
@@ -33,7 +32,7 @@ def check_geometries(
     ))  # fmt: skip
     updates = min(updates, cell.run.steps)
     asked = [cell.run.recipe.fingerprint, [list(g) for g in geometries], updates]
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = user_cache.load_dict(file)
     if kept.get("asked") != asked:
         if updates:
             print(f"checking {updates} updates of {cell.model.name} on other geometries")

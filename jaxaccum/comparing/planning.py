@@ -15,6 +15,7 @@ from jaxaccum.comparing.files import last_lines, write_json
 from jaxaccum.comparing.report import counted
 from jaxaccum.comparing.subjects import Model, as_flags
 from jaxaccum.errors import TrainingError
+from jaxaccum.machine import user_cache
 
 
 def ask_plan(arguments: Sequence[str], log: Path) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def plan(model: Model, memory: str | None, most: int, folder: Path) -> dict[str,
         *([f"--memory={memory}"] if memory else []), *as_flags(model.overrides),
     ]  # fmt: skip
     file = folder / f"{model.name}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = user_cache.load_dict(file)
     if kept.get("arguments") != arguments:
         print(f"planning {model.name}", flush=True)
         found = ask_plan(arguments, folder / f"{model.name}.log")

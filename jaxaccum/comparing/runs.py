@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import statistics
@@ -19,8 +18,10 @@ from jaxaccum.comparing.files import last_lines, write_json
 from jaxaccum.comparing.planning import layout
 from jaxaccum.comparing.subjects import Model, as_flags, load_config, prepare
 from jaxaccum.errors import TrainingError
+from jaxaccum.machine import user_cache
 from jaxaccum.machine.waiting import Bar
 from jaxaccum.training import optim, run
+from jaxaccum.training.logs import records
 
 # "update  10/513 | ... | 11.6 images/s", as training prints it: evaluations and the first
 # compilation do not count.
@@ -53,9 +54,7 @@ class Cell:
 
     def records(self) -> list[dict[str, Any]]:
         """What the run has written so far; a line in the making is left out."""
-        file = self.workdir / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        return [json.loads(line) for line in lines]
+        return records(self.workdir / "metrics.jsonl")
 
     @property
     def done(self) -> bool:
@@ -117,7 +116,7 @@ def _own(log: BinaryIO, name: str) -> None:
 
 def _train_in_child(cell: Cell, log: BinaryIO, allow_wrong_numbers: bool) -> int:
     """The exit status of training; adds what it used to the run's usage."""
-    kept = json.loads(cell.usage.read_text()) if cell.usage.exists() else {}
+    kept = user_cache.load_dict(cell.usage)
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxaccum.train", f"--config={cell.model.file}",
@@ -163,9 +162,8 @@ def result(cell: Cell) -> dict[str, Any]:
     speeds = [float(v) for v in _SPEED.findall(cell.log.read_text(errors="replace"))]
     if not speeds:
         raise TrainingError(f"{cell.log} shows no images/s: delete it and {cell.workdir}")
-    usage = {"seconds": None, "resident_bytes": None}
-    if cell.usage.exists():  # unless compare was killed while this was trained
-        usage = json.loads(cell.usage.read_text())
+    # None if compare was killed while this was trained.
+    usage = {"seconds": None, "resident_bytes": None} | user_cache.load_dict(cell.usage)
     return {
         "run": cell.workdir.name,
         "fingerprint": this.recipe.fingerprint,

@@ -6,7 +6,7 @@ import abc
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ Boxes = NDArray[np.float32]
 Classes = NDArray[np.int32]
 Image = NDArray[np.uint8]
 
+CLIPPED = "part of a box outside the image, clipped"
+_SHOWN = 5  # files in a message
 _LONGEST_NAME = 4096  # characters; Linux and others have no longer path
 
 
@@ -209,16 +211,41 @@ def identify(names: Sequence[str], images: Iterable[tuple[str, tuple[int, int], 
     return digest.hexdigest()[:12]
 
 
+def refuse_faults(where: str, faults: Sequence[tuple[str, str]]) -> None:
+    """Raises DataError for files that cannot be used, (file, what is wrong), if there are any."""
+    if not faults:
+        return
+    shown = [f"{problem}: {file}" for file, problem in faults[:_SHOWN]]
+    more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    raise DataError(
+        f"{where}: {len(faults)} files cannot be used:\n  " + "\n  ".join(shown) + more
+        + "\nReplace them, or set data.on_error=skip to leave them out.",
+        file=faults[0][0],
+    )  # fmt: skip
+
+
+def require_objects(source: Any) -> None:
+    """Raises DataError where a training set has no object: it would teach to find nothing."""
+    if not source.report.objects:
+        told = "\n".join(source.report.lines())
+        raise DataError(
+            f"{told}\nThere is no object in the training set, so nothing to learn. Look at what "
+            "was left out, at the paths of the labels and at their classes."
+        )
+
+
 def normalised_objects(
     rows: NDArray[np.float64],
     size: tuple[int, int],
     report: Report,
     file: str,
     lines: Sequence[int | None],
+    count_clipped: bool = True,
 ) -> Objects:
     """Turns checked label rows into objects, and counts the rows it leaves out.
 
     Left out: duplicates of an earlier row, boxes without area, boxes wholly outside the image.
+    Clipped, and counted too: boxes that reach beyond it by a pixel or more.
 
     Args:
       rows: (n, 5) class, centre x, centre y, width, height; as parts of the image's size.
@@ -226,6 +253,7 @@ def normalised_objects(
       report: takes the counts.
       file: label file or image, for the report.
       lines: for each row its line in `file`, or None.
+      count_clipped: False if the caller has counted.
     """
     height, width = size
     seen: set[tuple[float, ...]] = set()
@@ -243,6 +271,9 @@ def normalised_objects(
         if right <= 0 or bottom <= 0 or left >= 1 or top >= 1:
             report.skip("box outside the image", file, line)
             continue
+        beyond = min(left * width, top * height, (1 - right) * width, (1 - bottom) * height)
+        if count_clipped and beyond <= -1:  # less than a pixel is the rounding of who wrote it
+            report.skip(CLIPPED, file, line)
         left, right = max(left, 0.0) * width, min(right, 1.0) * width
         top, bottom = max(top, 0.0) * height, min(bottom, 1.0) * height
         boxes.append((left, top, right, bottom))

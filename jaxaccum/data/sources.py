@@ -16,6 +16,9 @@ from jaxaccum.data.texts import shown, shown_path
 __all__ = ["DataError", "Objects", "Report", "Source", "open_source"]
 
 
+SPLITS = ("train", "val", "test")
+
+
 def open_source(
     path: str,
     split: str,
@@ -32,7 +35,8 @@ def open_source(
       path: "" for the embedded scenes; `*.yaml` or `*.yml` for a YOLO data.yaml; `*.json` for the
         train json of a COCO data set; `tfds:NAME[:TRAIN_SPLIT[:VAL_SPLIT]]` for TFDS;
         `packed:DIR` for what `python -m jaxaccum.pack` wrote.
-      split: "train" or "val".
+      split: "train", "val", or "test" where there is one: of a data.yaml its `test`, of COCO the
+        json of that name.
       val_path: COCO only: the val json; "" takes the train json's name with train replaced by val.
       images: COCO only: the folder of images; "" guesses it.
       seed: embedded scenes only: which scenes.
@@ -43,8 +47,8 @@ def open_source(
     Raises:
       DataError: the data cannot be used as given; says where and what to do.
     """
-    if split not in ("train", "val"):
-        raise DataError(f"split is {split!r}, expected 'train' or 'val'.")
+    if split not in SPLITS:
+        raise DataError(f"split is {shown(split)}, expected {' or '.join(map(repr, SPLITS))}.")
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error is {on_error!r}, expected 'raise' or 'skip'.")
     coco = path.endswith(".json") and not path.startswith(PREFIX)

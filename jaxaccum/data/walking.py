@@ -14,12 +14,10 @@ MOST_OTHERS = 100_000  # things in a folder that are not wanted, if they are 10 
 
 
 class Found(NamedTuple):
-    """An image: its name relative to the split, its file, and where that lies if a link to a
-    folder led to it."""
+    """A file, and its name relative to the folder."""
 
     name: str
     file: Path
-    real: Path | None = None
 
 
 def found_files(
@@ -51,7 +49,7 @@ def found_files(
     while pending:
         name, real, is_folder = pending.pop()
         if not is_folder:
-            yield Found(name, folder / name, Path(real) if real else None)
+            yield Found(name, folder / name)
             continue
         below = []
         for entry in _entries(folder / name, report):
@@ -80,8 +78,7 @@ def found_files(
                     linked.append(entry.path)
             elif is_wanted:
                 wanted += 1
-                there = os.path.join(real, entry.name) if real else ""
-                below.append((f"{name}{entry.name}", there, False))
+                below.append((f"{name}{entry.name}", "", False))
             elif kind != "file":
                 report.skip(kind, entry.path)
             elif not belongs(Path(entry.path)):
@@ -93,6 +90,8 @@ def found_files(
                 file=str(folder),
             )
         pending.extend(reversed(below))
+    if not wanted:
+        report.skip(f"folder without {unit}", str(folder))
     if linked:
         report.notes.append(
             f"followed links to {len(linked)} folders: {', '.join(map(shown_path, linked[:3]))}"

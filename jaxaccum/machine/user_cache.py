@@ -40,8 +40,14 @@ def load(file: Path) -> Any:
     """The JSON of a file; None where there is no file or what it holds is no JSON."""
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def load_dict(file: Path) -> dict[str, Any]:
+    """The JSON object of a file; {} where there is none."""
+    found = load(file)
+    return found if isinstance(found, dict) else {}
 
 
 def save(file: Path, content: Any) -> None:

@@ -20,14 +20,16 @@ def file() -> Path:
 def of(target: Target) -> tuple[float, float]:
     """(used over planned memory, share of the memory to leave free) of a target."""
     found = known().get(target.kind) if target.at_hand else None
-    if found is None:
+    try:
+        assert found is not None
+        return float(found["factor"]), float(found["margin"])
+    except (AssertionError, KeyError, TypeError, ValueError):  # not there, or damaged
         return 1.0, UNCALIBRATED
-    return found["factor"], found["margin"]
 
 
 def known() -> dict[str, dict]:
     """Device kind -> calibration."""
-    return json.loads(file().read_text()) if file().exists() else {}
+    return user_cache.load_dict(file())
 
 
 def keep(kind: str, pairs: list[tuple[int, int]]) -> dict:
@@ -43,6 +45,5 @@ def keep(kind: str, pairs: list[tuple[int, int]]) -> dict:
         "margin": round(max(ratios[-1] / factor - 1, 0.0) + 0.02, 4),
         "pairs": [list(p) for p in pairs],
     }
-    file().parent.mkdir(parents=True, exist_ok=True)
-    file().write_text(json.dumps(known() | {kind: entry}, indent=1))
+    user_cache.write(file(), json.dumps(known() | {kind: entry}, indent=1).encode())
     return entry

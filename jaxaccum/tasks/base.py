@@ -258,9 +258,16 @@ class Task(abc.ABC):
     def evaluator(self, config: ml_collections.ConfigDict, source: Any) -> Evaluator:
         """The metrics of weights on the val split, as a function, for use during training."""
 
-    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
-        """Everything that the data set has to evaluate on, and lines about it: the val split."""
-        source = self.open(config, "val", self.names)
+    def full_evaluator(
+        self, config: ml_collections.ConfigDict, split: str = ""
+    ) -> tuple[Evaluator, list[str]]:
+        """Everything that the data set has to evaluate on, and lines about it: a split of it, by
+        default val.
+
+        Raises:
+          DataError: there is no such split.
+        """
+        source = self.open(config, split or "val", self.names)
         return self.evaluator(config, source), source.report.lines()
 
     @abc.abstractmethod
@@ -314,7 +321,9 @@ class Task(abc.ABC):
         raise ConfigError(f"predict: the task {self.name} has no way to use arrays")
 
     def writes(self, **options: Any) -> tuple[str, ...]:
-        """Suffixes of the files that are written beside each other of one sample."""
+        """Where `Result.save` writes what becomes of a file NAME, below --out: "labels/NAME.txt",
+        "crops/*/NAME_*.png"; or a suffix, which stands behind NAME. What is there of these and was
+        not written by `predict` is never written over."""
         del options
         return (".png",)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxaccum import tasks
 from jaxaccum.draw import contact_sheet, save_image
-from jaxaccum.training import report, run
+from jaxaccum.training import logs, report, run
 
 FOLDER = "pictures"
 _SHOWN = 16  # samples of the first window
@@ -81,7 +81,7 @@ class Album:
             return
         with self._harmless():
             self._draw()
-            records = report.records(self._workdir / "metrics.jsonl")
+            records = logs.records(self._workdir / "metrics.jsonl")
             self._save("results", report.results(records, self._this.task.monitor[0]))
             tables = self._this.task.tables(dict(best)) if best else []
             report.write(

@@ -74,14 +74,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_):
+        failed = kind is not None
         try:
             self.wait()
         except CheckpointError:
-            if kind is None:
+            if not failed:
+                failed = True
                 raise
         finally:
-            self._last.close()
-            self._best.close()
+            for manager in (self._last, self._best):
+                try:
+                    manager.close()
+                except Exception:  # a save that failed, told by `wait`, is told again here
+                    if not failed:
+                        raise
             self._let_go()
 
     def _let_go(self) -> None:
@@ -242,13 +248,18 @@ class Checkpoints:
         Raises:
           CheckpointError: one of them failed, or cannot be found again.
         """
-        for name in ("last", "best"):
+        first: CheckpointError | None = None
+        for name in ("last", "best"):  # both, or what failed in the second comes out at the close
             try:
                 self._finish(name)
-            except CheckpointError:
-                raise
+            except CheckpointError as error:
+                first = first or error
             except Exception as error:
-                raise self._explained(error) from error
+                explained = self._explained(error)
+                explained.__cause__ = error
+                first = first or explained
+        if first:
+            raise first
 
     def _finish(self, name: str) -> None:
         """Waits for a save in flight, and looks for it as a reader would."""

@@ -175,6 +175,17 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"cannot log {type(value).__name__} {value!r}; scalars, lists and dicts only")
 
 
+def records(file: Path) -> list[dict[str, Any]]:
+    """The records in metrics.jsonl; a last line in the making, and lines that are none, are left
+    out.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
 def _step_of(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl, None if the line is not a record."""
     try:

@@ -19,6 +19,7 @@ from jaxaccum.training.precise_bn import recompute_statistics
 def measure(
     trained: Trained,
     data_path: str = "",
+    split: str = "",
     precise_bn: int = 0,
     references: str = "",
     drawn: str | os.PathLike[str] | None = None,
@@ -29,7 +30,8 @@ def measure(
     Args:
       trained: the weights, and what they are of.
       data_path: evaluate on this data set instead of the run's own, by the same rules as
-        `data.path`.
+        `data.path`; but a COCO json is the one to evaluate on, not that of a training set.
+      split: of the data set; "" for its val split, of completion for test and unseen.
       precise_bn: recompute the running statistics over this many of the run's training samples
         first.
       references: a PCN folder with whose cars predictions of real scans are compared.
@@ -46,10 +48,15 @@ def measure(
         config.eval.references = references
     if data_path:
         config.data.path = data_path
-        for other in ("val_path", "images"):
+        is_json = data_path.endswith(".json") and not data_path.startswith("packed:")
+        if is_json and split:
+            raise ConfigError(
+                f"--split={split}: the json given is that of the images to evaluate on"
+            )
+        for other, value in (("val_path", data_path if is_json else ""), ("images", "")):
             if other in config.data:
-                config.data[other] = ""
-    measure, reports = trained.task.full_evaluator(config)
+                config.data[other] = value
+    measure, reports = trained.task.full_evaluator(config, split)
     print(*reports, sep="\n")
     stats = trained.stats
     if precise_bn:

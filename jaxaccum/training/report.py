@@ -33,19 +33,6 @@ td:first-child { color: #666; white-space: nowrap; }
 """
 
 
-def records(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what is none."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
 def results(found: Sequence[Mapping[str, Any]], monitor: str) -> Image:
     """The curves of a run: losses, learning rate, gradient norm, and the first metrics.
 

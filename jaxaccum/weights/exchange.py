@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from jaxaccum import models, tasks
+from jaxaccum.data.texts import shown_path
+from jaxaccum.machine import user_cache
 from jaxaccum.training.checkpoint import CheckpointError
+from jaxaccum.training.workdir import why_not_written
 from jaxaccum.weights import transfer as weights
 from jaxaccum.weights.initial import read
 from jaxaccum.weights.transfer import Transfer, Weights, WeightsError
@@ -100,10 +102,9 @@ def save(trained: tasks.Trained, file: Path) -> int:
     if "image_size" in trained.config.data:
         facts["image_size"] = str(trained.config.data.image_size)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, file, facts)
-        os.umask(mask := os.umask(0))  # the only way to ask for it
-        file.chmod(0o666 & ~mask)  # the library makes it readable for its owner alone
+        # In one move, and with the rights that new files get: the library's are its owner's alone.
+        user_cache.write(file, serialize(state, facts))
     except OSError as error:
-        raise CheckpointError(f"cannot write {file}: {error}") from error
+        why, advice = why_not_written(error, file.parent)
+        raise CheckpointError(f"cannot write {shown_path(file)}: {why}. {advice}") from error
     return len(state)

@@ -429,3 +429,52 @@ def test_cases_that_are_refused_or_skipped(shared, case, said, reason):
     for split, count in (("train", 5), ("val", 2)):
         source = open_source(path, split, on_error="skip")
         assert len(source) == count and list(source.report.skipped) == [reason]
+
+
+def test_a_file_of_two_rows_is_refused_or_left_out(tmp_path):
+    """It would be learned twice, each time with a part of its boxes."""
+    rows = [
+        {"id": 7, "file_name": "a.png", "width": 32, "height": 24},
+        {"id": 9, "file_name": "a.png", "width": 32, "height": 24},
+        {"id": 8, "file_name": "b.png", "width": 32, "height": 24},
+    ]
+    path = coco(tmp_path, rows, [annotation(7), annotation(9), annotation(8)])
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "images" / "train" / name)
+    assert "images[1].file_name is 'a.png', as that of images[0]" in str(refused(path))
+    source = open_source(path, "train", on_error="skip")
+    assert [source.name(i) for i in range(len(source))] == ["b.png"]
+    assert source.report.skipped["image with several rows"] == [("a.png", None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("annotations/instances_train.json", "annotations/instances_val.json"),
+        ("annotations/train.json", "annotations/valid.json"),
+        ("train/_annotations.coco.json", "valid/_annotations.coco.json"),
+    ],
+)
+def test_the_json_of_another_split_is_found_beside_it(tmp_path, monkeypatch, train, val):
+    for split, name in (("train", train), ("val", val), ("val", val.replace("val", "test", 1))):
+        name = name.replace("testid", "test")
+        text = Path(coco(tmp_path, split=split)).read_text()
+        for image in ("a.png", "b.png"):
+            write_image((tmp_path / name).parent / image)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        found = [open_source(str(tmp_path / train), split) for split in ("train",)]
+        assert len(found[0]) == 2
+    for split in ("val", "test"):
+        assert f" ({split})" in open_source(str(tmp_path / train), split).report.where
+    monkeypatch.chdir((tmp_path / train).parent)
+    assert len(open_source(Path(train).name, "val")) == 2
+    (tmp_path / val).unlink()
+    message = refused_split(str(tmp_path / train), "val")
+    assert "no val json found (tried " in message and "Name it: val_path=" in message
+
+
+def refused_split(path, split):
+    with pytest.raises(DataError) as caught:
+        open_source(path, split)
+    return str(caught.value)

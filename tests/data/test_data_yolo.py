@@ -186,7 +186,7 @@ def test_links_to_folders_of_which_only_the_images_are_linked(tmp_path):
     source = open_source(path, "train")
     assert names(source) == ["b.png", "more/a.png", "more/in/d.png"]
     assert [len(source.objects(i)) for i in range(3)] == [1, 1, 0]
-    assert "labels of 1 images read where a link to a folder leads" in source.report.notes
+    assert "labels of 1 images read where a link leads" in source.report.notes
 
 
 def test_images_that_are_named_again_are_read_again_and_said(tmp_path):
@@ -618,3 +618,156 @@ def test_the_damage_that_was_found(shared, tmp_path, kind):
             rows = (folder / "0.txt").read_text(encoding="utf-8")
             path = data_set(tmp_path, {"a": rows}, "train: images/train\nnames: [a, b, c]\n")
             assert refused(path, "a.txt:1: not a number").line == 1
+
+
+# --- labels that are not where or what they seem ---
+
+
+def linked(tmp_path):
+    """Three labelled images elsewhere, and one here."""
+    path = data_set(tmp_path, {"a": ROW})
+    data_set(tmp_path / "disk2", dict.fromkeys(("s0", "s1", "s2"), ROW))
+    return path
+
+
+def test_a_split_that_is_a_link_has_its_labels(tmp_path):
+    linked(tmp_path)
+    (tmp_path / "images" / "more").symlink_to("../disk2/images/train")
+    path = data_set(tmp_path, {}, "train: [images/train, images/more]\nnames: [cat]\n")
+    source = open_source(path, "train")
+    assert [len(source.objects(i)) for i in range(4)] == [1, 1, 1, 1]
+    assert "labels of 3 images read where a link leads" in source.report.notes
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_that_are_links_have_their_labels(tmp_path, listed):
+    linked(tmp_path)
+    (tmp_path / "images" / "train" / "s0.png").symlink_to("../../disk2/images/train/s0.png")
+    (tmp_path / "list.txt").write_text("images/train/a.png\nimages/train/s0.png\n")
+    where = "list.txt" if listed else "images/train"
+    source = open_source(data_set(tmp_path, {}, f"train: {where}\nnames: [cat]\n"), "train")
+    assert [len(source.objects(i)) for i in range(2)] == [1, 1]
+    assert "labels of 1 images read where a link leads" in source.report.notes
+
+
+def test_images_without_a_label_file_are_counted(tmp_path):
+    path = data_set(tmp_path, {"a": ROW, "b": None, "c": None, "d": None, "e": ""})
+    (tmp_path / "images" / "train" / "d.txt").write_text(ROW)
+    source = open_source(path, "train")
+    [note] = source.report.notes
+    assert note.startswith("3 images have no label file, and count as images without objects: ")
+    assert "labels/train/b.txt" in note and "beside 1 of them lies a .txt, which is not" in note
+    assert source.report.backgrounds == 4
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [("a.png", "a.TXT"), ("e\u0301.png", "\u00e9.txt"), ("\u00e9.png", "e\u0301.txt")],
+)
+def test_labels_under_another_spelling_are_read_and_said(tmp_path, image, label):
+    path = data_set(tmp_path, {"z": ROW, image.removesuffix(".png"): None})
+    (tmp_path / "labels" / "train" / label).write_text(ROW)
+    source = open_source(path, "train")
+    assert source.report.objects == 2
+    assert any("labels of 1 images read from names in another" in n for n in source.report.notes)
+
+
+def test_labels_without_their_image_are_counted(tmp_path):
+    path = data_set(tmp_path, dict.fromkeys(("a", "b", "in/c", "in/d"), ROW))
+    for gone in ("b", "in/d"):
+        (tmp_path / "images" / "train" / f"{gone}.png").unlink()
+    (tmp_path / "labels" / "train" / "classes.txt").write_text("cat\n")
+    labels = tmp_path / "labels" / "train"
+    skipped = open_source(path, "train").report.skipped
+    assert skipped == {
+        "label file without its image": [
+            (str(labels / "b.txt"), None), (str(labels / "in" / "d.txt"), None),
+        ]
+    }  # fmt: skip
+
+
+def test_a_list_of_some_images_says_nothing_of_the_other_labels(tmp_path):
+    data_set(tmp_path, {"a": ROW, "b": ROW})
+    (tmp_path / "list.txt").write_text("images/train/a.png\n")
+    source = open_source(data_set(tmp_path, {}, "train: list.txt\nnames: [cat]\n"), "train")
+    assert source.report.skipped == {} and source.report.notes == []
+
+
+def test_images_that_share_a_label_file_are_said(tmp_path):
+    path = data_set(tmp_path, {"a": ROW, "b": ROW})
+    picture(tmp_path / "images" / "train" / "a.jpg")
+    [note] = open_source(path, "train").report.notes
+    assert note.startswith("1 images share their label file with another of the same name but the")
+
+
+@pytest.mark.parametrize("more", ["0.93 0.88", "1 0", "0 1", "0.95 0.85 0.1 0.3"])
+def test_boxes_with_further_numbers_are_refused(tmp_path, more):
+    """Two scores, or difficult and truncated: they were taken for points of a polygon."""
+    rows = [f"0 {0.4 + i / 50:.2f} 0.5 0.2 0.2 {more}\n" for i in range(6)]
+    config = "train: images/train\nnames: [cat]\n"
+    path = data_set(tmp_path, {f"i{i}": row for i, row in enumerate(rows)}, config)
+    refused(path, "could be a polygon as well as a box with its key points or other numbers",
+            "`kpt_shape: null` if they are polygons", "Delete scores")  # fmt: skip
+    data_set(tmp_path, {}, f"{config}kpt_shape: null\n")
+    assert open_source(path, "train").report.objects == 6
+
+
+def test_turned_boxes_are_read_as_what_they_are(tmp_path):
+    turned = "0 0.5 0.3 0.7 0.5 0.5 0.7 0.3 0.5\n"
+    source = open_source(data_set(tmp_path, {f"i{i}": turned for i in range(6)}), "train")
+    assert source.objects(0).boxes[0] == pytest.approx([0.3 * 32, 0.3 * 24, 0.7 * 32, 0.7 * 24])
+
+
+def test_corners_in_the_place_of_centre_and_size_are_refused(tmp_path):
+    rows = "0 0.30 0.35 0.70 0.90\n1 0.55 0.50 0.95 0.98\n"
+    path = data_set(tmp_path, {f"i{i}": rows for i in range(6)})
+    refused(path, "i0.txt:1: 12 of 12 boxes reach beyond", "all lie in it as class x1 y1 x2 y2")
+
+
+def test_boxes_that_reach_beyond_their_image_are_counted(tmp_path):
+    source = open_source(data_set(tmp_path, {"a": "0 0.05 0.5 0.8 0.4\n0 0.49 0.5 1 1\n"}), "train")
+    label = str(tmp_path / "labels" / "train" / "a.txt")
+    assert source.report.skipped == {"part of a box outside the image, clipped": [(label, 1)]}
+    assert source.objects(0).boxes[0] == pytest.approx([0, 0.3 * 24, 0.45 * 32, 0.7 * 24])
+
+
+def test_commas_between_the_numbers(tmp_path):
+    refused(data_set(tmp_path, {"a": "0,0.5,0.5,0.2,0.2\n"}), "Separate the numbers by spaces")
+
+
+def test_damaged_images_are_for_on_error_to_decide(tmp_path):
+    path = data_set(tmp_path, {"a": ROW, "b": ROW, "c": ROW})
+    for name in "bc":
+        (tmp_path / "images" / "train" / f"{name}.png").write_bytes(b"<html>")
+    refused(path, "2 files cannot be used", "b.png", "c.png", "data.on_error=skip")
+    source = open_source(path, "train", on_error="skip")
+    assert names(source) == ["a.png"] and len(source.report.skipped["image unreadable"]) == 2
+
+
+def test_folders_and_lists_that_are_empty_are_named(tmp_path):
+    config = "train: [images/train, images/none, list.txt]\nnames: [cat]\n"
+    path = data_set(tmp_path, {"a": ROW}, config)
+    (tmp_path / "images" / "none").mkdir()
+    (tmp_path / "list.txt").write_text("\n\n")
+    assert open_source(path, "train").report.skipped == {
+        "folder without images": [(str(tmp_path / "images" / "none"), None)],
+        "list without images": [(str(tmp_path / "list.txt"), None)],
+    }
+    data_set(tmp_path, {}, "train: images/none\nnames: [cat]\n")
+    refused(path, "no usable image", "folder without images", "images/none")
+
+
+def test_backslashes_in_the_root(tmp_path):
+    data_set(tmp_path / "set" / "cats", {"a": ROW})
+    config = "path: set\\cats\ntrain: images/train\nnames: [cat]\n"
+    assert names(open_source(data_set(tmp_path, {}, config), "train")) == ["a.png"]
+
+
+def test_a_split_called_test(tmp_path):
+    config = "train: images/train\nval: images/train\ntest: images/test\nnames: [cat]\n"
+    data_set(tmp_path, {"t": ROW}, folder="test")
+    path = data_set(tmp_path, {"a": ROW}, config)
+    assert names(open_source(path, "test")) == ["t.png"]
+    data_set(tmp_path, {}, config.replace("test: images/test\n", ""))
+    refused(path, "no `test`; the file has 'train', 'val', 'names'", split="test")
+    refused(path, "split is 'dev', expected 'train' or 'val' or 'test'", split="dev")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError, open_source
+from jaxaccum.data.base import CLIPPED
 
 CASES = int(os.environ.get("JAXACCUM_FUZZ", "150"))
 LIMIT = 20  # seconds of one case
@@ -159,9 +160,16 @@ def test_label_files(tmp_path, kind):
             assert left.report.skipped == {reason: [(str(label), source.line)]}
             continue
         assert not isinstance(source, DataError), (case, data, str(source))
-        objects, skipped = source.objects(0), sum(map(len, source.report.skipped.values()))
+        left_out = dict(source.report.skipped)
+        clipped = len(left_out.pop(CLIPPED, ()))
+        objects, skipped = source.objects(0), sum(map(len, left_out.values()))
         assert len(objects) + skipped == len(expected), (case, data)
-        whole = np.clip(np.array([row[1:] for row in expected]).reshape(-1, 4), 0, 1)
+        edges = np.array([row[1:] for row in expected]).reshape(-1, 4)
+        beyond = ((np.r_[0, 0, -1, -1] - edges * [1, 1, -1, -1]) * [32, 24, 32, 24]).max(
+            axis=1
+        ) >= 1
+        assert beyond.sum() - skipped <= clipped <= beyond.sum(), (case, data)
+        whole = np.clip(edges, 0, 1)
         whole = np.float32(whole * [32, 24, 32, 24])
         for box, name in zip(objects.boxes, objects.classes, strict=True):
             near = np.abs(whole - box).max(axis=1) < 1e-4

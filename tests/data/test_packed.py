@@ -448,6 +448,8 @@ SHARD = "packed_detection-train.array_record-00001-of-00002"
         (lambda c: flipped(c / "jaxaccum/train.npz", 200), "train.npz cannot be read"),
         (lambda c: (c / "jaxaccum/set.json").write_text("{"), "set.json is not what was written"),
         (lambda c: (c / "jaxaccum/set.json").write_text('{"format": 9}'), "of format 9, this pro"),
+        (lambda c: (c / "jaxaccum/set.json").write_text("[" * 99_999), "set.json is not what was"),
+        (lambda c: (c / "jaxaccum/set.json").write_text("9" * 5000), "set.json is not what was w"),
     ],
 )  # fmt: skip
 def test_a_copy_with_an_error_is_refused(sets, tmp_path, change, message):

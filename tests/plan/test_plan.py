@@ -273,6 +273,15 @@ def test_a_calibration_is_kept_and_used():
     assert calibration.of(targets.find("t4")) == (1.0, calibration.UNCALIBRATED)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[" * 99_999, "[1]", '{"x": 1}', '{"x": {"f": 1}}'])
+def test_a_damaged_calibration_is_none(content):
+    calibration.file().parent.mkdir(parents=True, exist_ok=True)
+    calibration.file().write_text(content)
+    assert calibration.of(target()) == (1.0, calibration.UNCALIBRATED)
+    calibration.keep("x", [(100, 110)])
+    assert calibration.of(target())[0] == 1.1
+
+
 def test_geometries_of_a_calibration():
     assert calibrate.parse("8:remat") == {"microbatch": 8, "engine": "scan", "remat": True}
     assert calibrate.parse("4:multisteps")["engine"] == "multisteps"

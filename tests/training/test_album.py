@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_config3d
 
 from jaxaccum import train
 from jaxaccum.draw import figures
-from jaxaccum.training import album, report
+from jaxaccum.training import album, logs, report
 
 NAMES = {"batch", "labels", "validation", "results", "precision_recall", "confusion"}
 
@@ -53,7 +53,7 @@ def test_the_report_holds_all_that_it_shows(reported):
     page = Parsed(text)
     assert len(page.images) == len(NAMES) and all(image.std() > 5 for image in page.images)
     assert page.elsewhere == [] and "<title>tiny-t in a &lt;run&gt;</title>" in text
-    records = report.records(reported / "metrics.jsonl")
+    records = logs.records(reported / "metrics.jsonl")
     assert f"Recipe {records[0]['fingerprint']}" in text
     for said in ("microbatch 2 x 2 steps x 1 device", "AP50-95", "balloon", "jaxlib", "&quot;nbs"):
         assert said in text, said
@@ -91,6 +91,8 @@ def test_another_task_has_one(tmp_path):
 
 
 def test_lines_that_are_none_are_left_out(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.0}\n\nx\n[1]\n')
-    assert report.records(tmp_path / "m.jsonl") == [{"step": 1, "kind": "train", "loss": 2.0}]
+    (tmp_path / "m.jsonl").write_bytes(
+        b'{"step": 1, "kind": "train", "loss": 2.0}\n\nx\n[1]\n\xff\x00\n{"step": 2, "ki'
+    )
+    assert logs.records(tmp_path / "m.jsonl") == [{"step": 1, "kind": "train", "loss": 2.0}]
     assert report.results([], "map50").ndim == 3

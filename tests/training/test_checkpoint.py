@@ -162,3 +162,37 @@ def test_newest_complete(tmp_path):
     for name in ("3", "12", "15.orbax-checkpoint-tmp"):
         (tmp_path / "last" / name).mkdir(parents=True)
     assert newest_complete(tmp_path) == 12
+
+
+# --- Every save is looked for as a reader would, before it counts. ---
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda folder: folder.rename(folder.with_name("elsewhere")),
+        lambda folder: truncate(data_file(folder / "tree")),
+        lambda folder: remove(folder / "meta" / "metadata"),
+    ],
+    ids=["gone", "cut", "incomplete"],
+)
+def test_a_save_that_cannot_be_found_again_is_an_error(workdir, hide):
+    lost = pytest.raises(CheckpointError, match=r"update 12 was saved in .* cannot be found again")
+    with lost, Checkpoints(workdir, keep=3) as checkpoints:
+        checkpoints.save(12, tree(12), {"at": 12})
+        checkpoints._last.wait_until_finished()
+        hide(workdir / "last" / "12")
+
+
+def test_of_two_saves_that_fail_the_first_is_told(workdir, monkeypatch):
+    """What the library raised when the second was closed came out in its place."""
+
+    def fail(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: [OS error 27: EFBIG File too large]")
+
+    told = pytest.raises(CheckpointError, match=r"cannot save a checkpoint in .* larger than")
+    with told, Checkpoints(workdir, keep=3) as checkpoints:
+        for manager in (checkpoints._last, checkpoints._best):
+            manager.close()
+            monkeypatch.setattr(manager, "wait_until_finished", fail)
+            monkeypatch.setattr(manager, "close", fail)

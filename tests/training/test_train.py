@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import predicted, tiny_config
 
 from jaxaccum import config as configs
@@ -70,6 +71,29 @@ def test_evaluate_repeats_the_runs_own_evaluation(trained):
     assert result["map50_95"] == pytest.approx(best["map50_95"], abs=1e-6)
     assert result["images"] == 256
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_evaluate_takes_the_json_of_the_images_to_evaluate_on(trained, tmp_path):
+    """It looked for that of another split beside it, and had no flag to be told."""
+    scenes, rows, boxes = data.Scenes("val", size=64), [], []
+    for i in range(5):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(scenes.image(i)).save(tmp_path / "images" / f"{i}.png")
+        rows.append({"id": i, "file_name": f"{i}.png"})
+        for (x1, y1, x2, y2), c in zip(scenes.objects(i).boxes.tolist(), scenes.objects(i).classes,
+                                       strict=True):  # fmt: skip
+            box = [x1, y1, x2 - x1, y2 - y1]
+            boxes.append({"id": len(boxes), "image_id": i, "category_id": int(c), "bbox": box})
+    names = [{"id": c, "name": name} for c, name in enumerate(scenes.names)]
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps({"images": rows, "annotations": boxes, "categories": names}))
+    found = evaluate.evaluate(trained, str(file))
+    assert (found["images"], found["objects"]) == (5, len(boxes))
+    with pytest.raises(configs.ConfigError, match="--split=test: the json given is that of the"):
+        evaluate.evaluate(trained, str(file), split="test")
+    with pytest.raises(data.DataError, match="embedded scenes: split is 'test', expected 'train'"):
+        evaluate.evaluate(trained, split="test")
 
 
 def test_evaluation_does_not_depend_on_the_batch(trained):

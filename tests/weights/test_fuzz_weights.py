@@ -347,3 +347,17 @@ def test_what_is_no_file(tmp_path):
     for name, said in {"pipe.pt": "a pipe or a device", "": "a folder", "a\0.pt": "null"}.items():
         with pytest.raises(WeightsError, match=said):
             torch_file.read(tmp_path / name)
+
+
+def test_the_cases_of_weights(shared):
+    """What each of them was: GiB taken by kilobytes, and tracebacks."""
+    folder = shared / "cases" / "fuzz" / "h_weights"
+    if not folder.is_dir():
+        pytest.skip("these cases are not here")
+    files = [f for f in sorted(folder.glob("*/*")) if f.suffix in (".pt", ".pth", ".safetensors")]
+    assert len(files) > 6
+    for file in files:
+        start = time.monotonic()
+        with memory_below(400), pytest.raises(WeightsError, match=file.name):
+            torch_file.read(file)
+        assert time.monotonic() - start < 10, file

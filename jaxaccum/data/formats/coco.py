@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxaccum.data.base import DataError, Objects, Report, normalised_objects
+from jaxaccum.data.base import (
+    CLIPPED,
+    DataError,
+    Objects,
+    Report,
+    normalised_objects,
+    refuse_faults,
+)
+from jaxaccum.data.formats.coco_files import cut, image_folder, place_of
 from jaxaccum.data.formats.coco_rows import field_of, read_coco, said, wrong
 from jaxaccum.data.formats.yolo import HIGHEST, LOWEST
-from jaxaccum.data.images import FileSource, Header, Record, Unreadable, read_header
+from jaxaccum.data.images import Damaged, FileSource, Header, Record, Unreadable, read_header
 from jaxaccum.data.texts import shown, shown_path
 
-_PROBE = 20  # files to look for before a folder is searched for all
 _LISTED = 20  # of a long list, how many a message names
-_CLIPPED = "part of a box outside the image, clipped"
 _LARGEST = 1e6  # pixels
 _TELLING = 8  # boxes from which on their numbers tell what they mean
 
@@ -87,7 +93,8 @@ def open_coco(
     Raises:
       DataError: naming the file, the row, the field and the fix.
     """
-    file = path if split == "train" else val_path or _sibling(path)
+    given = val_path if split == "val" else ""
+    file = path if split == "train" else given or _sibling(path, split)
     report = Report(f"{shown_path(file)} ({split})")
     content = _read(file, report, on_error, names)
     if names is None:
@@ -97,12 +104,17 @@ def open_coco(
 
     entries = _images(content, report, on_error)
     _refuse_strays(content, entries, report, on_error)
-    folder = _image_folder(entries, file, split, images)
-    records, sizes = [], {}
+    named = [image.file_name for image in entries.values() if image is not None]
+    folder = image_folder(named, file, split, images)
+    again = _named_again(entries, file, on_error)
+    records, sizes, faults = [], {}, list[tuple[str, str]]()
     for key, image in entries.items():
         if image is None:
             continue
-        place, name = _place(folder, image.file_name)
+        if image.file_name in again:
+            report.skip("image with several rows", shown_path(image.file_name))
+            continue
+        place, name = place_of(folder, image.file_name)
         if not os.path.isfile(place):
             report.skip("image missing", shown_path(place))
             continue
@@ -110,6 +122,8 @@ def open_coco(
             header = read_header(place)
         except Unreadable as problem:
             report.skip(str(problem), shown_path(place))
+            if isinstance(problem, Damaged):
+                faults.append((shown_path(place), str(problem)))
             continue
         try:
             _check_size(image, header, content)
@@ -122,24 +136,27 @@ def open_coco(
         sizes[key] = header.size
         records.append(Record(name, place, header, objects))
     _refuse_other_boxes(content, sizes, report)
+    if on_error != "skip":
+        refuse_faults(report.where, faults)
     return FileSource(names, records, report)
 
 
-def _sibling(path: str) -> str:
-    name = Path(path).name
-    head, found, tail = name.rpartition("train")
-    sibling = Path(path).with_name(f"{head}val{tail}") if found else Path(path)
-    if not found or not os.path.isfile(sibling):
-        tried = (
-            f"tried {shown_path(sibling)}"
-            if found
-            else f"{shown_path(name)} has no 'train' in it to replace by 'val'"
-        )
-        raise DataError(
-            f"{shown_path(path)}: no val json found ({tried}). Name it: val_path=...json.",
-            file=path,
-        )
-    return str(sibling)
+def _sibling(path: str, split: str) -> str:
+    """The json of another split beside a train json: of its name, or in a folder of that name."""
+    given = Path(path)
+    words = ("val", "valid") if split == "val" else (split,)
+    head, found, tail = given.name.rpartition("train")
+    tried = [given.with_name(f"{head}{word}{tail}") for word in words] if found else []
+    if given.absolute().parent.name == "train":
+        tried += [given.absolute().parent.with_name(word) / given.name for word in words]
+    for place in tried:
+        if os.path.isfile(place):
+            return str(place)
+    what = f"tried {', '.join(map(shown_path, tried))}"
+    if not tried:
+        what = f"{shown_path(given.name)} has no 'train' in it to replace by {split!r}"
+    fix = " Name it: val_path=...json." if split == "val" else ""
+    raise DataError(f"{shown_path(path)}: no {split} json found ({what}).{fix}", file=path)
 
 
 def _read(file: str, report: Report, on_error: str, names: Sequence[str] | None) -> _Content:
@@ -191,7 +208,7 @@ def _refuse_other_boxes(
             f"height.",
             file=file,
         )
-    clipped = len(report.skipped.get(_CLIPPED, ()))
+    clipped = len(report.skipped.get(CLIPPED, ()))
     corners = (x >= 0) & (x < right) & (right < width + 1)
     corners &= (y >= 0) & (y < bottom) & (bottom < height + 1)
     if 3 * clipped >= count and corners.all():
@@ -321,6 +338,31 @@ def _images(content: _Content, report: Report, on_error: str) -> dict[str, _Imag
     return entries
 
 
+def _named_again(entries: Mapping[str, _Image | None], file: str, on_error: str) -> frozenset[str]:
+    """File names that several rows have: each would teach the image with a part of its boxes.
+
+    Raises:
+      DataError: there are some, and on_error is not "skip".
+    """
+    first: dict[str, int] = {}
+    again = set[str]()
+    for image in entries.values():
+        if image is None:
+            continue
+        before = first.setdefault(image.file_name, image.at)
+        if before == image.at:
+            continue
+        if on_error != "skip":
+            raise DataError(
+                f"{shown_path(file)}: images[{image.at}].file_name is {shown(image.file_name)}, as "
+                f"that of images[{before}]: each row would be learned with its own boxes only. "
+                "Make them one row, with the annotations of both.",
+                file=file,
+            )
+        again.add(image.file_name)
+    return frozenset(again)
+
+
 def _refuse_strays(
     content: _Content, entries: Mapping[str, _Image | None], report: Report, on_error: str
 ) -> None:
@@ -343,64 +385,12 @@ def _refuse_strays(
             report.skip("annotation of an unknown image", f"annotation {label}")
 
 
-def _image_folder(entries: Mapping[str, _Image | None], file: str, split: str, images: str) -> Path:
-    """The folder that the file names of the json are relative to."""
-    names = [image.file_name for image in entries.values() if image is not None]
-    candidates = list(dict.fromkeys(_folders(Path(file), split, images)))
-    for wanted in (names[:_PROBE], names[_PROBE:]):
-        for folder in candidates:
-            if any(os.path.isfile(_place(folder, name)[0]) for name in wanted):
-                return folder
-    if not names:
-        raise DataError(
-            f"{shown_path(file)}: every row of `images` has an error in it. Correct them, or "
-            f"look at the first with data.on_error='raise'.",
-            file=file,
-        )
-    tried = "\n  ".join(dict.fromkeys(_cut(_place(folder, names[0])[0]) for folder in candidates))
-    fix = "Name the folder that file_name is relative to: images=..."
-    if os.path.isabs(names[0]):
-        fix = "Make file_name relative to the folder of the images: it is an absolute path."
-    raise DataError(
-        f"{shown_path(file)}: none of its {len(names)} images was found. Tried, for the "
-        f"first of them:\n  {tried}\n{fix}",
-        file=file,
-    )
-
-
-def _cut(path: str, most: int = 300) -> str:
-    text = shown_path(path[: most + 1])
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _place(folder: Path, name: str) -> tuple[str, str]:
-    """Where an image of this file name lies, and its name: on Windows \\ separates folders."""
-    place = os.path.join(folder, name)
-    if "\\" in name and not os.path.isfile(place):
-        name = name.replace("\\", "/").lstrip("/")
-        place = os.path.join(folder, name)
-    # A name that is no Unicode is one of bytes: it opens the file, and is escaped elsewhere.
-    return place, name.encode("utf-8", "backslashreplace").decode()
-
-
-def _folders(file: Path, split: str, images: str) -> Iterator[Path]:
-    tags = [file.stem.removeprefix("instances_"), split]
-    if images:
-        yield from (Path(images, *tag) for tag in ([], [tags[0]], [tags[1]]))
-        return
-    for base in (file.parent, file.parent.parent):
-        yield from (base / "images" / tag for tag in tags)
-        yield base / "images"
-        yield from (base / tag for tag in tags)
-        yield base
-
-
 def _check_size(image: _Image, header: Header, content: _Content) -> None:
     declared = [side or known for side, known in zip(image.declared, header.size, strict=True)]
     if tuple(declared) != header.size:
         row = content.rows["images"][image.at]
         problem = (
-            f"image {_cut(image.file_name)} is declared {declared[1]} x {declared[0]} (width "
+            f"image {cut(image.file_name)} is declared {declared[1]} x {declared[0]} (width "
             f"x height) but is {header.size[1]} x {header.size[0]}; its boxes would be misplaced"
         )
         fix = "Restore the original image, or correct its entry and its boxes"
@@ -444,10 +434,11 @@ def _objects(
         x, y, w, h = box
         # Less than a pixel is the rounding of those who wrote the file.
         if min(x, y, width - x - w, height - y - h) <= -1:
-            report.skip(_CLIPPED, shown_path(name))
+            report.skip(CLIPPED, shown_path(name))
         rows.append((float(index_of[category]), *placed))
     table = np.array(rows, np.float64).reshape(-1, 5)
-    return normalised_objects(table, header.size, report, shown_path(name), [None] * len(rows))
+    lines = [None] * len(rows)
+    return normalised_objects(table, header.size, report, shown_path(name), lines, False)
 
 
 def _placed(box: _Box, width: int, height: int) -> _Box | None:

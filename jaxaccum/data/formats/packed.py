@@ -114,7 +114,9 @@ def open_set(path: str, task: str) -> PackedSet:
         files = dict(told["files"])
         stamps = {str(folder / name): stamp(folder / name) for name in files}
         found = PackedSet(path, folder, told["task"], told["splits"], told["options"], stamps)
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, f"{file} is not what was written ({error!r})") from error
     if found.task != task:
         raise DataError(

@@ -56,7 +56,7 @@ def find_tfds(path: str, split: str) -> tuple[str, str, Any, Sequence[dict[str, 
 
 
 def _default_split(split: str, known: Sequence[str], path: str) -> str:
-    wanted = ["train"] if split == "train" else ["validation", "test"]
+    wanted = ["validation", "test"] if split == "val" else [split]
     # A data set that is not prepared does not tell its splits; opening it says what is missing.
     found = [s for s in wanted if s in known] if known else wanted
     if not found:

@@ -7,19 +7,27 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxaccum.data.base import DataError, Report, no_objects, normalised_objects
+from jaxaccum.data.base import (
+    DataError,
+    Report,
+    no_objects,
+    normalised_objects,
+    refuse_faults,
+)
 from jaxaccum.data.formats.yolo_labels import HIGHEST as HIGHEST
 from jaxaccum.data.formats.yolo_labels import (
     LARGEST_FILE,
+    Corners,
     KeyPoints,
+    LabelFiles,
     LongRows,
     label_file,
     parse_labels,
 )
 from jaxaccum.data.formats.yolo_labels import LOWEST as LOWEST
-from jaxaccum.data.images import SUFFIXES, FileSource, Record, Unreadable, read_header
+from jaxaccum.data.images import SUFFIXES, Damaged, FileSource, Record, Unreadable, read_header
 from jaxaccum.data.texts import (
     MissingFileError,
     lines,
@@ -29,7 +37,7 @@ from jaxaccum.data.texts import (
     shown_path,
     whole_number,
 )
-from jaxaccum.data.walking import Found, found_files
+from jaxaccum.data.walking import found_files
 
 MOST_CLASSES = 100_000  # several times what the largest public set has
 MOST_KEY_POINTS = 10_000
@@ -43,7 +51,7 @@ def open_yolo(path: str, split: str, *, on_error: str = "raise") -> FileSource:
       path: the data.yaml: `path` (root, relative to the yaml), `train` and `val` (each a folder,
         a txt list of images, or a list of those), `names` and/or `nc`; `kpt_shape` if rows are
         boxes with key points, of which the boxes are used.
-      split: "train" or "val".
+      split: "train" or "val", or another that the file names.
       on_error: "raise" refuses a label file with an error in it; "skip" counts and drops its
         image.
 
@@ -55,32 +63,33 @@ def open_yolo(path: str, split: str, *, on_error: str = "raise") -> FileSource:
     key_points = _key_points(config, path)
     root = Path(path).parent
     if config.get("path") not in (None, ""):
-        root /= _path(config["path"], "`path`", path)
+        word = _path(config["path"], "`path`", path)
+        root /= next((w for w in _slashed(word) if os.path.exists(root / w)), word)
     root = Path(os.path.realpath(root))
     report = Report(f"{shown_path(path)} ({split})")
     long_rows = None if "kpt_shape" in config else LongRows()
 
     found = list(_split_images(config, split, root, path, report))
-    records, unlabelled, elsewhere = [], [], 0
+    records, labels, corners = [], LabelFiles(), Corners()
+    faults = list[tuple[str, str]]()
     for image in found:
+        file = labels.of(image.file)
         try:
             header = read_header(image.file)
         except Unreadable as problem:
             report.skip(str(problem), str(image.file))
+            if isinstance(problem, Damaged):
+                faults.append((shown_path(image.file), str(problem)))
             continue
-        file = label_file(image.file)
-        if image.real is not None and not os.path.lexists(file):
-            there = label_file(image.real)
-            if os.path.lexists(there):
-                file, elsewhere = there, elsewhere + 1
         try:
             text = read_text(file, limit=LARGEST_FILE)
             rows, places = parse_labels(
                 text, len(names), str(file), key_points=key_points, long_rows=long_rows
             )
             objects = normalised_objects(rows, header.size, report, str(file), places)
+            corners.add(rows, places, str(file))
         except MissingFileError:
-            unlabelled.append(file)
+            labels.none(image.file, file)
             objects = no_objects()
         except DataError as error:
             if on_error != "skip":
@@ -90,19 +99,21 @@ def open_yolo(path: str, split: str, *, on_error: str = "raise") -> FileSource:
         records.append(Record(image.name, str(image.file), header, objects))
     if long_rows is not None:
         long_rows.refuse(path)
-    again = len(found) - len({image.file for image in found})
+    corners.refuse()
+    if on_error != "skip":
+        refuse_faults(report.where, faults)
+    again = len(found) - len({os.path.normpath(image.file) for image in found})
     if again:
         report.notes.append(f"{again} images are named again in `{split}`, and are read again")
-    if elsewhere:
-        report.notes.append(f"labels of {elsewhere} images read where a link to a folder leads")
-    if records and len(unlabelled) == len(records):
+    if records and len(labels.missing) == len(records):
         raise DataError(
             f"{report.where}: none of the {len(records)} images has a label file; looked for "
-            f"{shown_path(unlabelled[0])} and so on. Put the labels where the last /images/ of the "
-            f"image's path becomes /labels/ and its suffix .txt; leave out only those of "
+            f"{shown_path(labels.missing[0])} and so on. Put the labels where the last /images/ of "
+            f"the image's path becomes /labels/ and its suffix .txt; leave out only those of "
             f"background images.",
             file=path,
         )
+    labels.tell(report, {image.file.parent for image in found if not image.listed})
     return FileSource(names, records, report)
 
 
@@ -229,9 +240,17 @@ def _path(value: Any, field: str, path: str) -> str:
     return str(value)
 
 
+class _Image(NamedTuple):
+    """An image: its name relative to the split, its file, and whether a list named it."""
+
+    name: str
+    file: Path
+    listed: bool = False
+
+
 def _split_images(
     config: dict[str, Any], split: str, root: Path, path: str, report: Report
-) -> Iterator[Found]:
+) -> Iterator[_Image]:
     """Yields each image of the split."""
     told, yaml = config.get(split), shown_path(path)
     if not told:
@@ -250,7 +269,8 @@ def _split_images(
                 f"read {shown_path(place)} instead"
             )
         if os.path.isdir(place):
-            yield from found_files(place, report, SUFFIXES, "images", _is_label)
+            for file in found_files(place, report, SUFFIXES, "images", _is_label):
+                yield _Image(file.name, file.file)
         elif os.path.isfile(place) and place.suffix.lower() == ".txt":
             yield from _listed_images(place, root, report)
         elif os.path.exists(place):
@@ -273,14 +293,16 @@ def _split_images(
             )
 
 
+def _slashed(word: str) -> list[str]:
+    """A path as written, and as Windows may have written it."""
+    return list(dict.fromkeys((word, word.replace("\\", "/"))))
+
+
 def _readings(word: str) -> Iterator[str]:
     """A path as written, as Windows may have written it, and one level nearer: a popular exporter
     writes ../train/images beside train/images."""
-    yield word
-    slashed = word.replace("\\", "/")
-    if slashed != word:
-        yield slashed
-    first, *rest = Path(slashed).parts or ("",)
+    yield from _slashed(word)
+    first, *rest = Path(_slashed(word)[-1]).parts or ("",)
     if first == ".." and rest:
         yield str(Path(*rest))
 
@@ -301,23 +323,26 @@ def _is_label(file: Path) -> bool:
     return file.suffix.lower() == ".txt" and label_file(file) == file
 
 
-def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[Found]:
-    otherwise = 0
+def _listed_images(listing: Path, root: Path, report: Report) -> Iterator[_Image]:
+    otherwise = named = 0
     for line in lines(read_text(listing)):
         entry = line.strip()
         if not entry:
             continue
+        named += 1
         readings = list(_readings(entry))
         places = [(word, base / word) for word in readings for base in (listing.parent, root)]
         for word, place in places:
             if os.path.isfile(place):
                 otherwise += word != entry
-                yield Found(_portable_name(word, root), place)
+                yield _Image(_portable_name(word, root), place, listed=True)
                 break
         else:
             place = places[0][1]
             reason = "listed, but no file" if os.path.exists(place) else "image missing"
             report.skip(reason, str(place))
+    if not named:
+        report.skip("list without images", str(listing))
     if otherwise:
         report.notes.append(
             f"{otherwise} lines of {shown_path(listing)} name nothing as they are; read with / for "

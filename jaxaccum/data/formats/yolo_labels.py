@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum.data.base import DataError
+from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.texts import lines, number, shown, shown_path
 
 LOWEST, HIGHEST = -0.01, 1.01  # tolerance of normalised coordinates
@@ -20,6 +23,8 @@ KeyPoints = tuple[int, int]  # how many, and values of each: 2 (x y) or 3 (x y v
 
 _ENOUGH = 1000  # long rows that tell what the others are
 _MOST = 0.9  # part of them; an image cropped after it was labelled has key points anywhere
+_TELLING = 8  # boxes from which on their numbers tell what they mean
+_SKEW = 0.01  # of a turned box's corners, parts of the image: clipped ones have more
 _HINT = "If these are key points, give their kpt_shape in the data.yaml."
 
 
@@ -33,12 +38,135 @@ def label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+class LabelFiles:
+    """Where the labels of a split's images lie, and what is odd about that.
+
+    Attributes:
+      missing: of images without one, where it was looked for.
+    """
+
+    def __init__(self) -> None:
+        self.missing: list[Path] = []
+        self._used: dict[Path, Path] = {}  # label file -> an image of it
+        self._linked = self._spelled = self._beside = 0
+        self._shared: list[str] = []
+
+    def of(self, image: Path) -> Path:
+        """The label file of an image; the usual place if there is none."""
+        usual = label_file(image)
+        file = usual if os.path.lexists(usual) else self._elsewhere(image, usual)
+        if file in self._used and self._used[file] != image:
+            self._shared.append(f"{shown_path(self._used[file])} and {shown_path(image)}")
+        self._used.setdefault(file, image)
+        return file
+
+    def none(self, image: Path, usual: Path) -> None:
+        """There is none, and the image counts as one without objects."""
+        self.missing.append(usual)
+        beside = image.with_suffix(".txt")
+        self._beside += beside != usual and os.path.lexists(beside)
+
+    def tell(self, report: Findings, folders: Iterable[Path]) -> None:
+        """Says what is odd.
+
+        Args:
+          folders: that were read whole, so that each of their labels should have its image.
+        """
+        for folder in sorted({label_file(folder / "0.jpg").parent for folder in folders}):
+            try:
+                there = sorted(os.listdir(folder))
+            except OSError:
+                continue
+            for name in there:
+                is_label = name.endswith(".txt") and name != "classes.txt" and name[0] != "."
+                if is_label and folder / name not in self._used:
+                    report.skip("label file without its image", str(folder / name))
+        notes = []
+        if self._linked:
+            notes.append(f"labels of {self._linked} images read where a link leads")
+        if self._spelled:
+            notes.append(
+                f"labels of {self._spelled} images read from names in another spelling (.TXT, or "
+                "another form of Unicode)"
+            )
+        if self._shared:
+            notes.append(
+                f"{len(self._shared)} images share their label file with another of the same name "
+                f"but the suffix: {', '.join(self._shared[:2])}"
+            )
+        if self.missing:
+            notes.append(
+                f"{len(self.missing)} images have no label file, and count as images without "
+                f"objects: looked for {', '.join(shown_path(f) for f in self.missing[:2])}"
+                + (", ..." if len(self.missing) > 2 else "")
+                + (
+                    f"; beside {self._beside} of them lies a .txt, which is not read, as they are "
+                    "in a folder called images"
+                    if self._beside
+                    else ""
+                )
+            )
+        report.notes.extend(notes)
+
+    def _elsewhere(self, image: Path, usual: Path) -> Path:
+        """Where a link leads, or under another spelling; else the usual place."""
+        real = label_file(Path(os.path.realpath(image)))
+        if real != usual and os.path.lexists(real):
+            self._linked += 1
+            return real
+        names = [usual.with_suffix(".TXT")]
+        names += [usual.with_name(normalize(form, usual.name)) for form in ("NFC", "NFD")]
+        for name in names:
+            if name != usual and os.path.lexists(name):
+                self._spelled += 1
+                return name
+        return usual
+
+
+class Corners:
+    """Whether rows `class cx cy w h` of a split are all `class x1 y1 x2 y2` by mistake.
+
+    Most such boxes would reach beyond their image, be clipped, and be taught.
+    """
+
+    def __init__(self) -> None:
+        self._boxes = self._clipped = 0
+        self._all = True
+        self._first: tuple[str, int] | None = None
+
+    def add(self, rows: NDArray[np.float64], places: Sequence[int], file: str) -> None:
+        """Takes the boxes of a file, (n, 5), and their lines."""
+        if not len(rows):
+            return
+        x, y, w, h = rows[:, 1:].T
+        self._boxes += len(rows)
+        beyond = (abs(x - 0.5) + w / 2 > 0.5 - LOWEST) | (abs(y - 0.5) + h / 2 > 0.5 - LOWEST)
+        self._clipped += int(beyond.sum())
+        self._all = self._all and bool(((x < w) & (y < h)).all())
+        self._first = self._first or (file, places[0])
+
+    def refuse(self) -> None:
+        """Raises DataError if they are."""
+        if self._first is None or self._boxes < _TELLING or not self._all:
+            return
+        if 3 * self._clipped >= self._boxes:
+            file, line = self._first
+            raise DataError(
+                f"{shown_path(file)}:{line}: {self._clipped} of {self._boxes} boxes reach beyond "
+                "their image as class cx cy w h, and all lie in it as class x1 y1 x2 y2. Write the "
+                "centre, the width and the height.",
+                file=file, line=line,
+            )  # fmt: skip
+
+
 class LongRows:
-    """Whether the long rows of a split, read as polygons, may be boxes with key points instead.
+    """Whether the long rows of a split, read as polygons, may be boxes and more numbers instead.
 
     A polygon of n points and a box with n - 2 key points of x and y have the same columns. Both
     can be meant only where almost all rows have equally many, and where almost all have their
-    points in the box that their first four numbers make: polygons drawn by hand never do.
+    points in the box that their first four numbers make: polygons drawn by hand never do. A box
+    with two or four further numbers (scores, marks) looks like a triangle or a quadrilateral: it
+    is taken for one only where it is a parallelogram, as turned boxes are.
     """
 
     def __init__(self) -> None:
@@ -51,7 +179,7 @@ class LongRows:
         if self._rows == _ENOUGH:
             return
         self._rows += 1
-        if _could_be_pose(values):
+        if _could_be_pose(values) or _could_be_more(values):
             self._columns[len(values)] += 1
             self._first.setdefault(len(values), (file, line))
 
@@ -66,9 +194,9 @@ class LongRows:
         shapes = [f"[{(columns - 5) // n}, {n}]" for n in (2, 3) if (columns - 5) % n == 0]
         raise DataError(
             f"{shown_path(file)}:{line}: {columns} columns, here and in other rows, that could be "
-            f"a polygon as well as a box with its key points. In {shown_path(path)}, add "
-            f"`kpt_shape: {' or '.join(shapes)}` if they are key points, or `kpt_shape: null` if "
-            f"they are polygons.",
+            f"a polygon as well as a box with its key points or other numbers. In "
+            f"{shown_path(path)}, add `kpt_shape: {' or '.join(shapes)}` if they are key points, "
+            f"or `kpt_shape: null` if they are polygons. Delete scores and the like.",
             file=file,
             line=line,
         )
@@ -124,11 +252,12 @@ def parse_labels(
                 if pose
                 else "a polygon (class and at least 3 points x y)"
             )
-            raise wrong(
-                f"{len(fields)} columns, expected 5 (class cx cy w h) or {other}",
-                "Give the row the columns it lacks, or delete it."
-                + (f" {_HINT}" if len(fields) > 5 and not pose else ""),
-            )
+            fix = "Give the row the columns it lacks, or delete it."
+            if len(fields) < 5 and re.search("[,;]", line):
+                fix = "Separate the numbers by spaces."
+            elif len(fields) > 5 and not pose:
+                fix += f" {_HINT}"
+            raise wrong(f"{len(fields)} columns, expected 5 (class cx cy w h) or {other}", fix)
         if polygons is None:
             polygons = polygon
         elif polygon != polygons:
@@ -179,7 +308,7 @@ def _could_be_pose(values: Sequence[float]) -> bool:
     edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     if min(width, height) <= 0 or min(edges) < LOWEST or max(edges) > HIGHEST:
         return False
-    if _is_rectangle(values[1:]):
+    if _is_turned_box(values[1:]):
         return False
     readings = [rest[0::2], rest[1::2]]
     if len(rest) % 3 == 0 and set(rest[2::3]) <= {0, 1, 2}:
@@ -190,16 +319,27 @@ def _could_be_pose(values: Sequence[float]) -> bool:
     )
 
 
-def _is_rectangle(points: Sequence[float]) -> bool:
-    """Whether x1 y1 x2 y2 ... go along an upright rectangle, as converters of boxes write it."""
+def _could_be_more(values: Sequence[float]) -> bool:
+    """Whether a row makes sense as a box and two or four numbers that are no points."""
+    _, x, y, width, height, *rest = values
+    if len(rest) not in (2, 4):
+        return False
+    edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    if min(width, height) <= 0 or min(edges) < LOWEST or max(edges) > HIGHEST:
+        return False
+    return not _is_turned_box(values[1:])
+
+
+def _is_turned_box(points: Sequence[float]) -> bool:
+    """Whether x1 y1 x2 y2 ... are the corners of a box, upright or turned, one after the other."""
     if len(points) == 10 and points[8:] == points[:2]:
         points = points[:8]
     if len(points) != 8:
         return False
-    x1, y1, x2, y2, x3, y3, x4, y4 = points
-    across = (x1, x2, y1, y3) == (x4, x3, y2, y4)
-    down = (x1, x3, y2, y1) == (x2, x4, y3, y4)
-    return x1 != x3 and y1 != y3 and (across or down)
+    corners = np.array(points).reshape(4, 2)
+    sides = abs(corners - np.roll(corners, 1, axis=0)).max(axis=1)
+    skew = abs(corners[0] + corners[2] - corners[1] - corners[3]).max()
+    return bool(skew <= _SKEW and sides.min() > 0)
 
 
 def _mostly_inside(

@@ -287,16 +287,19 @@ class CompletionTask(Task):
         lenient = config.data.get("on_error", "raise") == "skip"
         return Evaluator(self, sources, config.eval.batch, references(config), lenient)
 
-    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
-        """The test split, and the unseen categories where there are some; what is cropped by us in
-        all three modes, and over these the mean."""
+    def full_evaluator(
+        self, config: ml_collections.ConfigDict, split: str = ""
+    ) -> tuple[Evaluator, list[str]]:
+        """The test split, and the unseen categories where there are some, or another split; what is
+        cropped by us in all three modes, and over these the mean."""
         config = config.copy_and_resolve_references()
         config.eval.viewpoints = 0  # as the benchmark has it
         sources, lines = {}, []
-        for prefix, split in (("", "test"), ("unseen/", "unseen")):
-            if split == "unseen" and not data.has_unseen(config.data.path):
-                continue
-            source = self.open(config, split)
+        splits = {"": split or "test"}
+        if not split and data.has_unseen(config.data.path):
+            splits["unseen/"] = "unseen"
+        for prefix, chosen in splits.items():
+            source = self.open(config, chosen)
             lines += source.report.lines()
             if not source.points and not config.eval.references:
                 lines.append("  no MMD: it needs cars to compare with, --references=PCN_FOLDER")
@@ -305,7 +308,7 @@ class CompletionTask(Task):
                 continue
             for mode in ("easy", "median", "hard"):
                 config.eval.mode = mode
-                sources[f"{prefix}{mode}/"] = self.open(config, split)
+                sources[f"{prefix}{mode}/"] = self.open(config, chosen)
         lenient = config.data.get("on_error", "raise") == "skip"
         return Evaluator(self, sources, config.eval.batch, references(config), lenient), lines
 

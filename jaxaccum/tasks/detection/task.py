@@ -15,6 +15,7 @@ import numpy as np
 from jaxaccum import data, draw, models
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.data import check
+from jaxaccum.data.base import require_objects
 from jaxaccum.data.formats import packed
 from jaxaccum.data.views import viewed
 from jaxaccum.draw import figures
@@ -76,6 +77,8 @@ class DetectionTask(Task):
         options = config.data
         one_class = options.single_cls
         whole = cls.open_to_pack(config, split, None if one_class else names)
+        if split == "train":
+            require_objects(whole)
         return viewed(whole, options.fraction if split == "train" else 1.0, one_class)
 
     @classmethod
@@ -212,16 +215,21 @@ class DetectionTask(Task):
         """COCO mAP on a source."""
         return Evaluator(self, source, config.eval, config.data.on_error)
 
-    def full_evaluator(self, config: ml_collections.ConfigDict) -> tuple[Evaluator, list[str]]:
-        """COCO mAP on the val split, and what that holds."""
-        source = self.open(config, "val", self.names)
+    def full_evaluator(
+        self, config: ml_collections.ConfigDict, split: str = ""
+    ) -> tuple[Evaluator, list[str]]:
+        """COCO mAP on a split, and what that holds."""
+        source = self.open(config, split or "val", self.names)
         lines = source.report.lines()
         if not source.report.objects:
-            lines.append("no objects in the validation set: there is no mAP to measure")
+            of = f"split {split}" if split else "validation set"
+            lines.append(f"no objects in the {of}: there is no mAP to measure")
         return self.evaluator(config, source), lines
 
     def summary(self, best: dict[str, Any]) -> str:
         """The metrics of an evaluation in a few words."""
+        if np.isnan(best["map50"]):
+            return "no mAP"
         return f"mAP50 {best['map50']:.4f}, mAP50-95 {best['map50_95']:.4f}"
 
     def tables(self, found: dict[str, float]) -> list[str]:
@@ -283,6 +291,11 @@ class DetectionTask(Task):
     def sample(self, value: Any) -> Sample:
         """An image in memory."""
         return files.picture_of(value)
+
+    def writes(self, **options: Any) -> tuple[str, ...]:
+        """The picture, and labels and crops where they are asked for."""
+        labels = ("labels/NAME.txt",) * bool(options.get("save_txt"))
+        return (".png", *labels, *("crops/*/NAME_*.png",) * bool(options.get("save_crop")))
 
     def predictor(self, trained: Trained, **options: Any) -> Predictor:
         """Detects the objects of one image; see `detection.predict.predictor`."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxaccum import data, models
 from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.data import check
+from jaxaccum.data.base import require_objects
 from jaxaccum.data.formats import packed
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import boxes3d as losses
@@ -91,7 +92,10 @@ class Detection3DTask(Task):
                 f"{source.report.where} has the classes {', '.join(source.names)}; expected "
                 f"{', '.join(names)}"
             )
-        return check.checked(source, options.on_error)
+        source = check.checked(source, options.on_error)
+        if split == "train":
+            require_objects(source)
+        return source
 
     @classmethod
     def create(
@@ -272,6 +276,11 @@ class Detection3DTask(Task):
     def sample(self, value: Any) -> Sample:
         """An image in memory."""
         return files.picture_of(value)
+
+    def writes(self, **options: Any) -> tuple[str, ...]:
+        """The picture, and a label file of KITTI's."""
+        del options
+        return (".png", "data/NAME.txt")
 
     def predictor(self, trained: Trained, **options: Any) -> Predictor:
         """Detects the objects of one image; see `detection3d.predict.predictor`."""
