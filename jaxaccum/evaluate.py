@@ -1,5 +1,5 @@
 """python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--split=SPLIT] [--precise_bn=N]
-    [--references=PATH] [--drawn=FILE] [--pictures=4]
+    [--references=PATH] [--drawn=FILE] [--pictures=4] [--predictions=FILE]
 
 Evaluates the best weights of a run on its val split; of completion, on the test split and the
 unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
@@ -48,6 +48,9 @@ if __name__ == "__main__":
     )  # fmt: skip
     _DRAWN = flags.DEFINE_string("drawn", "", "a file for a picture of samples and predictions")
     _PICTURES = flags.DEFINE_integer("pictures", 4, "samples in it, of each set", 1, 1000)
+    _PREDICTIONS = flags.DEFINE_string(
+        "predictions", "", "a file for what a detector finds, as COCO's tools read results"
+    )
     _REFERENCES = flags.DEFINE_string("references", "", "PCN folder, for the MMD of real scans")
     _ALLOW = flags.DEFINE_bool("allow_wrong_numbers", False, known_answers.FLAG_HELP)
 
@@ -58,7 +61,7 @@ if __name__ == "__main__":
         found = evaluate(
             Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, split=_SPLIT.value,
             precise_bn=_PRECISE.value, references=_REFERENCES.value, drawn=drawn,
-            pictures=_PICTURES.value,
+            pictures=_PICTURES.value, predictions=_PREDICTIONS.value or None,
         )  # fmt: skip
         print(json.dumps(found))
         return 0

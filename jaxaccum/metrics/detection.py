@@ -310,6 +310,40 @@ class DetectionMetrics:
             matrix[nothing, :-1] += np.bincount(image.gt_classes[free_truth], minlength=nothing)
         return matrix
 
+    def as_coco(
+        self, image_ids: Sequence[Any] | None = None, category_ids: Sequence[Any] | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """All images added so far as COCO's tools read them: results, and the data set that they
+        are of, without crowds.
+
+        Args:
+          image_ids: of the images, in the order in which they were added; None counts them from 1.
+          category_ids: of the classes; None counts them from 1. A class whose id is None is left
+            out.
+        """
+        ids = range(1, len(self._images) + 1) if image_ids is None else image_ids
+        kinds = range(1, len(self.names) + 1) if category_ids is None else category_ids
+        results, truth, records = list[dict[str, Any]](), list[dict[str, Any]](), []
+        for key, (name, image) in zip(ids, self._images.items(), strict=True):
+            found = image.detections
+            for row in _annotations(key, found.boxes, found.classes, found.scores):
+                if kinds[row["category_id"]] is None:
+                    continue
+                box = [round(side, 3) for side in row["bbox"]]
+                results.append({
+                    "image_id": key, "category_id": kinds[row["category_id"]], "bbox": box,
+                    "score": round(row["score"], 6),
+                })  # fmt: skip
+            for row in _annotations(key, image.gt_boxes, image.gt_classes):
+                category = kinds[row["category_id"]]
+                truth.append({"id": len(truth) + 1, **row, "category_id": category})
+            height, width = image.size
+            file = name.partition(" ")[2] or name
+            records.append({"id": key, "file_name": file, "height": height, "width": width})
+        named = [(k, n) for k, n in zip(kinds, self.names, strict=True) if k is not None]
+        categories = [{"id": k, "name": n} for k, n in named]
+        return results, {"images": records, "annotations": truth, "categories": categories}
+
     def _evaluate(self) -> COCOeval:
         """The images, sorted by name, through pycocotools."""
         truth: list[dict[str, Any]] = []

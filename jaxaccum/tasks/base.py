@@ -279,6 +279,16 @@ class Task(abc.ABC):
         del found
         return []
 
+    def coco_results(self, evaluator: Any) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """What an evaluator found last, as COCO's tools read results, and the data set that they
+        are of; None where that is a COCO json already.
+
+        Raises:
+          ConfigError: the task finds no boxes.
+        """
+        del evaluator
+        raise ConfigError(f"--predictions: the task {self.name} finds nothing that COCO has")
+
     # --- pictures ---
 
     def drawn_samples(self, source: Any, batch: Batch, count: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def measure(
     references: str = "",
     drawn: str | os.PathLike[str] | None = None,
     pictures: int = 4,
+    predictions: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of weights, on everything that their data set has for the purpose.
 
@@ -37,6 +39,8 @@ def measure(
       references: a PCN folder with whose cars predictions of real scans are compared.
       drawn: a file for one picture of samples with what was predicted.
       pictures: samples in it, of each set that is evaluated.
+      predictions: a file for what is found, as COCO's tools read results; where the data set is no
+        COCO json, NAME.truth.json beside it is the data set as one.
     Raises:
       ConfigError: references for a task that has no use for them.
     """
@@ -68,6 +72,8 @@ def measure(
         metrics, samples = measure(trained.params, stats, pictures if drawn else 0)
     for line in trained.task.tables(metrics):
         print(line)
+    if predictions:
+        _save_predictions(Path(predictions), *trained.task.coco_results(measure))
     if drawn and samples:
         Path(drawn).parent.mkdir(parents=True, exist_ok=True)
         save_image(Path(drawn), contact_sheet(samples, 2))
@@ -77,3 +83,15 @@ def measure(
         "fingerprint": trained.fingerprint,
         **{k: None if np.isnan(v) else v for k, v in metrics.items()},
     }
+
+
+def _save_predictions(
+    file: Path, found: list[dict[str, Any]], truth: dict[str, Any] | None
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found), encoding="utf-8")
+    print(f"{len(found)} boxes in {file}, as COCO's tools read results")
+    if truth is not None:
+        beside = file.with_suffix(".truth.json")
+        beside.write_text(json.dumps(truth), encoding="utf-8")
+        print(f"their data set as COCO's json: {beside}")

@@ -1,11 +1,14 @@
 """Detection metrics against hand-made cases and a plain greedy NMS."""
 
+import json
 import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from jaxaccum.metrics.detection import DetectionMetrics, Detections, nms, unletterbox
 
@@ -308,3 +311,35 @@ def test_the_curves_are_those_of_the_numbers():
     assert curves.precision[0, [100, 500, 950]].tolist() == [0.5, 1.0, 0.0]
     assert curves.recall[0, [100, 500, 950]].tolist() == [1.0, 1.0, 0.0]
     assert curves.f1[0, 100] == pytest.approx(2 / 3) and np.isnan(curves.f1[1]).all()
+
+
+@pytest.mark.parametrize("ids", [None, [70, 10, 40, 20, 30]])
+def test_cocos_own_tools_find_the_same_in_what_is_saved(tmp_path, ids):
+    """Written, read by pycocotools as any file, and measured: our mAP."""
+    rng = np.random.default_rng(0)
+    measured = DetectionMetrics(("a", "b", "c"))
+    for i in range(5):
+        truth = np.sort(rng.uniform(0, 90, (4, 2, 2)), axis=1).reshape(4, 4)
+        truth += np.array([0, 0, 5, 5])
+        near = np.repeat(truth, 3, axis=0) + rng.normal(0, 3, (12, 4))
+        classes = rng.integers(0, 2, 4)
+        found = Detections(
+            np.float32(near), np.float32(rng.uniform(0.1, 0.9, 12)), np.repeat(classes, 3)
+        )
+        measured.add(f"{i} {i}.png", found, truth, classes, (100, 100))
+    kinds = None if ids is None else [5, 3, None]
+    results, data_set = measured.as_coco(ids, kinds)
+    for name, content in (("found", results), ("truth", data_set)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    truth = COCO(str(tmp_path / "truth.json"))
+    assert sorted(truth.imgs) == sorted(ids or range(1, 6))
+    assert truth.imgs[(ids or [1])[0]]["file_name"] == "0.png"
+    tool = COCOeval(truth, truth.loadRes(str(tmp_path / "found.json")), "bbox")
+    tool.evaluate()
+    tool.accumulate()
+    tool.summarize()
+    ours = measured.compute()
+    assert 0.1 < ours["map50_95"] < 0.9
+    assert tool.stats[:3] == pytest.approx(
+        [ours["map50_95"], ours["map50"], ours["map75"]], abs=1e-3
+    )

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 from tiny import predicted, tiny_config
 
 from jaxaccum import config as configs
 from jaxaccum import data, evaluate, train
 from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
+from jaxaccum.metrics import detection as detection_metrics
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.training import checkpoint, inference, preemption, run
 from jaxaccum.training import loop as training
@@ -627,3 +629,33 @@ def test_every_in_epochs(tmp_path):
     ):
         with pytest.raises(configs.ConfigError, match=said):
             configs.validate(tiny_config(**wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coco", [False, True])
+def test_predictions_are_saved_under_the_ids_of_the_data_set(trained, tmp_path, monkeypatch, coco):
+    monkeypatch.setattr(
+        detection_metrics, "nms",
+        lambda boxes, *_, **__: detection_metrics.Detections(
+            np.float32([[8, 8, 40, 32]]), np.float32([0.5]), np.int32([len(boxes) % 2])
+        ),
+    )  # fmt: skip
+    scenes, truth = data.Scenes("val", size=64), tmp_path / "p.truth.json"
+    if coco:
+        (tmp_path / "images").mkdir()
+        truth = tmp_path / "labels.json"
+        images, boxes = [], []
+        for i in range(5):
+            Image.fromarray(scenes.image(i)).save(tmp_path / "images" / f"{i}.png")
+            images.append({"id": 1000 - 3 * i, "file_name": f"{i}.png"})
+            box = scenes.objects(i).boxes[:1].tolist() or [[0, 0, 9, 9]]
+            boxes += [{"id": i + 1, "image_id": 1000 - 3 * i, "category_id": 12,
+                       "bbox": [x, y, r - x, b - y]} for x, y, r, b in box]  # fmt: skip
+        kinds = [{"id": 7 * c + 5, "name": name} for c, name in enumerate(scenes.names)]
+        truth.write_text(json.dumps({"images": images, "annotations": boxes, "categories": kinds}))
+    evaluate.evaluate(trained, str(truth) if coco else "", predictions=tmp_path / "p.json")
+    assert coco != (tmp_path / "p.truth.json").exists()
+    tool = COCO(str(truth))
+    found = tool.loadRes(str(tmp_path / "p.json"))  # refuses images that are not in it
+    assert len(found.anns) == len(tool.imgs) == (5 if coco else 256)
+    assert {a["category_id"] for a in found.anns.values()} <= set(tool.cats)

@@ -108,6 +108,7 @@ def open_coco(
     folder = image_folder(named, file, split, images)
     again = _named_again(entries, file, on_error)
     records, sizes, faults = [], {}, list[tuple[str, str]]()
+    ids = dict[str, Any]()
     for key, image in entries.items():
         if image is None:
             continue
@@ -135,10 +136,33 @@ def open_coco(
             continue
         sizes[key] = header.size
         records.append(Record(name, place, header, objects))
+        ids[place] = content.rows["images"][image.at]["id"]
     _refuse_other_boxes(content, sizes, report)
     if on_error != "skip":
         refuse_faults(report.where, faults)
-    return FileSource(names, records, report)
+    categories: list[Any] = [None] * len(names)
+    for at, row in enumerate(content.rows["categories"]):
+        number = index_of.get(field_of(row, "categories", at, "id", file))
+        if number is not None:
+            categories[number] = row["id"]
+    return CocoSource(names, records, report, ids, categories)
+
+
+class CocoSource(FileSource):
+    """Images of a COCO json."""
+
+    def __init__(
+        self, names: Sequence[str], records: Sequence[Record], report: Report,
+        ids: Mapping[str, Any], categories: Sequence[Any],
+    ) -> None:  # fmt: skip
+        """ids: file -> the id of its image. categories: ids of the classes, None of one that the
+        json does not have."""
+        super().__init__(names, records, report)
+        self._ids, self._own = ids, categories
+
+    def coco_ids(self) -> tuple[list[Any], list[Any]]:
+        """The json's own ids of the images, in order, and of the classes."""
+        return [self._ids[record.file] for record in self._records], list(self._own)
 
 
 def _sibling(path: str, split: str) -> str:

@@ -37,6 +37,7 @@ class Evaluator:
         self._forgiven = (data.DataError,) if on_error == "skip" else ()
         self._predict = jax.jit(task.predict)
         self.measured: metrics.DetectionMetrics | None = None  # by the last call
+        self.order: list[int] = []  # indices of its images
 
     def __call__(
         self, params: PyTree, stats: PyTree, pictures: int = 0
@@ -44,7 +45,7 @@ class Evaluator:
         """Metrics, and of the first `pictures` images the labels beside the detections of score
         0.25 and more."""
         options = self.options
-        result = metrics.DetectionMetrics(self.source.names)
+        result, order = metrics.DetectionMetrics(self.source.names), list[int]()
         drawn: list[np.ndarray] = []
         lost: list[str] | None = [] if self._forgiven else None
         batches = data.eval_batches(
@@ -53,14 +54,14 @@ class Evaluator:
         with ThreadPoolExecutor() as pool:
             overlapped(
                 self._predict, params, stats, batches, lambda batch: (batch["image"],),
-                functools.partial(self._score, pool, result, drawn, pictures),
+                functools.partial(self._score, pool, result, order, drawn, pictures),
                 len(self.source), "images",
             )  # fmt: skip
         say_lost(lost or [], len(self.source), "images")
-        self.measured = result
+        self.measured, self.order = result, order
         return result.compute(), drawn
 
-    def _score(self, pool, result, drawn, pictures, batch, output):
+    def _score(self, pool, result, order, drawn, pictures, batch, output):
         boxes, scores = (np.asarray(a) for a in output)
         options = self.options
 
@@ -77,6 +78,7 @@ class Evaluator:
         real = np.flatnonzero(batch["weight"] > 0)
         for i, found in zip(real, pool.map(detect, real), strict=True):
             index = int(batch["index"][i])
+            order.append(index)
             truth = self.source.objects(index)
             height, width = (int(v) for v in batch["size"][i])
             result.add(

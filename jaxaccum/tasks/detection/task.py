@@ -248,6 +248,14 @@ class DetectionTask(Task):
             f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in cells) for name, cells in rows
         ]
 
+    def coco_results(self, evaluator: Any) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Boxes with their scores; of a COCO data set under its own ids."""
+        found, ids = evaluator.measured, getattr(evaluator.source, "coco_ids", None)
+        if ids is None:
+            return found.as_coco()
+        images, categories = ids()
+        return found.as_coco([images[index] for index in evaluator.order], categories)[0], None
+
     def drawn_samples(self, source: Any, batch: Any, count: int) -> list[np.ndarray]:
         """Training images with their boxes, after augmentation."""
         drawn = []
@@ -285,7 +293,7 @@ class DetectionTask(Task):
         }
 
     def read_file(self, path: Path) -> Iterator[Sample]:
-        """An image, or the frames of a GIF or a video."""
+        """An image, or the frames of an animation or a video, or the pages of a TIFF."""
         return files.read_pictures(path)
 
     def sample(self, value: Any) -> Sample:
