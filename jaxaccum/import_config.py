@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from absl import flags
 
 from jaxaccum import config as configs
@@ -110,13 +109,11 @@ def imported(file: Path) -> Imported:
     """What a file of another trainer means here.
 
     Raises:
-      ConfigError: it cannot be read, or is of neither.
+      DataError: it cannot be read, or is not valid YAML.
+      ConfigError: it is of neither, or a value cannot be.
     """
     shown = texts.shown_path(file)
-    try:
-        content = yaml.safe_load(texts.read_text(file))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = texts.read_yaml(file, typed=True)
     if isinstance(content, Mapping) and {"imgsz", "lr0"} & set(content):
         return _of_ultralytics(content, file)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):

@@ -27,6 +27,7 @@ from jaxaccum.machine import user_cache
 Vectors = NDArray[np.float32]
 _FORMAT = "jaxaccum text vectors 1"
 _FROM_FILE = "from the file"
+_TITLES = {"caption", "captions", "text", "description"}  # of the second column, in a header
 
 
 class Named(Protocol):
@@ -253,27 +254,33 @@ def read_captions(file: str | os.PathLike[str], report: Findings | None = None) 
     """Key -> caption of a file of captions, such as Cap3D's (Luo et al. 2023, arXiv:2306.07279).
 
     Text as `texts.read_text` takes it, columns divided by commas: the key, the caption; further
-    columns are not read. Of rows of one key the last counts. A header is a row like others, of a
-    key that no shape has.
+    columns are not read, which is said. All rows have as many, or a first row with the word
+    caption, captions, text or description in its second column names them. Of rows of one key the
+    last counts. A header is a row like others, of a key that no shape has.
 
     Args:
       file: *.csv.
       report: takes what was left out.
 
     Raises:
-      DataError: it cannot be read, is no text, or a row has one column.
+      DataError: it cannot be read, is no text, or a row has one column, or more than others: those
+        of a caption with a comma that is not in quotes.
     """
     path = Path(file)
     text = read_text(path)
     captions: dict[str, str] = {}
     # Strict: else a quote that is not closed takes the rest of the file for one caption.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     start = 1
+    first: dict[int, tuple[int, list[str]]] = {}  # number of columns -> the first such row
     try:
         for row in reader:
             if len(row) == 1:
                 raise _error(path, start, f"one column, {shown(row[0])}, expected KEY,CAPTION")
+            while len(row) > 2 and not row[-1].strip():
+                row.pop()
             if row:
+                first.setdefault(len(row), (start, row))
                 key = row[0].strip()
                 if key in captions and report is not None:
                     report.skip("caption that a later row replaces", shown_path(path), start)
@@ -283,7 +290,39 @@ def read_captions(file: str | os.PathLike[str], report: Findings | None = None) 
         raise _error(
             path, start, f"not a row of CSV ({error}). Quotes inside a caption are doubled"
         ) from None
+    if first:
+        _check_columns(path, first, report)
     return captions
+
+
+def _check_columns(
+    path: Path, first: dict[int, tuple[int, list[str]]], report: Findings | None
+) -> None:
+    """Refuses rows with more columns than others, and says which columns are not read.
+
+    Args:
+      first: number of columns -> line and row of the first with as many, in the order of the file.
+    """
+    line, row = next(iter(first.values()))
+    titled = row[1].strip().lower() in _TITLES
+    expected = len(row) if titled else min(first)
+    wider = next((number for number in first if number > expected), None)
+    if wider is not None:
+        other, found = first[wider]
+        usual, _ = first[expected]
+        raise _error(
+            path,
+            other,
+            f"{wider} columns, but line {usual} has {expected}: the caption would be "
+            f"{shown(found[1].strip())}, without {shown(','.join(found[2:]))}. Put a caption with "
+            'commas in quotes, as in KEY,"a plane, with wings"; or give every row as many columns',
+        )
+    if expected > 2 and report is not None:
+        report.notes.append(
+            f"{shown_path(path)} has {expected} columns, of which the first two are read, not "
+            f"{shown(','.join(row[2:]))} of line {line} and the like; a caption with commas is to "
+            "be in quotes"
+        )
 
 
 def cached_vectors(

@@ -27,7 +27,7 @@ from jaxaccum.machine import user_cache
 
 UNREADABLE = "cloud that cannot be read"
 UNEQUAL = "cloud with another number of points than most"
-_RULES = 1  # of what is readable; another number makes what is known be found out again
+_RULES = 2  # of what is readable; another number makes what is known be found out again
 _SHOWN = 5  # errors in a message
 
 

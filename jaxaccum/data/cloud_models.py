@@ -15,7 +15,7 @@ from jaxaccum.data.base import DataError, Findings
 from jaxaccum.data.cloud_check import Check, points_in
 from jaxaccum.data.cloud_ops import unit_pose
 from jaxaccum.data.clouds import CloudReport
-from jaxaccum.data.formats.cloud_files import Points, read_cloud
+from jaxaccum.data.formats.cloud_files import SUFFIXES, Points, read_cloud
 from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.texts import read_json, shown, shown_path
 
@@ -71,6 +71,9 @@ class Models:
         found = list[tuple[Model, int]]()
         for model in models:
             size = file_size(model.complete)
+            if size is None:
+                model = model._replace(complete=any_case(model.complete))
+                size = file_size(model.complete)
             if size is None:
                 report.skip("listed shape without its complete cloud", shown_path(model.complete))
             else:
@@ -265,12 +268,41 @@ def is_text(text: str) -> bool:
     return not re.search("[\ud800-\udfff]", text)
 
 
-def viewpoints(folder: Path, split: str) -> tuple[str, ...]:
-    """The partial clouds in a folder, by the number that is their name; of evaluation number 0."""
+def any_case(file: Path) -> Path:
+    """The file, or where there is none the one with its suffix in upper case, if there is one."""
+    upper = file.with_suffix(file.suffix.upper())
+    return upper if file_size(file) is None and file_size(upper) is not None else file
+
+
+def viewpoints(folder: Path, split: str, report: Findings) -> tuple[str, ...]:
+    """The partial clouds in a folder, by the number that is their name; of evaluation number 0.
+
+    Args:
+      folder: of one shape.
+      split: "train", or any other for evaluation.
+      report: takes clouds of other names, and the shape if none is left.
+    """
+    place = shown_path(folder)
     try:
-        stems = [name.removesuffix(".pcd") for name in os.listdir(folder) if name.endswith(".pcd")]
-    except (OSError, ValueError):
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        names = []
+    except OSError as error:  # not ours to read
+        report.skip(f"listed shape whose partial clouds cannot be read ({error.strerror})", place)
         return ()
-    numbered = sorted((int(stem), stem) for stem in stems if re.fullmatch("[0-9]+", stem))
-    # The same few names for tens of thousands of shapes.
-    return tuple(sys.intern(f"{s}.pcd") for n, s in numbered if split == "train" or n == 0)
+    numbered, others = [], 0
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == ".pcd" and re.fullmatch("[0-9]+", stem):
+            # The same few names for tens of thousands of shapes.
+            numbered.append((int(stem), sys.intern(name)))
+        elif suffix.lower() in SUFFIXES and not name.startswith("."):
+            report.skip("partial cloud whose name is not NUMBER.pcd", shown_path(folder / name))
+            others += 1
+    views = [(n, name) for n, name in sorted(numbered) if split == "train" or n == 0]
+    if numbered and not views:
+        report.skip("listed shape without its partial cloud 0, the one for evaluation", place)
+    elif not views:
+        named = f", but {others} of other names" if others else ""
+        report.skip(f"listed shape without a partial cloud{named}", place)
+    return tuple(name for _, name in views)

@@ -29,6 +29,7 @@ _NUMBER = re.compile(
     r"[+-]?(\d++(\.\d*+)?|\.\d++)([eE][+-]?\d++)?|[+-]?(nan|inf|infinity)", re.A | re.I
 )
 _WHOLE = re.compile(r"[+-]?\d{1,18}", re.A)
+_JSON_PARTS = re.compile(r'"((?:[^"\\]|\\.)*+)"\s*+(:?)|[{}]', re.S)
 _MOST_NODES = 1_000_000  # of a YAML file, every alias counted as what it stands for
 _said: set[str] = set()
 
@@ -62,6 +63,8 @@ def read_bytes(file: str | Path, *, limit: int = 1 << 30) -> bytes:
             )
         with open(file, "rb") as opened:
             return opened.read()
+    except DataError:  # is a ValueError, too
+        raise
     except FileNotFoundError as error:
         if os.path.islink(file):
             raise DataError(
@@ -191,11 +194,21 @@ def read_json(file: str | Path) -> Any:
 
     Raises:
       MissingFileError: there is nothing.
-      DataError: it cannot be read, or is not valid JSON; names the line.
+      DataError: it cannot be read, is not valid JSON, or gives a key of an object twice; names the
+        line.
     """
     name = shown_path(file)
+    text = read_text(file, limit=1 << 33)
     try:
-        return json.loads(read_text(file, limit=1 << 33))
+        return json.loads(text, object_pairs_hook=_once)
+    except _GivenTwiceError:
+        first, line, key = _given_twice(text)
+        raise DataError(
+            f"{name}:{line}: not valid JSON: the key {shown(key)} is in line {first} already, and "
+            "of the two values one would be lost. Keep one of them.",
+            file=str(file),
+            line=line,
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{name}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Correct "
@@ -203,8 +216,6 @@ def read_json(file: str | Path) -> Any:
             file=str(file),
             line=error.lineno,
         ) from error
-    except DataError:
-        raise
     except RecursionError as error:
         raise DataError(
             f"{name}: JSON nested too deeply. Get the file again.", file=str(file)
@@ -213,22 +224,50 @@ def read_json(file: str | Path) -> Any:
         raise DataError(f"{name}: not valid JSON: {error}.", file=str(file)) from error
 
 
-class _AsWritten(yaml.SafeLoader):
-    """YAML whose plain scalars stay the strings that they are written as, but for null: a class
-    called no, 007 or 2024-02-31 keeps its name. What YAML would drop or multiply is refused."""
+class _GivenTwiceError(Exception):
+    """A key is in an object of JSON twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that is there twice Python would keep the last."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise _GivenTwiceError
+    return made
+
+
+def _given_twice(text: str) -> tuple[int, int, str]:
+    """The first key that an object of a JSON text gives twice: its two lines, and itself."""
+    around: list[dict[str, int]] = []  # of every open object its keys, with their places
+    for part in _JSON_PARTS.finditer(text):
+        if part[0] == "{":
+            around.append({})
+        elif part[0] == "}":
+            around.pop()
+        elif part[2]:
+            key = json.loads(f'"{part[1]}"')
+            first = around[-1].setdefault(key, part.start())
+            if first != part.start():
+                one, other = (len(lines(text[:at] + ".")) for at in (first, part.start()))
+                return one, other, key
+    raise AssertionError("no key is there twice")
+
+
+class _Careful(yaml.SafeLoader):
+    """YAML of which nothing is dropped or multiplied."""
 
     merged = 0
+    numbers = True  # as keys
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuses a key that is there twice, of which the last would stay; and numbers by their
-        tag, of which many can have one hash."""
+        """Refuses a key that is there twice, of which the last would stay."""
         node = super().compose_mapping_node(anchor)
         places: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             word = (key.tag, key.value)
             if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
                 continue
-            if key.tag.endswith((":int", ":float")):
+            if not self.numbers and key.tag.endswith((":int", ":float")):
                 raise ComposerError(None, None, "a key with the tag of a number", key.start_mark)
             if word in places:
                 problem = f"the key {shown(key.value)} is in line {places[word]} already"
@@ -249,6 +288,13 @@ class _AsWritten(yaml.SafeLoader):
         super().flatten_mapping(node)
 
 
+class _AsWritten(_Careful):
+    """Plain scalars stay the strings that they are written as, but for null: a class called no,
+    007 or 2024-02-31 keeps its name. No key is a number by its tag: many can have one hash."""
+
+    numbers = False
+
+
 _AsWritten.yaml_implicit_resolvers = {
     first: kept
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -256,8 +302,12 @@ _AsWritten.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(file: str | Path) -> Any:
+def read_yaml(file: str | Path, *, typed: bool = False) -> Any:
     """The content of a YAML file: strings as they are written, None, lists and dicts.
+
+    Args:
+      file: its path.
+      typed: plain scalars are what YAML takes them for: also numbers, true and false, dates.
 
     Raises:
       MissingFileError: there is nothing.
@@ -266,7 +316,7 @@ def read_yaml(file: str | Path) -> Any:
     name = shown_path(file)
     text = read_text(file, limit=1 << 21)  # seconds of parsing
     try:
-        content = yaml.load(text, _AsWritten)  # a SafeLoader
+        content = yaml.load(text, _Careful if typed else _AsWritten)  # SafeLoaders
         nodes = _nodes(content, {})
     except yaml.MarkedYAMLError as error:
         line = None if error.problem_mark is None else error.problem_mark.line + 1

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ class Counting:
 def test_a_file_of_captions(tmp_path):
     file = written(
         tmp_path,
-        "\ufeffid,caption\r\n"
+        "\ufeffid,caption,score,note\r\n"
         f'{CHAIR}_b,"A ""big"" chair, with\n  four legs",0.5,more\r\n'
         "\r\n"
         f"{TABLE}_c.d,first\r\n"
@@ -377,3 +378,47 @@ def test_captions_of_another_source_are_refused(texts):
         CloudStream(Memory(5), seed=0, texts=texts)
     with pytest.raises(ValueError, match=said):
         cloud_batches(Memory(5), batch=2, texts=texts)
+
+
+# --- captions with commas ---
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "said"),
+    [
+        ("a,x\nid,a plane, with wings\nb,y\n", 2, "3 columns, but line 1 has 2: the caption would "
+         "be 'a plane', without 'with wings'. Put a caption with commas in quotes"),
+        ("id,a plane, with wings, and more\nb,y\n", 1, "without 'with wings,and more'"),
+        ("id,caption\nb,y\nc,a plane, red\n", 3, "'a plane', without 'red'"),
+        ("id,Caption,score\nb,y,1\nc,a plane, red,1\n", 3, "4 columns, but line 1 has 3"),
+        ('id, "big" chair\n', 1, "Quotes inside a caption are doubled"),
+    ],
+)  # fmt: skip
+def test_commas_without_quotes_are_refused(tmp_path, content, line, said):
+    """What came after the comma was left out without a word."""
+    file = written(tmp_path, content)
+    with pytest.raises(DataError) as caught:
+        read_captions(file)
+    assert str(caught.value).startswith(f"{file}:{line}: ") and said in str(caught.value)
+
+
+def test_quotes_after_a_blank(tmp_path):
+    file = written(tmp_path, 'id, "a, b"\nother,   "c ""d"""\nthird, e \n')
+    assert read_captions(file) == {"id": "a, b", "other": 'c "d"', "third": "e"}
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ("a,b,1,2\nc,d,3,4\n", "has 4 columns, of which the first two are read, not '1,2' of li"),
+        ("id,caption,score\na,b,0.5\nc,d\n", "has 3 columns, .* not 'score' of line 1"),
+        ("a,b\nc,d,, \n", None),
+    ],
+)  # fmt: skip
+def test_further_columns_of_all_rows_are_said(tmp_path, content, note):
+    report = CloudReport("x")
+    found = read_captions(written(tmp_path, content), report)
+    assert {"a": "b", "c": "d"}.items() <= found.items()
+    assert len(report.notes) == (note is not None) and not report.skipped
+    if note:
+        assert re.search(note, report.notes[0])

@@ -271,3 +271,59 @@ def test_captions_in_other_encodings(tmp_path):
     file.write_text("a," + "b" * 200_000)
     with pytest.raises(DataError, match=r"captions\.csv:1: not a row of CSV"):
         read_captions(file)
+
+
+def test_partial_clouds_with_suffixes_in_upper_case_are_read(tmp_path):
+    root = pcn(tmp_path)
+    for file in [*root.glob("*/*/*/*.pcd"), *root.glob("*/*/*/*/*.pcd")]:
+        file.rename(file.with_suffix(".PCD"))
+    for split, count in (("train", 4), ("val", 2)):
+        source = open_clouds(str(root), split, check=True)
+        assert len(source) == count and not source.report.skipped
+        assert source.shapes.views(0) == (8 if split == "train" else 1)
+        assert len(source.sample(0, None)[1]) == 300
+    plain = pcn(tmp_path / "plain")
+    assert open_clouds(str(plain), "train").shapes.views(0) == 8
+
+
+def test_partial_clouds_of_other_names_are_counted(tmp_path):
+    root = pcn(tmp_path)
+    for folder in (root / "val" / "partial").glob("*/*"):
+        (folder / "00.pcd").rename(folder / "view_0.pcd")
+    with pytest.raises(DataError) as caught:
+        open_clouds(str(root), "val")
+    place = root / "val" / "partial" / TABLE / "table-3" / "view_0.pcd"
+    assert f"2 x partial cloud whose name is not NUMBER.pcd ({place}, " in str(caught.value)
+    assert "2 x listed shape without a partial cloud, but 1 of other names" in str(caught.value)
+    folder = root / "train" / "partial" / CHAIR / "chair-1"
+    (folder / "07.pcd").rename(folder / "7.ply")
+    (folder / "notes.txt").write_text("")
+    source = open_clouds(str(root), "train")
+    assert source.report.skipped == {
+        "partial cloud whose name is not NUMBER.pcd": [(str(folder / "7.ply"), None)]
+    }
+    for folder in (root / "val" / "partial").glob("*/*"):
+        (folder / "view_0.pcd").rename(folder / "01.pcd")
+    with pytest.raises(DataError, match=r"2 x listed shape without its partial cloud 0, the one"):
+        open_clouds(str(root), "val")
+
+
+def test_cars_with_suffixes_in_upper_case_are_read(tmp_path):
+    root = kitti(tmp_path, ["a", "b"])
+    (root / "cars" / "a.pcd").rename(root / "cars" / "a.PCD")
+    (root / "bboxes" / "a.txt").rename(root / "bboxes" / "a.TXT")
+    (root / "cars" / "c.ply").write_bytes(b"")
+    source = open_clouds(str(root), "val", check=True)
+    assert [source.name(i) for i in range(2)] == ["a", "b"]
+    assert source.report.skipped == {"scan that is no .pcd": [(str(root / "cars" / "c.ply"), None)]}
+    assert source.sample(0, None)[0].shape == (2048, 3)
+
+
+def test_sets_of_transposed_clouds_are_refused(tmp_path):
+    root = shapenet(tmp_path)
+    for file in (root / "shapenet_pc").iterdir():
+        np.save(file, np.load(file).T)
+    with pytest.raises(DataError, match=r"3 clouds cannot be used:\n.*\(3, 64\), .*Transpose it"):
+        open_clouds(f"{root}:ShapeNet-34", "train", check=True)
+    with pytest.raises(DataError, match="Transpose it"):
+        open_clouds(f"{root}:ShapeNet-34", "train")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxaccum.data import DataError, read_cloud, write_cloud
+from jaxaccum.data.formats.cloud_files import read_valid
 
 POINTS = np.random.default_rng(0).standard_normal((37, 3)).astype(np.float32)
 
@@ -222,7 +223,7 @@ def changed(line, to):
         ("a.pcd", changed(20, b"1 2"), "2 columns, expected 3", 20),
         ("a.pcd", changed(20, b"1 2,5 3"), "'2,5' is not a number", 20),
         ("a.pcd", changed(20, b"1 nan 3"), "points are not finite, the first is point 8", 20),
-        ("a.pcd", changed(20, b"1 1e300 3"), "not finite", 20),
+        ("a.pcd", changed(20, b"1 1e300 3"), "a coordinate of 1e+300, expected at", 20),
         ("a.pcd", pcd("zip", b""), "DATA zip, expected ascii, binary", 11),
         ("a.pcd", pcd("binary", b"", points=0), "no points in it", None),
         ("a.pcd", pcd("ascii", b"", points=0), "no points in it", None),
@@ -275,9 +276,10 @@ def test_other_mistakes_of_arrays(tmp_path):
         np.save(file, array)
         with pytest.raises(DataError, match=said):
             read_cloud(file)
-    np.save(file, np.array([{}], object))
-    with pytest.raises(DataError, match="damaged or no npy file"):
-        read_cloud(file)
+    for value in (np.array([{}], object), {"points": POINTS}, np.array([POINTS, None], object)):
+        np.save(file, value, allow_pickle=True)
+        with pytest.raises(DataError, match=r"a\.npy: holds objects of Python, such as a dict "):
+            read_cloud(file)
     whole = tmp_path / "whole.npy"
     np.save(whole, POINTS)
     file.write_bytes(whole.read_bytes()[:200])
@@ -302,5 +304,79 @@ def test_sensors_marks_can_be_dropped(tmp_path):
     kept = read_cloud(file, drop_invalid=True)
     np.testing.assert_array_equal(kept, np.delete(POINTS, [0, 5, 36], axis=0))
     nothing = written(tmp_path, "b.pcd", pcd("binary", np.full_like(POINTS, np.nan).tobytes()))
-    with pytest.raises(DataError, match="no points in it"):
-        read_cloud(nothing, drop_invalid=True)
+    for keep in (True, False):
+        with pytest.raises(DataError, match="none of its 37 points is finite"):
+            read_cloud(nothing, drop_invalid=not keep)
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12, 20])
+def test_arrays_that_lie_on_their_side_are_refused(tmp_path, rows):
+    """(3, 128) was three points of 128 columns."""
+    file, array = tmp_path / "c.npy", np.zeros((rows, 128), np.float32)
+    for order in (np.ascontiguousarray, np.asfortranarray):
+        np.save(file, order(array))
+        with pytest.raises(DataError) as caught:
+            read_cloud(file)
+        assert f"c.npy: an array of the shape ({rows}, 128), expected a row" in str(caught.value)
+        assert str(caught.value).endswith("Transpose it: save array.T.")
+    np.save(file, array.T)
+    assert read_cloud(file).shape == (128, 3)
+
+
+def test_flat_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "c.npy", np.zeros((1, 6144)))
+    with pytest.raises(DataError, match=r"\(1, 6144\), .*Save array\.reshape\(-1, 3\)\.$"):
+        read_cloud(tmp_path / "c.npy")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3), (1, 6), (2, 10), (3, 3), (3, 10), (4, 6), (10, 3), (12, 40), (100, 259), (2048, 515)],
+)  # fmt: skip
+def test_small_clouds_and_ones_with_features_are_read(tmp_path, shape):
+    np.save(tmp_path / "c.npy", np.ones(shape))
+    assert read_cloud(tmp_path / "c.npy").shape == (shape[0], 3)
+
+
+HUGE = POINTS.astype(np.float64) * 1e300
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npy", None),
+        ("a.pcd", pcd("binary", HUGE.tobytes(), size="8 8 8")),
+        ("a.pcd", pcd("ascii", text(HUGE))),
+        ("a.pcd", pcd("binary_compressed", packed(HUGE.T), size="8 8 8")),
+        ("a.ply", ply("binary_big_endian", b"end_header\n" + HUGE.astype(">f8").tobytes(),
+                      vertex="".join(f"property double {axis}\n" for axis in "xyz"))),
+    ],
+)  # fmt: skip
+def test_numbers_too_large_for_float32_are_told_as_such(tmp_path, name, content):
+    """They were told as points that are not finite, and left out where those are."""
+    if content is None:
+        np.save(tmp_path / name, HUGE)
+    else:
+        written(tmp_path, name, content)
+    for drop in (True, False):
+        with pytest.raises(DataError, match=r"a coordinate of .*e\+300, expected at most 1e\+18"):
+            read_cloud(tmp_path / name, drop_invalid=drop)
+
+
+def test_whole_numbers_of_any_width(tmp_path):
+    for dtype in ("i1", "u1", "i2", "i8", "u8"):
+        low = np.iinfo(dtype).min if dtype == "i1" else 0  # which has no positive counterpart
+        np.save(tmp_path / "a.npy", np.array([[low, 1, 2], [3, 4, 5]], dtype))
+        assert read_cloud(tmp_path / "a.npy").tolist() == [[low, 1, 2], [3, 4, 5]]
+    np.save(tmp_path / "a.npy", np.array([[-(2**63), 1, 2]]))
+    with pytest.raises(DataError, match=r"a coordinate of 9\.22e\+18"):
+        read_cloud(tmp_path / "a.npy")
+
+
+def test_invalid_points_are_counted(tmp_path):
+    points = POINTS.astype(np.float64)
+    points[[1, 7], 2] = np.nan, np.inf
+    np.save(tmp_path / "a.npy", points)
+    kept, invalid = read_valid(tmp_path / "a.npy")
+    assert invalid == 2 and len(kept) == 35 and kept.dtype == np.float32
+    assert read_valid(written(tmp_path, "b.pcd", pcd("binary", POINTS.tobytes())))[1] == 0

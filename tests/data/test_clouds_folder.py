@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxaccum.data import DataError, open_clouds
+from jaxaccum.data.cloud_models import Model
 from jaxaccum.data.cloud_sources import has_unseen
+from jaxaccum.data.clouds import CloudReport
 from jaxaccum.data.formats import cloud_folder
 from jaxaccum.data.formats.cloud_files import write_cloud
 from jaxaccum.data.formats.cloud_folder import POINTS, chosen
@@ -130,3 +134,127 @@ def test_links_are_followed_once_and_what_is_no_cloud_is_counted(tmp_path):
     assert "followed links to 1 folders" in told and "file that is no cloud" in told
     assert "link to a folder around it, a loop" in told
     assert cloud_folder.is_folder_of_clouds(tmp_path / "set")
+
+
+# --- what a folder can hold ---
+
+
+def test_a_split_has_one_folder(tmp_path):
+    for first, second in (("Train", "train"), ("train", "training"), ("val", "valid")):
+        root = tmp_path / f"{first}-{second}"
+        files = dict.fromkeys((f"{first}/a.npy", f"{second}/b.npy", "train/c.npy"), 300)
+        for split in ("train", "val"):
+            with pytest.raises(DataError, match=f"{first} and {second} are both folders of the"):
+                open_clouds(folder(root, files), split)
+    path = folder(tmp_path / "link", {"train/a.npy": 300, "val/b.npy": 300})
+    os.symlink("val", tmp_path / "link" / "valid")
+    assert names(open_clouds(path, "val", viewpoints=1)) == ["shape/b.npy"]
+
+
+def test_a_category_called_train_is_not_taken_for_the_split(tmp_path):
+    files = {f"{name}/{i}.npy": 300 for name in ("bus", "car", "train") for i in range(3)}
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=r"or a category like bus, car\? .*into a folder train"):
+            open_clouds(folder(tmp_path / "set", files), split)
+    moved = folder(tmp_path / "moved", {f"train/{name}": count for name, count in files.items()})
+    assert open_clouds(moved, "train").names == ("bus", "car", "train")
+
+
+def test_what_lies_beside_the_splits_is_counted(tmp_path):
+    path = folder(tmp_path, {
+        "train/a.npy": 300, "val/b.npy": 300, "more/c.npy": 300, "d.PLY": 300, ".hidden/e.npy": 300,
+    })  # fmt: skip
+    (tmp_path / "readme.md").write_text("of scans")
+    for split in ("train", "val"):
+        assert open_clouds(path, split).report.skipped == {
+            "folder beside the folders train, val": [(str(tmp_path / "more"), None)],
+            "cloud beside the folders train, val": [(str(tmp_path / "d.PLY"), None)],
+        }
+
+
+def test_folders_of_splits_without_clouds(tmp_path):
+    path = folder(tmp_path / "val", {"train/a.npy": 300, "train/b.npy": 300})
+    (tmp_path / "val" / "val").mkdir()
+    assert len(open_clouds(path, "train")) == 2
+    with pytest.raises(DataError, match=r"val: no clouds in it.* remove the folder\. Without"):
+        open_clouds(path, "val")
+    path = folder(tmp_path / "train", {"a.npy": 300, "val/b.npy": 300})
+    (tmp_path / "train" / "train").mkdir()
+    with pytest.raises(DataError, match=r"train: no clouds in it; .*1 x cloud beside .*a\.npy"):
+        open_clouds(path, "train")
+
+
+def test_a_file_called_train_is_a_file(tmp_path):
+    path = folder(tmp_path, {"a.npy": 300, "b.npy": 300})
+    (tmp_path / "train").write_text("")
+    source = open_clouds(path, "train")
+    assert len(source) == 1 and len(open_clouds(path, "val", viewpoints=1)) == 1
+    assert source.report.skipped == {"file that is no cloud": [(str(tmp_path / "train"), None)]}
+
+
+def test_one_name_is_one_cloud(tmp_path):
+    path = folder(tmp_path, {"a.npy": 300, "shape/a.npy": 300, "shape/b.npy": 300})
+    with pytest.raises(DataError, match=r"/a\.npy and .*/shape/a\.npy would both be called sha"):
+        open_clouds(path, "train")
+
+
+def test_a_shape_in_two_formats_is_on_one_side(tmp_path):
+    files = {f"c/{i}.{kind}": 300 for i in range(15) for kind in ("npy", "ply")}
+    path = folder(tmp_path, files)
+    train, val = (open_clouds(path, split, viewpoints=1) for split in ("train", "val"))
+    assert (len(train), len(val)) == (26, 4)
+    sides = [{name.rpartition(".")[0] for name in names(one)} for one in (train, val)]
+    assert not sides[0] & sides[1]
+    told = "\n".join(train.report.lines())
+    assert "15 clouds have the name of another one but for its suffix" in told
+    assert "4 of 30 clouds are held back" in told
+    alone = folder(tmp_path / "alone", {"a.npy": 300, "a.ply": 300})
+    with pytest.raises(DataError, match="one cloud, expected at least two"):
+        open_clouds(alone, "train")
+
+
+def test_links_to_clouds_count_once(tmp_path):
+    path = folder(tmp_path, {f"{i}.npy": 300 for i in range(12)})
+    for i in range(12):
+        (tmp_path / f"link{i}.npy").symlink_to(f"{i}.npy")
+    os.link(tmp_path / "0.npy", tmp_path / "zero.npy")
+    sources = [open_clouds(path, split, viewpoints=1) for split in ("train", "val")]
+    assert [len(source) for source in sources] == [10, 2]
+    assert not any("link" in name for source in sources for name in names(source))
+    assert len(sources[0].report.skipped["link to a cloud that is there already"]) == 13
+    path = folder(tmp_path / "set", {"train/a.npy": 300})
+    os.symlink("train", tmp_path / "set" / "val")
+    told = open_clouds(path, "val").report.lines()
+    assert f"  {path}/val is the folder of the training: a link" in told
+
+
+def test_names_that_are_no_text_are_left_out(tmp_path):
+    path = folder(tmp_path, {
+        "train/caf\udce9/a.npy": 300, "train/b\udcff.npy": 300, "train/c\n.npy": 300,
+        "val/d.npy": 300,
+    })  # fmt: skip
+    source = open_clouds(path, "train")
+    assert names(source) == ["shape/c\n.npy"]
+    assert len(source.report.skipped["cloud whose name is not UTF-8"]) == 2
+    "\n".join(source.report.lines()).encode()
+
+
+def test_categories_in_two_cases_are_said(tmp_path):
+    path = folder(tmp_path, {"train/Mug/a.npy": 300, "train/mug/a.npy": 300, "val/mug/b.npy": 300})
+    source = open_clouds(path, "train")
+    assert source.names == ("Mug", "mug")
+    assert "upper and lower case alone are different ones: mug" in source.report.lines()[-1]
+
+
+def test_clouds_of_too_few_points_are_refused_when_they_are_drawn(tmp_path):
+    source = open_clouds(folder(tmp_path, {"train/a.npy": 40, "val/b.npy": 300}), "train")
+    with pytest.raises(DataError, match=r"a\.npy: 40 points, expected at least 256"):
+        source.sample(0, np.random.default_rng(0))
+
+
+def test_many_clouds_are_parted_in_little_time():
+    models = [Model("c", f"{i}.npy", Path("x")) for i in range(100_000)]
+    start = time.process_time()
+    parts = [cloud_folder._held_back(models, e, CloudReport("x"), Path("x")) for e in (True, False)]
+    assert time.process_time() - start < 4  # not the square of their number
+    assert [len(part) for part in parts] == [10_000, 90_000]

@@ -189,7 +189,7 @@ def test_clouds_of_different_sizes_or_not_finite_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"b\.npy: 65 points, but .*2\.npy has 64"):
         source.sample(1, None)
     np.save(files[2], np.full((64, 3), np.nan))
-    with pytest.raises(DataError, match=r"c\.d\.npy: 64 of 64 points are not finite"):
+    with pytest.raises(DataError, match=r"c\.d\.npy: none of its 64 points is finite"):
         source.sample(2, None)
 
 

@@ -5,14 +5,16 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from jaxaccum.data import DataError, open_source, read_image
-from jaxaccum.data.images import MOST_PIXELS, Unreadable, decode, read_header
+from jaxaccum.data.images import MOST_PIXELS, Unreadable, decode, decode_upright, read_header
 
 # How a viewer turns what is stored, by EXIF orientation.
 TURNED = {
@@ -389,3 +391,244 @@ def test_an_image_swapped_for_a_bomb_after_opening_is_refused(tmp_path):
     file.write_bytes(png(20_000, 20_000, (b"IDAT", zlib.compress(b"\0"))))
     with pytest.raises(DataError, match="400,000,000 pixels"):
         source.image(0)
+
+
+# --- orientation, wherever it is told ---
+
+
+def chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+def exif_of(orientation, mark=b""):
+    entry = struct.pack("<HHI", 0x0112, 3, 1) + struct.pack("<HH", orientation, 0)
+    return mark + b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+def raw_profile(orientation):
+    content = exif_of(orientation, b"Exif\0\0")
+    return f"\nexif\n{len(content):8}\n{content.hex()}\n".encode()
+
+
+def xmp_of(orientation, as_element=False):
+    told = f'tiff:Orientation="{orientation}"/>'
+    if as_element:
+        told = f"><tiff:Orientation>{orientation}</tiff:Orientation>"
+    return f"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description {told}</x:xmpmeta>".encode()
+
+
+XMP, RAW = b"XML:com.adobe.xmp\0", b"Raw profile type exif\0"
+TOLD = {
+    "eXIf": lambda o: [(b"eXIf", exif_of(o))],
+    "raw tEXt": lambda o: [(b"tEXt", RAW + raw_profile(o))],
+    "raw zTXt": lambda o: [(b"zTXt", RAW + b"\0" + zlib.compress(raw_profile(o)))],
+    "xmp iTXt": lambda o: [(b"iTXt", XMP + b"\0\0en\0\xc3\xa4\0" + xmp_of(o))],
+    "xmp iTXt element": lambda o: [(b"iTXt", XMP + b"\0\0\0\0" + xmp_of(o, True))],
+    "xmp iTXt packed": lambda o: [(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(xmp_of(o)))],
+    "xmp tEXt": lambda o: [(b"tEXt", XMP + xmp_of(o))],
+    "exif before xmp": lambda o: [
+        (b"iTXt", XMP + b"\0\0\0\0" + xmp_of(9 - o)), (b"eXIf", exif_of(o)),
+    ],
+    "the last": lambda o: [(b"eXIf", exif_of(9 - o)), (b"eXIf", exif_of(o))],
+    "eXIf before raw": lambda o: [(b"tEXt", RAW + raw_profile(9 - o)), (b"eXIf", exif_of(o))],
+    "exif of nothing": lambda o: [
+        (b"eXIf", b"II*\0\10\0\0\0\0\0" + bytes(4)), (b"iTXt", XMP + b"\0\0\0\0" + xmp_of(o)),
+    ],
+}  # fmt: skip
+
+
+def turned_by_pillow(file):
+    with PIL.Image.open(file) as image:
+        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("how", TOLD)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_a_png_is_upright_wherever_it_says_so(tmp_path, orientation, how, behind):
+    """Before: only by an eXIf chunk before the pixels."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture()).save(buffer, "PNG")
+    plain = buffer.getvalue()
+    told = b"".join(chunk(*one) for one in TOLD[how](orientation))
+    at = len(plain) - 12 if behind else 33  # before IEND, or behind IHDR
+    file = tmp_path / "a.png"
+    file.write_bytes(plain[:at] + told + plain[at:])
+    expected = TURNED[orientation](picture())
+    np.testing.assert_array_equal(turned_by_pillow(file), expected)
+    assert read_header(file).orientation == orientation and not read_header(file).note
+    np.testing.assert_array_equal(read_image(file), expected)
+    assert read_header(io.BytesIO(file.read_bytes())).size == expected.shape[:2]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
+def test_xmp_turns_every_format(tmp_path, kind):
+    file = tmp_path / f"a.{kind.lower()}"
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    if kind == "TIFF":
+        options["tiffinfo"] = {700: xmp_of(6)}
+    else:
+        options["xmp"] = xmp_of(6)
+    PIL.Image.fromarray(picture()).save(file, kind, **options)
+    expected = turned_by_pillow(file).astype(int)
+    assert expected.shape == (60, 40, 3)
+    assert np.abs(read_image(file) - expected).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("chunks", "noted"),
+    [
+        ([(b"zTXt", RAW + b"\0" + zlib.compress(bytes(3 << 20)))], True),  # a bomb
+        ([(b"iTXt", XMP + b"\1\0\0\0" + zlib.compress(b" " * (3 << 20)))], True),
+        ([(b"tEXt", XMP + b" " * (5 << 20))], True),
+        ([(b"zTXt", RAW + b"\0no zlib")], False), ([(b"zTXt", RAW)], False),
+        ([(b"iTXt", XMP)], False), ([(b"iTXt", XMP + b"\1")], False), ([(b"tEXt", RAW)], False),
+        ([(b"tEXt", RAW + b"\nexif\n 8\nno digits")], True), ([(b"eXIf", b"")], False),
+        ([(b"eXIf", b"II*\0\xff\xff\xff\xff")], False), ([(b"tEXt", b"")], False),
+        ([(b"iTXt", XMP + b"\0\0\0\0" + xmp_of(9))], True),
+        ([(b"zTXt", RAW + b"\0" + zlib.compress(bytes(1 << 19)))] * 300, False),
+        ([(b"abCd", b"")] * (1 << 18), True),
+    ],
+)  # fmt: skip
+def test_what_a_png_tells_of_no_orientation(chunks, noted):
+    """Behind its pixels, where Pillow reads nothing unless it decodes."""
+    whole = grey_png(20, 20)[:-12] + b"".join(chunk(*one) for one in chunks)
+    start = time.monotonic()
+    header = read_header(io.BytesIO(whole + chunk(b"IEND", b"")))
+    assert time.monotonic() - start < 5
+    assert (header.orientation, "taken as upright" in header.note) == (1, noted)
+    read_header(io.BytesIO(whole))  # its end is missing, which decoding says
+
+
+# --- TIFFs ---
+
+
+def banded_tiff(pixels, extra=(), compression=1, planar=1):
+    """A TIFF of any number of bands, those beyond RGB of these kinds."""
+    height, width, bands = pixels.shape
+    data = np.ascontiguousarray(np.moveaxis(pixels, -1, 0) if planar == 2 else pixels).tobytes()
+    bits = 8 * pixels.itemsize
+    strips = bands if planar == 2 else 1
+    size = len(data) // strips
+    tags = [
+        (256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * bands), (259, 3, [compression]),
+        (262, 3, [2]), (273, 4, [8 + i * size for i in range(strips)]), (277, 3, [bands]),
+        (278, 4, [height]), (279, 4, [size] * strips), (284, 3, [planar]),
+        *([(338, 3, list(extra))] if extra else []),
+    ]  # fmt: skip
+    start = 8 + len(data)
+    body, more = struct.pack("<H", len(tags)), b""
+    for tag, kind, values in tags:
+        value = struct.pack(f"<{len(values)}{'HI'[kind - 3]}", *values)
+        if len(value) > 4:
+            more += value
+            value = struct.pack("<I", start + 2 + 12 * len(tags) + 4 + len(more) - len(value))
+        body += struct.pack("<HHI", tag, kind, len(values)) + value.ljust(4, b"\0")
+    return struct.pack("<2sHI", b"II", 42, start) + data + body + bytes(4) + more
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("extra", [(), (0,), (1,), (2,)])
+def test_alpha_of_a_tiff_is_dropped(extra, planar, dtype):
+    """Before: colours were multiplied by alpha where the file says that they are not yet (2)."""
+    if planar == 2 and extra in ((0,), (1,)):
+        pytest.skip("Pillow does not read it")
+    alpha = np.tile(np.uint8([[0], [128], [255], [7]]), (10, 60))[..., None]
+    pixels = np.concatenate([picture(), alpha], -1).astype(dtype) * (
+        257 if dtype == np.uint16 else 1
+    )
+    whole = banded_tiff(pixels, extra, planar=planar)
+    np.testing.assert_array_equal(decode_upright(whole, "a.tif"), picture())
+
+
+def test_alpha_that_pillow_writes_is_dropped(tmp_path):
+    image = PIL.Image.fromarray(picture()).convert("RGBA")
+    image.putalpha(0)
+    for name in ("a.tif", "a.png", "a.webp"):
+        image.save(tmp_path / name, **({"lossless": True, "exact": True} if "webp" in name else {}))
+        np.testing.assert_array_equal(read_image(tmp_path / name), picture())
+    grey = image.convert("LA")
+    grey.save(tmp_path / "grey.tif")
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "grey.tif")[..., 0], np.asarray(grey)[..., 0]
+    )
+
+
+SIX = np.concatenate([picture(), picture()], -1)
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        (banded_tiff(SIX[..., :5], (0, 0)), "5 bands"), (banded_tiff(SIX, (2, 0, 0)), "6 bands"),
+        (banded_tiff(SIX[..., :5], (2, 0), planar=2), "5 bands, bands that are stored apart"),
+        (banded_tiff(picture(), compression=50001), "compression WebP"),
+        (banded_tiff(picture(), compression=34925), "compression LZMA"),
+        (banded_tiff(picture(), compression=50000), "compression ZSTD"),
+    ],
+)  # fmt: skip
+def test_a_tiff_that_is_not_read_is_not_called_damaged(whole, said):
+    with pytest.raises(DataError) as caught:
+        decode_upright(whole, "a.tif")
+    assert f"a.tif: this kind of TIFF is not read ({said}). Save it as RGB" in str(caught.value)
+    assert "whole copy" not in str(caught.value) and "labels" not in str(caught.value)
+
+
+def test_a_tiff_that_pillow_does_not_know():
+    for whole, said in (
+        (banded_tiff(SIX, (0, 0, 0), planar=2), "6 bands, bands that are stored apart"),
+        (banded_tiff(picture(), compression=50002), "compression JPEG XL"),
+        (banded_tiff(picture(), compression=60123), "compression 60123"),
+    ):
+        with pytest.raises(Unreadable) as caught:
+            read_header(io.BytesIO(whole))
+        assert str(caught.value) == f"TIFF of a kind that is not read ({said})"
+    with pytest.raises(Unreadable, match=r"^image unreadable$"):
+        read_header(io.BytesIO(b"II*\0" + bytes(60)))
+
+
+def test_opencv_says_nothing_of_its_own(tmp_path):
+    files = []
+    for compression in ("zstd", "lzma"):
+        files.append(tmp_path / f"{compression}.tif")
+        try:
+            PIL.Image.fromarray(picture()).save(files[-1], compression=compression)
+        except (OSError, ValueError):
+            pytest.skip(f"this Pillow does not write {compression}")
+    program = (
+        "import sys\nfrom jaxaccum.data import DataError, read_image\n"
+        "for file in sys.argv[1:]:\n"
+        "    try:\n        read_image(file)\n    except DataError as error:\n        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, files)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    for line in done.stdout.splitlines():  # none, where OpenCV's library has them
+        assert "this kind of TIFF is not read (compression " in line
+
+
+def test_of_a_tag_that_is_there_twice_the_first_counts():
+    """As to OpenCV's library: strips of the second would be checked, and those of the first be
+    read."""
+    whole = bytearray(banded_tiff(picture()))
+    (start,) = struct.unpack_from("<I", whole, 4)
+    entries = [whole[at : at + 12] for at in range(start + 2, start + 2 + 12 * 10, 12)]
+    first = struct.pack("<HHII", 279, 4, 1, 1 << 31)
+    for order, refused in (((first, entries[8]), True), ((entries[8], first), False)):
+        body = b"".join([*entries[:8], *order, entries[9]])
+        moved = bytes(whole[:start]) + struct.pack("<H", 11) + body + bytes(4) + bytes(whole[-6:])
+        at = len(moved) - 6
+        moved = moved.replace(bytes(entries[2]), struct.pack("<HHII", 258, 3, 3, at))
+        if refused:
+            with pytest.raises(DataError, match="pixels up to byte 2,147,483,656"):
+                decode(moved, "a.tif")
+        else:
+            np.testing.assert_array_equal(decode(moved, "a.tif"), picture())

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import shutil
 
 import cv2
@@ -606,3 +607,81 @@ def test_tfds_mock_and_mistakes(tfds):
             open_kitti("tfds:voc/2007", "train")
     with pytest.raises(DataError, match=r"Name a slice instead"):
         open_kitti("tfds:kitti", "train", fraction=0.5)
+
+
+# --- labels that are not KITTI's ---
+
+
+@pytest.mark.parametrize("name", ["KITTI", "it's", 'a "b" c', "'\"$HOME `x`", "é ü", "a\nb\\c"])
+def test_the_command_that_is_advised_can_be_run(tmp_path, name):
+    """It imported a module that was not there, and a quote in the path broke it."""
+    root = kitti(tmp_path / name, [CAR] * 5, split="all")
+    with pytest.raises(DataError) as caught:
+        KittiSource(root, "train")
+    _, _, command = str(caught.value).partition("make a random train and val list: ")
+    program, option, code = shlex.split(command)
+    assert (program, option) == ("python", "-c")
+    exec(code, {})
+    assert (len(KittiSource(root, "train")), len(KittiSource(root, "val"))) == (4, 1)
+
+
+def test_boxes_as_parts_of_an_image_are_refused(tmp_path):
+    """They were boxes in the first pixel."""
+    text = "\n".join(row(box=f"0.{i} 0.2 0.{i}5 0.9") for i in range(4))
+    with pytest.raises(DataError, match=r"\(train\): all of its 8 boxes lie between 0 and 1"):
+        KittiSource(kitti(tmp_path / "parts", [text, text]), "train")
+    few = KittiSource(kitti(tmp_path / "few", [text]), "train")
+    assert few.report.objects == 4
+    mixed = KittiSource(kitti(tmp_path / "mixed", [text, text, CAR]), "train")
+    assert mixed.report.objects == 9
+    none = row(box="0 0 0 0")
+    nowhere = KittiSource(kitti(tmp_path / "none", [f"{none}\n" * 9]), "train")
+    assert nowhere.report.skipped.keys() == {"box without area", "duplicate label"}
+
+
+def test_scores_in_labels_are_said(tmp_path):
+    labels = [f"{CAR} 0.5", f"{CAR} 0.9\n{row(box='1 2 3 4')} 1", CAR]
+    source = KittiSource(kitti(tmp_path, labels), "train")
+    assert source.report.objects == 4
+    assert source.report.lines()[-1] == (
+        "  2 label files have 16 columns, with scores, as files of detections have: they are taken "
+        "for the truth, and the scores are not used"
+    )
+    plain = KittiSource(kitti(tmp_path / "plain", [CAR]), "train")
+    assert not plain.report.notes
+
+
+def test_types_in_other_cases_say_which_they_are_like(tmp_path):
+    text = "\n".join(row(kind) for kind in ("car", "PERSON_SITTING", "Ox", "Car", "dontcare"))
+    root = kitti(tmp_path, [text])
+    file = str(root / "training" / "label_2" / "000000.txt")
+    plain, merged = KittiSource(root, "train"), KittiSource(root, "train", merge=True)
+    assert plain.report.skipped == {
+        "unknown type 'car', did you mean Car?": [(file, 1)],
+        "unknown type 'PERSON_SITTING', did you mean Person_sitting?": [(file, 2)],
+        "unknown type 'Ox'": [(file, 3)],
+        "unknown type 'dontcare', did you mean DontCare?": [(file, 5)],
+    }
+    assert merged.report.objects == 5 and merged.report.skipped == {
+        "type taken for Misc: 'car', did you mean Car?": [(file, 1)],
+        "type taken for Misc: 'PERSON_SITTING', did you mean Person_sitting?": [(file, 2)],
+        "type taken for Misc: 'dontcare', did you mean DontCare?": [(file, 5)],
+    }
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_split_without_a_type_of_kittis_is_refused(tmp_path, merge):
+    """The evaluation then spoke of the level moderate."""
+    root = kitti(tmp_path, [f"{row('car')}\n{REGION}\n{row('Ox')}", row("car")])
+    with pytest.raises(DataError) as caught:
+        KittiSource(root, "train", merge=merge)
+    assert "(train): none of its objects has a type of KITTI's" in str(caught.value)
+    assert "2 x 'car', did you mean Car?; 1 x 'Ox'. Rename" in str(caught.value)
+    others = kitti(tmp_path / "others", [row("Ox")])
+    if merge:
+        assert KittiSource(others, "train", merge=True).objects(0).classes.tolist() == [4]
+    else:
+        with pytest.raises(DataError, match="1 x 'Ox'"):
+            KittiSource(others, "train")
+    empty = kitti(tmp_path / "empty", [REGION, ""])
+    assert len(KittiSource(empty, "train", merge=merge)) == 2

@@ -21,6 +21,7 @@ from jaxaccum import data, pack, tasks, train
 from jaxaccum.data import DataError
 from jaxaccum.data.captions import Captions
 from jaxaccum.data.check import changed_files
+from jaxaccum.data.formats import packed
 from jaxaccum.data.synthetic import scenes, shapes, streets
 from jaxaccum.tasks import packing
 from jaxaccum.training import run
@@ -459,10 +460,8 @@ def test_a_copy_with_an_error_is_refused(sets, tmp_path, change, message):
 
 def test_missing_packages_are_named(sets, tmp_path, monkeypatch):
     config, there, _ = sets("yolo")
-    found = data.packed.find_spec
-    monkeypatch.setattr(
-        data.packed, "find_spec", lambda n: None if n == "array_record" else found(n)
-    )
+    found = packed.find_spec
+    monkeypatch.setattr(packed, "find_spec", lambda n: None if n == "array_record" else found(n))
     with pytest.raises(DataError, match="pip install array-record"):
         run.open_source(there, "train")
     with pytest.raises(DataError, match="pip install array-record"):
@@ -473,7 +472,7 @@ def test_opening_reads_no_record(sets, monkeypatch):
     def refuse(self, index):
         raise AssertionError("a record was read")
 
-    monkeypatch.setattr(data.packed.Records, "__getitem__", refuse)
+    monkeypatch.setattr(packed.Records, "__getitem__", refuse)
     for kind in ("yolo", "kitti", "pcn"):
         source = run.open_source(sets(kind)[1], "train")
         assert source.names and source.report.lines()

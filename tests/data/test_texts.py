@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -174,3 +175,54 @@ def test_json_in_other_encodings(file):
     for encoding in ("utf-8-sig", "utf-16"):
         file.write_bytes('{"ä": 1}'.encode(encoding))
         assert texts.read_json(file) == {"ä": 1}
+
+
+def test_what_is_no_file_is_told_once(tmp_path):
+    """The refusal was caught as a NUL in the path, and told inside another one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("12345")
+    for name, said in {
+        "": "a folder, expected a file. Check the path.",
+        "pipe": "a pipe or a device, expected a file. Check the path.",
+        "long": "5 bytes, expected at most 4. Check that this is the right file.",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            texts.read_text(tmp_path / name, limit=4)
+        assert str(caught.value) == f"{tmp_path / name}: {said}"
+    with pytest.raises(DataError, match=r"a\\x00b: no path \(.*null.*\)\. Check the path\."):
+        texts.read_text(tmp_path / "a\0b")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "first"),
+    [
+        ('{"images": [1],\n"annotations": [],\n"images": [2]}', 3, "'images'", 1),
+        ('[{"bbox": 1},\r\n{"id": {"bbox": 2}, "bbox": [1],\r"bbox": [1]}]', 3, "'bbox'", 2),
+        ('{"a": "x\\": {", "\\u0062": 1, "c": {"a": 1}, "b": 2}', 1, "'b'", 1),
+        ('{"": {}, "": {}}', 1, "''", 1),
+        ('{"\\ud800": 1, "\\ud800": 2}', 1, r"'\\ud800'", 1),
+    ],
+)  # fmt: skip
+def test_json_with_a_key_twice(file, text, line, key, first):
+    """Python keeps the last, and what the other held was gone."""
+    file.write_bytes(text.encode())
+    with pytest.raises(DataError) as caught:
+        texts.read_json(file)
+    told = f"{file}:{line}: not valid JSON: the key {key} is in line {first} already, "
+    assert str(caught.value).startswith(told.replace("\\\\", "\\"))
+    assert (caught.value.file, caught.value.line) == (str(file), line)
+
+
+def test_json_with_equal_keys_in_different_objects(file):
+    content = {"a": [{"a": 1, "b": "a"}, {"a": {"a": 2}}], "b": "a"}
+    file.write_text(json.dumps(content))
+    assert texts.read_json(file) == content
+
+
+def test_typed_yaml(file):
+    file.write_text("a: 1\nb: [0.5, true, null, x]\n3: y\n")
+    assert texts.read_yaml(file, typed=True) == {"a": 1, "b": [0.5, True, None, "x"], 3: "y"}
+    file.write_text("a: 1\nb: 2\na: 3\n")
+    for typed in (True, False):
+        with pytest.raises(DataError, match=r"given.txt:3: .* 'a' is in line 1 already"):
+            texts.read_yaml(file, typed=typed)

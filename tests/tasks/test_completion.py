@@ -18,6 +18,7 @@ from jaxaccum.accumulate.checks import check
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.models import completion
 from jaxaccum.tasks import Sample
+from jaxaccum.tasks.completion import predict
 from jaxaccum.tasks.completion.predict import Completed
 from jaxaccum.training import inference, run
 from jaxaccum.weights import initial
@@ -336,3 +337,33 @@ def test_scans_with_z_up_stand_in_pictures():
     there = Completed(Sample(cloud), cloud, True).plot()
     assert np.array_equal(Completed(Sample(lying), lying, True, up="z").plot(), there)
     assert not np.array_equal(Completed(Sample(lying), lying, True).plot(), there)
+
+
+def test_points_left_out_of_a_cloud_are_told(tmp_path):
+    """Half of a scan was left out, and the result spoke of the other half alone."""
+    points = np.random.default_rng(0).normal(size=(100, 3))
+    points[::2, 1] = np.nan
+    np.save(tmp_path / "a.npy", points)
+    (sample,) = predict.read_cloud(tmp_path / "a.npy")
+    result = Completed(sample, np.zeros((512, 3), np.float32), True)
+    assert str(result) == (
+        "a.npy: 50 points (50 more are not finite and left out), taken in ShapeNet's frame, "
+        "completed to 512"
+    )
+    assert json.loads(json.dumps(sample.facts)) == {"file": "a.npy", "left_out": 50}
+    np.save(tmp_path / "a.npy", points[1::2])
+    (sample,) = predict.read_cloud(tmp_path / "a.npy")
+    assert sample.facts == {"file": "a.npy"}
+    assert "left out" not in Completed(sample, sample.value, False).summary()
+
+
+def test_clouds_in_memory_that_are_none():
+    points = np.random.default_rng(0).normal(size=(100, 3))
+    assert predict.cloud_of(points).value.dtype == np.float32
+    with pytest.raises(data.DataError, match=r"\(3, 100\): give its transpose, array\.T$"):
+        predict.cloud_of(points.T)
+    with pytest.raises(data.DataError, match=r"a coordinate of .*e\+300, expected at most 1e\+18"):
+        predict.cloud_of(points * 1e300)
+    points[7] = np.nan
+    with pytest.raises(data.DataError, match=r"1 of 100 points are not finite, .* point 7"):
+        predict.cloud_of(points)

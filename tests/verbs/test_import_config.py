@@ -167,12 +167,29 @@ def test_pointr(tmp_path):
         ("imgsz: 641\nlr0: 0.1\nmodel: yolov8n.pt", r"data\.image_size"),
         ("imgsz: big\nlr0: 0.1", r"data\.image_size"),
         ("imgsz: 640\nlr0: .nan", r"lr\.base"),
-        ("- 1", "expected the args.yaml"), ("a: [", "not valid YAML"),
+        ("- 1", "expected the args.yaml"), ("a: [", r"args\.yaml:1: not valid YAML: expected"),
+        ("imgsz: 640\nlr0: 0.1\nlr0: 0.2", r"args\.yaml:3: .* 'lr0' is in line 2 already"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(tmp_path, text, said):
     (tmp_path / "args.yaml").write_text(text)
-    with pytest.raises(configs.ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         imported(tmp_path / "args.yaml").text()
-    with pytest.raises(UserError, match=r"none\.yaml"):
-        imported(tmp_path / "none.yaml")
+
+
+def test_what_is_no_file_is_not_called_yaml(tmp_path):
+    (tmp_path / "big.yaml").write_text("#" * (1 << 22))
+    for name, said in {
+        "none.yaml": "none.yaml: no such file. Check the path.",
+        "": f"{tmp_path}: a folder, expected a file. Check the path.",
+        "big.yaml": "big.yaml: 4,194,304 bytes, expected at most 2,097,152.",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            imported(tmp_path / name)
+        assert said in str(caught.value) and "YAML" not in str(caught.value)
+
+
+def test_values_have_the_types_of_yaml(tmp_path):
+    (tmp_path / "args.yaml").write_text("imgsz: 640\nlr0: 1.0e-2\nfreeze: null\nx: {1: 2}\n")
+    found = imported(tmp_path / "args.yaml")
+    assert found.fields["lr.base"][0] == 0.01 and "freeze" not in found.fields

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxaccum.data.base import DataError
 from jaxaccum.data.cloud_check import Check
-from jaxaccum.data.cloud_models import file_size, is_text, left_out, read_categories
+from jaxaccum.data.cloud_models import any_case, file_size, is_text, left_out, read_categories
 from jaxaccum.data.cloud_ops import Pose, box_pose, subsampled
 from jaxaccum.data.clouds import CloudReport
-from jaxaccum.data.formats.cloud_files import Points, read_cloud
+from jaxaccum.data.formats.cloud_files import SUFFIXES, Points, read_cloud
 from jaxaccum.data.stamps import Stamps
 from jaxaccum.data.texts import lines, number, read_bytes, read_text, shown_path
 
@@ -45,7 +45,7 @@ class KittiCars:
         if listing.is_file():
             listed = [n for c in read_categories(listing, "test") for n in c["test"]]
         else:
-            listed = sorted(file.stem for file in (root / "cars").glob("*.pcd"))
+            listed = self._scans_in(root / "cars")
         self._scans, self._boxes = root / "cars", root / "bboxes"
         digest = hashlib.sha256(b"kitti")
         found, seen = list[str](), set[str]()
@@ -57,7 +57,7 @@ class KittiCars:
                 self.report.skip("car listed again", f"{shown_path(listing)}: {name}")
                 continue
             seen.add(name)
-            scan, box = self._scans / f"{name}.pcd", self._boxes / f"{name}.txt"
+            scan, box = self._files(name)
             if file_size(scan) is None:
                 self.report.skip("listed car without its scan", shown_path(scan))
             elif file_size(box) is None:
@@ -65,13 +65,13 @@ class KittiCars:
             else:
                 found.append(name)
         if check is not None and found:
-            files = [[self._scans / f"{n}.pcd", self._boxes / f"{n}.txt"] for n in found]
+            files = [self._files(name) for name in found]
             result = check.run(self.report.where, files, _read_part, equal=False)
             self.stamps = result.stamps
             usable = result.usable(self.report)
             found = [name for name, good in zip(found, usable, strict=True) if all(good)]
         for name in found:
-            scan, box = self._scans / f"{name}.pcd", self._boxes / f"{name}.txt"
+            scan, box = self._files(name)
             told = f"\0{name}\0{file_size(scan)}\0".encode("utf-8", "surrogatepass")
             digest.update(told + read_bytes(box, limit=_LARGEST_BOX))
         self._names = found
@@ -83,6 +83,20 @@ class KittiCars:
         self.identity = digest.hexdigest()[:12]
         self.report.shapes = {"car": len(self)}
         self.report.samples = len(self)
+
+    def _scans_in(self, folder: Path) -> list[str]:
+        """The names of the scans in a folder; counts clouds of other kinds."""
+        names = set[str]()
+        for file in sorted(folder.glob("*")):
+            if file.suffix.lower() == ".pcd":
+                names.add(file.stem)
+            elif file.suffix.lower() in SUFFIXES:
+                self.report.skip("scan that is no .pcd", shown_path(file))
+        return sorted(names)
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        """The scan and the box of a car."""
+        return any_case(self._scans / f"{name}.pcd"), any_case(self._boxes / f"{name}.txt")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -98,11 +112,11 @@ class KittiCars:
 
     def pose(self, index: int) -> Pose:
         """From the LiDAR's frame in metres to that of the sample: the car's length is 1, y up."""
-        return _read_box(self._boxes / f"{self._names[index]}.txt")
+        return _read_box(self._files(self._names[index])[1])
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Points, Points]:
         """The scan (2048, 3), filled up with zeros, and no complete cloud (0, 3)."""
-        scan = self.pose(index).apply(read_cloud(self._scans / f"{self._names[index]}.pcd"))
+        scan = self.pose(index).apply(read_cloud(self._files(self._names[index])[0]))
         rng = rng or np.random.Generator(np.random.PCG64(index))
         return subsampled(scan, rng), np.zeros((0, 3), np.float32)
 
@@ -136,7 +150,7 @@ def _read_box(file: Path) -> Pose:
 
 def _read_part(file: Path) -> int:
     """Points of a scan, or 0 of a box that can be read."""
-    if file.suffix == ".pcd":
+    if file.suffix.lower() == ".pcd":
         return len(read_cloud(file))
     _read_box(file)
     return 0

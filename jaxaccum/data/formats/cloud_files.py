@@ -10,10 +10,8 @@ from __future__ import annotations
 import array
 import io
 import itertools
-import math
 import os
 import struct
-import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,19 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum.data.base import DataError
-from jaxaccum.data.texts import number, read_bytes, shown, shown_path, whole_number
-
-Points = NDArray[np.float32]
+from jaxaccum.data.formats.cloud_arrays import Points, float32, read_npy, too_large
+from jaxaccum.data.formats.cloud_arrays import error as _error
+from jaxaccum.data.texts import number, read_bytes, shown, whole_number
 
 _LARGEST_FILE = 1 << 32  # bytes
-_LARGEST = 1e18  # coordinate; squared distances of such points fit float32
 _LZF = 88  # bytes out of one, at most: a copy of 264 takes three
-# The header of an npy file is a Python literal, and numpy leaves what that provokes as it is.
-_HEADER_ERRORS = (
-    ValueError, EOFError, SyntaxError, TypeError, LookupError, OverflowError, MemoryError,
-    RecursionError, AttributeError, tokenize.TokenError, struct.error,
-)  # fmt: skip
 _PCD_TYPES = {
     "F": {2: "f2", 4: "f4", 8: "f8"},
     "I": {1: "i1", 2: "i2", 4: "i4", 8: "i8"},
@@ -63,7 +54,7 @@ def read_cloud(file: str | Path, *, drop_invalid: bool = False) -> Points:
       file: *.pcd (ascii, binary, binary_compressed), *.ply (ascii, binary) or *.npy (n, 3 or more
         columns).
       drop_invalid: leave out points that are not finite, with which sensors mark what they did
-        not see, instead of refusing the file.
+        not see, instead of refusing the file; `read_valid` also counts them.
 
     Returns:
       (n, 3) float32, n >= 1.
@@ -71,32 +62,43 @@ def read_cloud(file: str | Path, *, drop_invalid: bool = False) -> Points:
     Raises:
       DataError: naming the file, of an ascii file also the line, what is wrong and what to do.
     """
+    return _read(file, drop_invalid)[0]
+
+
+def read_valid(file: str | Path) -> tuple[Points, int]:
+    """The points of a cloud that are finite, as `read_cloud` gives them, and how many are not."""
+    return _read(file, True)
+
+
+def _read(file: str | Path, drop_invalid: bool) -> tuple[Points, int]:
     path = Path(file)
-    readers = {".pcd": _read_pcd, ".ply": _read_ply, ".npy": _read_npy}
+    readers = {".pcd": _read_pcd, ".ply": _read_ply, ".npy": read_npy}
     reader = readers.get(path.suffix.lower())  # of SUFFIXES
     if reader is None:
         raise _error(path, "not a known kind of point cloud; expected *.pcd, *.ply or *.npy")
     points, lines = reader(path, read_bytes(path, limit=_LARGEST_FILE))
-    finite = np.isfinite(points).all(axis=1)
-    if not finite.all():
-        if not drop_invalid:
-            first = int(np.argmin(finite))
-            raise _error(
-                path,
-                f"{np.count_nonzero(~finite)} of {len(points)} points are not finite, the first "
-                f"is point {first}. Take them out",
-                None if lines is None else lines[first],
-            )
-        points = points[finite]
     if not len(points):
         raise _error(path, "no points in it")
-    if (largest := float(np.abs(points).max())) > _LARGEST:
+    finite = np.isfinite(points).all(axis=1)
+    wrong = len(points) - int(np.count_nonzero(finite))
+    if wrong == len(points):
+        raise _error(path, f"none of its {wrong} points is finite. Get the file again")
+    if wrong and not drop_invalid:
+        first = int(np.argmin(finite))
         raise _error(
             path,
-            f"a coordinate of {largest:.3g}, expected at most {_LARGEST:g}: squared distances "
-            "would not fit. Check the unit, or get the file again",
+            f"{wrong} of {len(points)} points are not finite, the first is point {first}. Take "
+            "them out",
+            None if lines is None else lines[first],
         )
-    return points
+    if problem := too_large(points if not wrong else np.where(finite[:, None], points, 0)):
+        row, said = problem
+        raise _error(
+            path,
+            f"{said}: squared distances would not fit. Check the unit, or get the file again",
+            None if lines is None else lines[row],
+        )
+    return float32(points[finite] if wrong else points), wrong
 
 
 def write_cloud(file: str | Path, points: NDArray[Any]) -> None:
@@ -131,54 +133,7 @@ def write_cloud(file: str | Path, points: NDArray[Any]) -> None:
     os.replace(half, path)
 
 
-def _error(path: Path, message: str, line: int | None = None) -> DataError:
-    where = shown_path(path) if line is None else f"{shown_path(path)}:{line}"
-    return DataError(f"{where}: {message}.", file=str(path), line=line)
-
-
-def _float32(values: NDArray[Any]) -> Points:
-    with np.errstate(over="ignore"):  # to infinity, which is refused as such
-        return np.ascontiguousarray(values, np.float32)
-
-
-def _read_npy(path: Path, content: bytes) -> tuple[Points, None]:
-    # Not np.load, which takes the memory that a header asks for before it looks for the data.
-    if content[:2] == b"PK":
-        raise _error(path, "an npz archive, expected one array. Save it with numpy.save")
-    file = io.BytesIO(content)
-    headers = {(1, 0): np.lib.format.read_array_header_1_0}
-    try:
-        version = np.lib.format.read_magic(file)
-        read = headers.get(version, np.lib.format.read_array_header_2_0)
-        shape, by_column, dtype = read(file)
-        if any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
-            raise ValueError("a shape that cannot be")
-        if dtype.hasobject:
-            raise ValueError("objects of Python, which are not read")
-    except _HEADER_ERRORS as error:
-        raise _error(
-            path, f"damaged or no npy file ({shown(str(error))[1:-1]}). Get it again"
-        ) from None
-    if len(shape) != 2 or shape[1] < 3 or dtype.kind not in "fiu":
-        raise _error(
-            path,
-            f"{shown(str(dtype))[1:-1]} of the shape {shape}, expected numbers of (n, 3 or more)",
-        )
-    if not shape[0]:
-        return np.zeros((0, 3), np.float32), None
-    size, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
-    if size > there:
-        raise _error(
-            path,
-            f"damaged or no npy file: its header says {shape[0]} rows of {shape[1]}, {size} bytes, "
-            f"and it has {there}. Get it again",
-        )
-    values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
-    values = values.reshape(shape[::-1]).T if by_column else values.reshape(shape)
-    return _float32(values[:, :3]), None
-
-
-def _read_pcd(path: Path, content: bytes) -> tuple[Points, Sequence[int] | None]:
+def _read_pcd(path: Path, content: bytes) -> tuple[NDArray[Any], Sequence[int] | None]:
     header: dict[str, list[str]] = {}
     at = row = 0
     while "DATA" not in header:
@@ -247,7 +202,7 @@ def _coordinates(path: Path, columns: Sequence[Column]) -> list[int]:
 def _ascii_points(
     path: Path, content: bytes, at: int, first: int, columns: Sequence[Column], points: int,
     *, whole: bool,
-) -> tuple[Points, Sequence[int]]:  # fmt: skip
+) -> tuple[NDArray[np.float64], Sequence[int]]:  # fmt: skip
     """Parses rows of numbers.
 
     Args:
@@ -291,7 +246,7 @@ def _ascii_points(
             f"{'truncated' if rows < points else 'not what it says'}; get it again",
             last,
         )
-    return _float32(np.asarray(values).reshape(-1, 3)), lines
+    return np.asarray(values).reshape(-1, 3), lines
 
 
 def _lines(content: bytes, at: int) -> Iterator[bytes]:
@@ -312,7 +267,7 @@ def _itemsize(columns: Sequence[Column]) -> int:
 
 def _binary_points(
     path: Path, content: bytes, at: int, columns: Sequence[Column], points: int, order: str
-) -> Points:
+) -> NDArray[Any]:
     axes = _coordinates(path, columns)
     size, there = _itemsize(columns), max(len(content) - at, 0)
     if there < points * size:
@@ -328,11 +283,12 @@ def _binary_points(
         np.ndarray((points,), order + columns[axis].dtype, content, place, (size,))
         for axis, place in zip(axes, places, strict=True)
     ]
-    with np.errstate(over="ignore"):
-        return np.stack([v.astype(np.float32) for v in values], axis=1)
+    return np.stack(values, axis=1)
 
 
-def _compressed_points(path: Path, body: bytes, columns: Sequence[Column], points: int) -> Points:
+def _compressed_points(
+    path: Path, body: bytes, columns: Sequence[Column], points: int
+) -> NDArray[Any]:
     axes = _coordinates(path, columns)
     size = points * _itemsize(columns)
     damaged = "damaged or truncated compressed points. Get the file again"
@@ -357,8 +313,7 @@ def _compressed_points(path: Path, body: bytes, columns: Sequence[Column], point
         np.frombuffer(plain, "<" + columns[axis].dtype, points, points * _itemsize(columns[:axis]))
         for axis in axes
     ]
-    with np.errstate(over="ignore"):
-        return np.stack([v.astype(np.float32) for v in values], axis=1)
+    return np.stack(values, axis=1)
 
 
 def _lzf(packed: bytes, size: int) -> bytes:
@@ -399,7 +354,7 @@ class _Element(NamedTuple):
     lists: bool
 
 
-def _read_ply(path: Path, content: bytes) -> tuple[Points, Sequence[int] | None]:
+def _read_ply(path: Path, content: bytes) -> tuple[NDArray[Any], Sequence[int] | None]:
     kind, elements, at, row = _ply_header(path, content)
     for element in elements:
         if element.name == "vertex":

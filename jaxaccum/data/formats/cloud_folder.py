@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from jaxaccum.data.base import DataError
 from jaxaccum.data.cloud_check import Check, points_in
-from jaxaccum.data.cloud_models import Model, NormalisedModels
+from jaxaccum.data.cloud_models import Model, NormalisedModels, is_text, left_out
 from jaxaccum.data.clouds import CloudReport
 from jaxaccum.data.formats.cloud_files import SUFFIXES, Points, read_cloud
 from jaxaccum.data.texts import shown_path
@@ -38,18 +39,23 @@ class FolderShapes(NormalisedModels):
         Raises:
           DataError: it cannot be read, or has too few.
         """
-        count = points_in(file)
-        if count < FEWEST:
-            raise DataError(
-                f"{shown_path(file)}: {count} points, expected at least {FEWEST}, best {POINTS}. "
-                "Sample more of its surface, or take it out.",
-                file=str(file),
-            )
-        return count
+        return _enough(points_in(file), file)
 
     def _read_complete(self, index: int) -> Points:
-        points = read_cloud(self._models[index].complete)
-        return points[chosen(len(points), self.name(index))]
+        file = self._models[index].complete
+        points = read_cloud(file)
+        return points[chosen(_enough(len(points), file), self.name(index))]
+
+
+def _enough(count: int, file: Path) -> int:
+    """The number of points in a file, if they are enough."""
+    if count < FEWEST:
+        raise DataError(
+            f"{shown_path(file)}: {count} points, expected at least {FEWEST}, best {POINTS}. "
+            "Sample more of its surface, or take it out.",
+            file=str(file),
+        )
+    return count
 
 
 def chosen(count: int, name: str) -> np.ndarray:
@@ -92,7 +98,7 @@ def open_folder(root: Path, split: str, check: Check | None) -> FolderShapes:
     report = CloudReport(where)
     if split == "unseen":
         raise DataError(f"{where}: a folder of clouds has no unseen categories. Use train or val.")
-    folders = _split_folders(root)
+    folders = _split_folders(root, report)
     evaluates = split != "train"
     order = [split, "val", "test"] if evaluates else ["train"]
     there = [folders[name] for name in order if name in folders]
@@ -104,13 +110,16 @@ def open_folder(root: Path, split: str, check: Check | None) -> FolderShapes:
         )
     hold_back = not any(name in folders for name in ("val", "test"))
     top = there[0] if there else folders.get("train", root)
-    models = []
-    for found in found_files(top, report, SUFFIXES, "clouds"):
-        category, _, name = found.name.rpartition("/")
-        first, _, rest = category.partition("/")
-        models.append(
-            Model(first or ONE_CATEGORY, f"{rest}/{name}" if rest else name, found.file)
-        )  # fmt: skip
+    if top != folders.get("train", top) and os.path.samefile(top, folders["train"]):
+        report.notes.append(f"{shown_path(top)} is the folder of the training: a link")
+    models = _models(top, report)
+    if not models:
+        other = " Without it, a tenth of the others is held back." if evaluates else ""
+        raise DataError(
+            f"{shown_path(top)}: no clouds in it{left_out(report)}. Put some there, or remove the "
+            f"folder.{other}",
+            file=str(top),
+        )
     if any(word in {m.category.lower() for m in models} for word in ("partial", "partials")):
         raise DataError(
             f"{shown_path(top)}: has partial clouds in a folder of their own, and a plain folder "
@@ -119,7 +128,7 @@ def open_folder(root: Path, split: str, check: Check | None) -> FolderShapes:
             file=str(top),
         )
     if hold_back:
-        models = _held_back(models, evaluates, report, top)
+        models = _held_back(models, evaluates, report, root)
     shapes = FolderShapes("folder", where, models, {}, report, check)
     few = sum(count < POINTS for count in shapes.counts)
     if few:
@@ -130,44 +139,137 @@ def open_folder(root: Path, split: str, check: Check | None) -> FolderShapes:
     return shapes
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Split -> its folder, of those that are there.
+def _models(top: Path, report: CloudReport) -> list[Model]:
+    """The clouds of a folder, each once, by their paths; a folder in it is a category.
 
     Raises:
-      DataError: the folder cannot be read.
+      DataError: two have one name.
+    """
+    models = list[Model]()
+    files, names = set[tuple[int, int]](), dict[tuple[str, str], Path]()
+    for found in found_files(top, report, SUFFIXES, "clouds"):
+        if not is_text(found.name):
+            report.skip("cloud whose name is not UTF-8", shown_path(found.file))
+            continue
+        first, _, rest = found.name.rpartition("/")[0].partition("/")
+        name = found.file.name
+        model = Model(first or ONE_CATEGORY, f"{rest}/{name}" if rest else name, found.file)
+        # Else one shape could be learned from and be held back for evaluation, too.
+        if (file := _number(found.file)) in files:
+            report.skip("link to a cloud that is there already", shown_path(found.file))
+            continue
+        if other := names.get(model[:2]):
+            raise DataError(
+                f"{shown_path(other)} and {shown_path(found.file)} would both be called "
+                f"{model.category}/{model.name}. Rename one of them, or that folder.",
+                file=str(found.file),
+            )
+        names[model[:2]] = found.file
+        if file is not None:
+            files.add(file)
+        models.append(model)
+    twins = len(models) - len({_shape(model) for model in models})
+    if twins:
+        report.notes.append(
+            f"{twins} clouds have the name of another one but for its suffix: a shape in two "
+            "formats counts twice"
+        )
+    cases = Counter(category.lower() for category in {m.category for m in models})
+    if alike := sorted(word for word, count in cases.items() if count > 1):
+        report.notes.append(
+            f"categories that differ in upper and lower case alone are different ones: "
+            f"{', '.join(map(shown_path, alike[:5]))}"
+        )
+    return models
+
+
+def _number(file: Path) -> tuple[int, int] | None:
+    """The same for all names of one file; None where the system has no such number."""
+    try:
+        told = os.stat(file)
+    except OSError:  # gone since
+        return None
+    return (told.st_dev, told.st_ino) if told.st_ino else None
+
+
+def _shape(model: Model) -> str:
+    """The name of a cloud's shape, whatever the format of its file."""
+    return f"{model.category}/{os.path.splitext(model.name)[0]}"
+
+
+def _split_folders(root: Path, report: CloudReport) -> dict[str, Path]:
+    """Split -> its folder, of those that are there; what lies beside them is counted.
+
+    Raises:
+      DataError: the folder cannot be read, a split has two, or `train` may be a category.
     """
     try:
-        names = {name.lower(): name for name in sorted(os.listdir(root), reverse=True)}
+        entries = sorted(os.listdir(root))
     except OSError as error:
         raise DataError(
             f"{shown_path(root)}: cannot be read: {error.strerror}. Check its rights.",
             file=str(root),
         ) from None
-    return {
-        split: root / names[word]
-        for split, words in _FOLDERS.items()
-        for word in reversed(words)
-        if word in names and (root / names[word]).is_dir()
-    }
+    found = dict[str, Path]()
+    for split, words in _FOLDERS.items():
+        places = [root / e for e in entries if e.lower() in words and (root / e).is_dir()]
+        if len({os.path.realpath(place) for place in places}) > 1:
+            raise DataError(
+                f"{shown_path(root)}: {' and '.join(place.name for place in places)} are both "
+                f"folders of the split {split}. Put their clouds into one.",
+                file=str(root),
+            )
+        if places:
+            found[split] = places[0]
+            entries = [e for e in entries if root / e not in places]
+    if not found:
+        return found
+    folders = [e for e in entries if not e.startswith(".") and (root / e).is_dir()]
+    if found.keys() == {"train"}:
+        categories = [e for e in folders if _has_clouds(root / e)]
+        if categories:
+            raise DataError(
+                f"{shown_path(root)}: is {found['train'].name} the folder of what is learned from, "
+                f"or a category like {', '.join(map(shown_path, categories[:3]))}? For the first, "
+                f"give {shown_path(found['train'])} itself; for the second, put all categories "
+                "into a folder train.",
+                file=str(root),
+            )
+    told = f"beside the folders {', '.join(place.name for place in found.values())}"
+    for entry in entries:
+        if entry in folders:
+            report.skip(f"folder {told}", shown_path(root / entry))
+        elif os.path.splitext(entry)[1].lower() in SUFFIXES and not entry.startswith("."):
+            report.skip(f"cloud {told}", shown_path(root / entry))
+    return found
 
 
-def _held_back(models: list[Model], evaluates: bool, report: CloudReport, top: Path) -> list[Model]:
-    """Those for evaluation, or the others."""
-    if len(models) == 1:
-        raise DataError(
-            f"{shown_path(top)}: one cloud, expected at least two: one to learn from, one to "
-            "evaluate on.",
-            file=str(top),
-        )
+def _has_clouds(folder: Path) -> bool:
+    try:
+        return is_folder_of_clouds(folder)
+    except DataError:  # far too much of something else
+        return False
+
+
+def _held_back(
+    models: list[Model], evaluates: bool, report: CloudReport, root: Path
+) -> list[Model]:
+    """Those for evaluation, or the others; a shape in two formats is on one side."""
 
     def place(model: Model) -> bytes:
-        name = f"{model.category}/{model.name}".encode("utf-8", "surrogatepass")
-        return hashlib.sha256(name).digest()
+        return hashlib.sha256(_shape(model).encode("utf-8", "surrogatepass")).digest()
 
-    count = -(-len(models) // HELD_BACK)
-    last = sorted(map(place, models))[:count]
+    places = sorted({place(model) for model in models})
+    if len(places) == 1:
+        raise DataError(
+            f"{shown_path(root)}: one cloud, expected at least two: one to learn from, one to "
+            "evaluate on.",
+            file=str(root),
+        )
+    last = places[-(-len(places) // HELD_BACK) - 1]
+    held = sum(place(model) <= last for model in models)
     report.notes.append(
-        f"no folder val or test in {shown_path(top)}: {count} of {len(models)} clouds are held "
+        f"no folder val or test in {shown_path(root)}: {held} of {len(models)} clouds are held "
         "back for evaluation, by a hash of their names"
     )
-    return [model for model in models if (place(model) in last) == evaluates]
+    return [model for model in models if (place(model) <= last) == evaluates]

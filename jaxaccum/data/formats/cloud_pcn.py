@@ -37,10 +37,7 @@ def open_pcn(root: Path, split: str, check: Check | None) -> PairedModels:
                 continue
             seen.add((synset, name))
             partials = root / split / "partial" / synset / name
-            views = viewpoints(partials, split)
-            if views:
+            if views := viewpoints(partials, split, report):
                 complete = root / split / "complete" / synset / f"{name}.pcd"
                 models.append(Model(synset, name, complete, partials, views))
-            else:
-                report.skip("listed shape without a partial cloud", shown_path(partials))
     return PairedModels("pcn", where, models, names, report, check)

@@ -78,11 +78,8 @@ def open_shapenet(
             models.append(Model(synset, name, complete))
             continue
         partials = root / "projected_partial_noise" / synset / name / "models"
-        views = viewpoints(partials, split)
-        if views:
+        if views := viewpoints(partials, split, report):
             models.append(Model(synset, name, complete, partials, views))
-        else:
-            report.skip("listed shape without a partial cloud", shown_path(partials))
     names = _synset_names(root)
     if projected:
         return PairedModels("projected", where, models, names, report, check)

@@ -8,6 +8,7 @@ camera. Pixel coordinates are those of the files; label boxes and P2 share them.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,9 @@ from jaxaccum.metrics import kitti as labels3d  # a module: it imports this pack
 Floats = NDArray[np.float32]
 
 NAMES = ("Car", "Truck", "Pedestrian", "Cyclist", "Misc", "Van", "Tram", "Person_sitting")
+_ALIKE = {name.lower(): name for name in (*NAMES, labels3d.DONT_CARE)}
 _MERGED = {"Van": "Car", "Tram": "Truck", "Person_sitting": "Pedestrian"}
+_MANY = 8  # boxes that do not all lie in the first pixel by chance
 _COLUMNS = ("truncated", "occluded", "alpha", "dimensions", "location", "rotation_y")  # of TFDS
 
 # P2 of the recording day that most of KITTI is from; its images are 1242 x 375.
@@ -169,7 +172,8 @@ def objects_of(
 
     Left out: DontCare regions (not counted), unknown types, duplicates, boxes without area or
     outside the image, boxes in space without volume, objects that are not before the camera.
-    Boxes that reach beyond the image by a pixel and more are counted, too.
+    Boxes that reach beyond the image by a pixel and more are counted, too, and types taken for Misc
+    that are a type of KITTI's in other cases.
 
     Args:
       labels: of one image.
@@ -194,7 +198,7 @@ def objects_of(
         if not np.isfinite(row[1:]).all():
             report.skip("object with a number that is not finite", file, line)
         elif label is None:
-            report.skip(f"unknown type {shown(kind, 40)}", file, line)
+            report.skip(f"unknown type {_with_alike(kind)}", file, line)
         elif row in seen:
             report.skip("duplicate label", file, line)
         elif (labels.boxes[i, 2:] <= labels.boxes[i, :2]).any():
@@ -208,6 +212,8 @@ def objects_of(
         else:
             if np.abs(boxes[i] - labels.boxes[i]).max() >= 1:
                 report.skip("part of a box outside the image, clipped", file, line)
+            if kind not in NAMES and kind.lower() in _ALIKE:
+                report.skip(f"type taken for Misc: {_with_alike(kind)}", file, line)
             rows.append(i)
             classes.append(label)
         seen.add(row)
@@ -218,6 +224,47 @@ def objects_of(
         labels.dimensions[rows],
         labels.yaw[rows],
     )
+
+
+def _with_alike(kind: str) -> str:
+    """An unknown type for a message, with the one that has the same letters in other cases."""
+    alike = _ALIKE.get(kind.lower())
+    return shown(kind, 40) + (f", did you mean {alike}?" if alike else "")
+
+
+def _check_split(labels: Sequence[labels3d.Labels], report: Report, *, merge: bool) -> None:
+    """Refuses a split of which no type or no box can be KITTI's; says where labels have scores.
+
+    Args:
+      labels: of every image.
+      report: takes what is to be said.
+      merge: as `class_id` takes it.
+
+    Raises:
+      DataError: there are objects and none has a type of `NAMES`, or all boxes are parts of an
+        image.
+    """
+    kinds = Counter(k for one in labels for k in one.kinds if k != labels3d.DONT_CARE)
+    unknown = not kinds.keys() & set(NAMES)
+    if kinds and unknown and not (merge and not any(k.lower() in _ALIKE for k in kinds)):
+        told = "; ".join(f"{n} x {_with_alike(kind)}" for kind, n in kinds.most_common(5))
+        raise DataError(
+            f"{report.where}: none of its objects has a type of KITTI's, as the benchmark spells "
+            f"them ({', '.join(NAMES)}): {told}. Rename the types in its label files."
+        )
+    boxes = np.concatenate([one.boxes for one in labels]) if labels else np.zeros((0, 4))
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+    if len(boxes) >= _MANY and boxes.min() >= 0 and boxes.max() <= 1:
+        raise DataError(
+            f"{report.where}: all of its {len(boxes)} boxes lie between 0 and 1, as parts of an "
+            "image; KITTI has left, top, right and bottom in pixels. Multiply them by the width "
+            "and the height of the image."
+        )
+    if scored := sum(one.scores is not None for one in labels):
+        report.notes.append(
+            f"{scored} label files have 16 columns, with scores, as files of detections have: they "
+            "are taken for the truth, and the scores are not used"
+        )
 
 
 class KittiSource(FileSource):
@@ -252,7 +299,7 @@ class KittiSource(FileSource):
             and drops its frame.
 
         Raises:
-          DataError: naming file, line and fix.
+          DataError: naming file, line and fix; or the split's labels as a whole are not KITTI's.
         """
         if not 0 < fraction <= 1:
             raise DataError(f"{root}: fraction is {fraction}, expected more than 0, at most 1.")
@@ -286,6 +333,7 @@ class KittiSource(FileSource):
                 self._labels.append(labels)
                 self._cameras.append(camera)
         super().__init__(NAMES, records, report)
+        _check_split(self._labels, report, merge=merge)
         report.regions = sum(labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
         self._objects = [r.objects for r in records if isinstance(r.objects, Objects3D)]
         self.identity = _identify(

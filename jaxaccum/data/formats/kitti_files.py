@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,7 @@ def listed(root: Path, split: str, report: Report) -> tuple[list[str], str]:
             f"{shown_path(files[0])}: no such list of frames"
             + (f"; there are {', '.join(map(shown_path, there))}" if there else "")
             + ". Write one frame a line (000123), take the lists that others use, or make a "
-            f"random train and val list: python -c "
-            f"\"from jaxaccum.data import kitti; kitti.write_split('{shown_path(root)}')\"",
+            f"random train and val list: {_to_write_split(root)}",
             file=str(files[0]),
         )
     frames: dict[str, None] = {}
@@ -118,6 +118,15 @@ def listed(root: Path, split: str, report: Report) -> tuple[list[str], str]:
         )
     beside = "" if listing == files[0] else f"frames as listed in {shown_path(listing)}."
     return list(frames), beside
+
+
+def _to_write_split(root: Path) -> str:
+    """A command for a shell that calls `write_split`, whatever is in the path."""
+    path = repr(str(root))
+    if '"' not in path:  # the other quotes, which need no care inside a shell's
+        path = f'"{path[1:-1]}"'
+    call = f"from jaxaccum import data; data.write_split({path})"
+    return f"python -c {shlex.quote(call)}"
 
 
 def write_split(root: str | Path, fraction: float = 0.8, seed: int = 0) -> tuple[Path, Path]:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxaccum import data
-from jaxaccum.data.formats.cloud_files import Points
+from jaxaccum.data.formats.cloud_arrays import checked
+from jaxaccum.data.formats.cloud_files import Points, read_valid
 from jaxaccum.draw import clouds as draw_clouds
 from jaxaccum.fields import ConfigError
 from jaxaccum.tasks.base import Trained
@@ -57,16 +58,21 @@ class Completed(Result):
         """What was taken, and how."""
         frame = "ShapeNet's frame" if self.normalised else "its own frame"
         given, made = len(self.sample.value), len(self.cloud)
-        return f"{given} points, taken in {frame}, completed to {made}"
+        without = self.sample.facts.get("left_out", 0)
+        told = f" ({without} more are not finite and left out)" if without else ""
+        return f"{given} points{told}, taken in {frame}, completed to {made}"
 
 
 def read_cloud(path: Path) -> Iterator[Sample]:
-    """A cloud of a file, without its invalid points.
+    """A cloud of a file, without its invalid points, of which its facts have the number as
+    "left_out" if there are some.
 
     Raises:
       DataError: it cannot be read.
     """
-    yield Sample(data.read_cloud(path, drop_invalid=True), {"file": path.name}, path)
+    points, invalid = read_valid(path)
+    facts = {"file": path.name} | ({"left_out": invalid} if invalid else {})
+    yield Sample(points, facts, path)
 
 
 def cloud_of(value: Any) -> Sample:
@@ -82,13 +88,15 @@ def cloud_of(value: Any) -> Sample:
         or points.shape[1] != 3
         or not len(points)
     ):
+        turned = points.ndim == 2 and points.shape[0] == 3
         raise data.DataError(
             f"a cloud is an array (points, 3) of numbers; got {points.dtype} {points.shape}"
+            + (": give its transpose, array.T" if turned else "")
         )
-    points = points.astype(np.float32)
-    if not np.isfinite(points).all():
-        raise data.DataError("a cloud holds points that are not finite: leave them out")
-    return Sample(points)
+    try:
+        return Sample(checked(points))
+    except ValueError as error:
+        raise data.DataError(f"a cloud: {error}.") from None
 
 
 def predictor(
