@@ -7,9 +7,8 @@ camera. Pixel coordinates are those of the files; label boxes and P2 share them.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,19 +16,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum.data.base import DataError, Objects, Report, Source, identify
+from jaxaccum.data.base import DataError, Objects, Report, Source, refuse_faults
 from jaxaccum.data.formats.kitti_files import (
     PICTURES,
     TEXTS,
     frame_file,
     frames_folder,
+    identity_of,
     listed,
     sample,
 )
 from jaxaccum.data.formats.kitti_files import read_calibration as read_calibration
 from jaxaccum.data.formats.kitti_files import write_split as write_split
 from jaxaccum.data.formats.tfds import TfdsSource, find_tfds
-from jaxaccum.data.images import FileSource, Header, Record, Unreadable, read_header
+from jaxaccum.data.images import Damaged, FileSource, Header, Record, Unreadable, read_header
 from jaxaccum.data.texts import lines as lines_of
 from jaxaccum.data.texts import read_text, shown, shown_path
 from jaxaccum.metrics import kitti as labels3d  # a module: it imports this package, too
@@ -317,7 +317,7 @@ class KittiSource(FileSource):
         self._cameras: list[Floats] = []
         for frame in frames:
             try:
-                found = _read_frame(folder, frame, report, merge=merge)
+                found = _read_frame(folder, frame, report, merge, on_error)
             except DataError as error:
                 if on_error != "skip":
                     raise
@@ -336,8 +336,11 @@ class KittiSource(FileSource):
         _check_split(self._labels, report, merge=merge)
         report.regions = sum(labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
         self._objects = [r.objects for r in records if isinstance(r.objects, Objects3D)]
-        self.identity = _identify(
-            ((r.name, r.header.size, r.objects) for r in records), self._labels, self._cameras
+        self.identity = identity_of(
+            NAMES,
+            ((r.name, r.header.size, r.objects) for r in records),
+            self._labels,
+            self._cameras,
         )
 
     def keep(self, indices: Sequence[int]) -> None:
@@ -350,7 +353,7 @@ class KittiSource(FileSource):
         regions = (labels.kinds.count(labels3d.DONT_CARE) for labels in self._labels)
         self.report.regions = sum(regions)
         images = ((r.name, r.header.size, r.objects) for r in self._records)
-        self.identity = _identify(images, self._labels, self._cameras)
+        self.identity = identity_of(NAMES, images, self._labels, self._cameras)
 
     def objects(self, index: int) -> Objects3D:
         """The labelled objects of image `index`; DontCare regions are left out."""
@@ -404,7 +407,8 @@ class TfdsKittiSource(TfdsSource):
             note += f", which is not quite that of the {other} images that are not 1242 x 375"
         self.report = KittiReport(**vars(self.report), note=note + ".")
         self.names = NAMES
-        self.identity = _identify(
+        self.identity = identity_of(
+            NAMES,
             zip(map(self.name, range(len(self))), self._sizes, self._objects, strict=True),
             self._labels,
             [DEFAULT_CAMERA] * len(self),
@@ -455,7 +459,7 @@ class TfdsKittiSource(TfdsSource):
 
 
 def _read_frame(
-    folder: Path, frame: str, report: Report, *, merge: bool
+    folder: Path, frame: str, report: Report, merge: bool, on_error: str
 ) -> tuple[Record, labels3d.Labels, Floats] | None:
     """The image, labels and camera of a frame, or None, counted, if one of them is missing."""
     image = frame_file(folder, "image_2", frame, PICTURES)
@@ -473,6 +477,8 @@ def _read_frame(
     try:
         header: Header = read_header(image)
     except Unreadable as problem:
+        if isinstance(problem, Damaged) and on_error != "skip":
+            refuse_faults(report.where, [(shown_path(image), str(problem))])
         report.skip(str(problem), shown_path(image))
         return None
     text = read_text(label)
@@ -481,20 +487,3 @@ def _read_frame(
     lines = [number for number, line in enumerate(lines_of(text), 1) if line.split()]
     objects = objects_of(labels, header.size, report, shown_path(label), lines, merge=merge)
     return Record(image.name, str(image), header, objects), labels, camera
-
-
-def _identify(
-    images: Iterable[tuple[str, tuple[int, int], Objects]],
-    labels: Sequence[labels3d.Labels],
-    cameras: Sequence[Floats],
-) -> str:
-    """The identity of a data set with 3D boxes: also of all labels and cameras."""
-    digest = hashlib.sha256(identify(NAMES, images).encode())
-    for one, camera in zip(labels, cameras, strict=True):
-        digest.update(f"\0{len(one)}\0{' '.join(one.kinds)}\0".encode())
-        for values in (
-            one.truncation, one.occlusion, one.alpha, one.boxes, one.dimensions, one.locations,
-            one.yaw, camera,
-        ):  # fmt: skip
-            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
-    return digest.hexdigest()[:12]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxaccum.data.base import DataError, Report
+from jaxaccum.data.base import DataError, Objects, Report, identify
 from jaxaccum.data.texts import MissingFileError, lines, number, read_text, shown, shown_path
+from jaxaccum.metrics.kitti_labels import Labels
 
 PICTURES, TEXTS = (".png", ".jpg", ".jpeg"), (".txt",)  # suffixes, upper case is taken as well
 _LONGEST = 240  # characters of a name, and a suffix
@@ -252,3 +255,21 @@ def _no_camera(projection: NDArray[np.float64]) -> str:
             f"to {_LARGEST_FOCAL:g}"
         )
     return ""
+
+
+def identity_of(
+    names: Sequence[str],
+    images: Iterable[tuple[str, tuple[int, int], Objects]],
+    labels: Sequence[Labels],
+    cameras: Sequence[NDArray[np.float32]],
+) -> str:
+    """The identity of a data set with 3D boxes: also of all labels and cameras."""
+    digest = hashlib.sha256(identify(names, images).encode())
+    for one, camera in zip(labels, cameras, strict=True):
+        digest.update(f"\0{len(one)}\0{' '.join(one.kinds)}\0".encode())
+        for values in (
+            one.truncation, one.occlusion, one.alpha, one.boxes, one.dimensions, one.locations,
+            one.yaw, camera,
+        ):  # fmt: skip
+            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
+    return digest.hexdigest()[:12]
