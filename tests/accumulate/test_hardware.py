@@ -81,6 +81,7 @@ def test_the_law_as_users_compile(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_multisteps_in_processes_in_bfloat16(tmp_path):
     done = check(
         tmp_path, "--geometries=12x1x1,4x2x2p2", "--engines=multisteps", "--updates=2",

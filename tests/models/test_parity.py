@@ -171,7 +171,9 @@ SCALES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.long] * (name[-1] not in "nx")) for name in SCALES
+])  # fmt: skip
 def test_every_parameter_of_every_scale_has_its_value(name, monkeypatch):
     """From the start and from a state dict."""
 

@@ -316,6 +316,7 @@ def test_the_command():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_a_plan_is_what_is_used():
     done = subprocess.run(

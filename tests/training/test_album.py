@@ -82,6 +82,7 @@ def test_without_a_report_there_is_none(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_another_task_has_one(tmp_path):
     changes = {"log.report": True, "steps": 3, "data.path": ""}
     train.train(tiny_config3d(**changes), tmp_path)

@@ -151,14 +151,14 @@ def test_two_processes_compute_what_one_does(one, two):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("steps", "dtype", "rate", "tolerance", "logged"),
     [
-        (8, "float64", 2e-3, 1e-6, 1e-5),
-        pytest.param(20, "float64", 2e-3, 1e-6, 1e-5, marks=pytest.mark.long),
-        pytest.param(20, "float32", 2e-5, 1e-5, 1e-2, marks=pytest.mark.long),
+        (8, "float64", 2e-3, 1e-6, 1e-5), (20, "float64", 2e-3, 1e-6, 1e-5),
+        (20, "float32", 2e-5, 1e-5, 1e-2),
     ],
-)
+)  # fmt: skip
 def test_the_quickstart_recipe(tmp_path, steps, dtype, rate, tolerance, logged):
     """At its own rate in float64, at a hundredth of it in float32: AdamW's first updates are signs
     of gradients, so any rounding near zero becomes a step of full size.
@@ -239,7 +239,7 @@ def test_batch_norm_groups_across_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", [1, 0])
+@pytest.mark.parametrize("whom", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_sigterm_to_one_stops_both_after_the_same_update(tmp_path, whom):
     changes = SMALL | SHARED | {"steps": 400, "checkpoint.every": 400, "eval.every": -1}
     finish(start(tmp_path / "w", changes, stop=[whom, 4]), status=75)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_completion
 
-from jaxaccum import export, models, tasks
+from jaxaccum import export, models, programs, tasks
 from jaxaccum.config import ConfigError
 from jaxaccum.models import blocks, ops, yolo
 from jaxaccum.training import inference
@@ -114,6 +114,30 @@ def test_what_cannot_be_written(tmp_path, detector, monkeypatch):
     with pytest.raises(ConfigError, match="pip install --no-deps jax2onnx"):
         export.export(tmp_path / "run", tmp_path / "x", format="onnx")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "expected"),
+    [
+        ("m.stablehlo", "", "stablehlo"), ("m.MLIR", "", "stablehlo"), ("m.hlo", "", "stablehlo"),
+        ("m", "", "stablehlo"), ("m.onnx", "", "onnx"), ("m.onnx", "onnx", "onnx"),
+        ("m.v2", "onnx", "onnx"), ("m", "onnx", "onnx"), ("m.bin", "stablehlo", "stablehlo"),
+    ],
+)  # fmt: skip
+def test_the_suffix_says_the_format(tmp_path, name, format, expected):
+    assert programs.format_of(tmp_path / name, format) == expected
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.onnxx", "x.safetensors", "x.stablehlo.json", "x.v2"])
+def test_a_suffix_of_no_program(tmp_path, detector, name):
+    """Before: StableHLO was written under that name, exit 0."""
+    file = tmp_path / "out" / name
+    with pytest.raises(ConfigError, match=r"no program .*\.onnx \(onnx\), \.stablehlo") as caught:
+        export.export(tmp_path / "run", file)
+    assert name in str(caught.value) and "--format" in str(caught.value)
+    with pytest.raises(ConfigError, match="no program"):
+        programs.write(detector, file)
+    assert not file.parent.exists()
 
 
 @pytest.mark.slow
