@@ -2,7 +2,8 @@
     [--platforms=cpu,cuda,tpu] [--batch=N]
 
 Writes a run's best weights and its network as one program: StableHLO, which `load_exported`, or any
-runtime of StableHLO, runs without this package's models; or ONNX, of a detector.
+runtime of StableHLO, runs without this package's models; or ONNX, of a detector. The suffix of FILE
+says which: .stablehlo, .mlir, .hlo or none, or .onnx; with --format it may be another.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER [--out=DIR]
 
-Uses a run's best weights. A detector takes images, and GIFs and videos frame by frame, draws its
+Uses a run's best weights. A detector takes images, animations and videos frame by frame, draws its
 detections [--conf=0.25] and writes them to detections.json. A 3D detector also draws boxes in space
 and from above, and writes KITTI's label files [--calib=FOLDER]. A completion network takes clouds
 (.pcd, .ply, .npy), writes what it makes of them [--format=ply] [--caption="a chair"] and draws it.

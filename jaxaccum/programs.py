@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from jaxaccum.config import ConfigError
+from jaxaccum.data.texts import shown_path
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import blocks
 from jaxaccum.tasks import Trained
@@ -21,7 +22,9 @@ from jaxaccum.training.checkpoint import CheckpointError
 FORMATS = ("stablehlo", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
 _KNOWN = (*PLATFORMS, "rocm")
-_SUFFIXES = {".onnx": "onnx", ".stablehlo": "stablehlo", ".mlir": "stablehlo"}
+_SUFFIXES = {
+    ".onnx": "onnx", ".stablehlo": "stablehlo", ".mlir": "stablehlo", ".hlo": "stablehlo",
+}  # fmt: skip
 
 
 def write(
@@ -47,13 +50,13 @@ def write(
       batch: samples per call; 0 for any number.
       format: "stablehlo"; or "onnx", in float32 and with the names that the task gives (`images`,
         `boxes` and `probabilities` of a detector), which needs the package jax2onnx; "" goes by the
-        suffix of the file, and is StableHLO for one that means nothing.
+        suffix of the file, and is StableHLO for a file without one.
     Returns:
       what FILE.json holds.
     Raises:
       CheckpointError: the file cannot be written.
-      ConfigError: an unknown platform or format, one that the suffix contradicts, or ONNX without
-        its package or of no detector.
+      ConfigError: an unknown platform, format or suffix, a format that the suffix contradicts, or
+        ONNX without its package or of no detector.
     """
     if not platforms or not set(platforms) <= set(_KNOWN):
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
@@ -81,7 +84,8 @@ def format_of(file: Path, format: str = "") -> str:
     """The format of a program, as it is asked for or as the file's suffix says.
 
     Raises:
-      ConfigError: there is no such format, or the suffix is that of another.
+      ConfigError: there is no such format, the suffix is that of another, or it is of none and no
+        format is asked for.
     """
     meant = _SUFFIXES.get(file.suffix.lower())
     if format and format not in FORMATS:
@@ -90,6 +94,12 @@ def format_of(file: Path, format: str = "") -> str:
         raise ConfigError(
             f"{file.name} is the name of a program as {meant}, and --format={format}: leave one of "
             "them out"
+        )
+    if file.suffix and not format and not meant:
+        known = ", ".join(f"{suffix} ({kind})" for suffix, kind in _SUFFIXES.items())
+        raise ConfigError(
+            f"{shown_path(file)}: {shown_path(file.suffix)} is the suffix of no program that is "
+            f"written; end the name in one of {known} or in none, or give --format"
         )
     return format or meant or FORMATS[0]
 

@@ -18,7 +18,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from jaxaccum.data import tiffs
 from jaxaccum.data.base import DataError, Image, Objects, Report, identify
+from jaxaccum.data.orientation import told as told_orientation
 from jaxaccum.data.stamps import Stamp, Stamps
 from jaxaccum.data.texts import shown_path
 
@@ -29,11 +31,8 @@ MOST_PIXELS = 1 << 26
 MOST_BYTES = 1 << 28  # of a file
 
 # What is named so on the web; Pillow knows many more, some of which run other programs.
-_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM")
-_ORIENTATION = 0x0112  # the tag, of EXIF and of TIFF
-_TIFF_SIZE = (256, 257)  # the tags of width and height
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 # MemoryError is Pillow's for sizes that it does not believe.
@@ -45,6 +44,10 @@ _WHAT_DECODERS_RAISE = (
 
 class Unreadable(Exception):
     """An image that cannot be used; str() is the reason, worded for a report."""
+
+
+class Damaged(Unreadable):
+    """A file that is there and is no image, or no longer: `data.on_error` decides."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,12 @@ def read_header(file: str | Path | io.BytesIO) -> Header:
       Unreadable: the file is missing, no image, under 10 pixels, or too large to be decoded.
     """
     stamp = (0, 0) if isinstance(file, io.BytesIO) else _stamp(file)
-    library = _pillow()
+    library = pillow()
     try:
         _require_small_webp(file)
-        with library.open(file, formats=_FORMATS) as image:
+        with library.open(file, formats=FORMATS) as image:
             width, height = _stored_size(image)
-            orientation, note = _told_orientation(image)
+            orientation, note = told_orientation(image)
             # The decoder of progressive JPEGs holds their coefficients, too.
             most = MOST_PIXELS * 3 // 4 if image.info.get("progressive") else MOST_PIXELS
     except Unreadable:
@@ -91,13 +94,24 @@ def read_header(file: str | Path | io.BytesIO) -> Header:
     except Exception as error:  # whatever Pillow's parsers fail with on bytes that are no image
         if isinstance(error, OSError) and error.strerror:
             raise Unreadable(f"image cannot be read ({error.strerror})") from error
-        raise Unreadable("image unreadable") from error
+        raise Damaged(_unusual_tiff(file) or "image unreadable") from error
     if min(height, width) < SMALLEST_SIDE:
         raise Unreadable(f"image under {SMALLEST_SIDE} pixels")
     if height * width > most:
         raise Unreadable(_too_large(f"{width:,} x {height:,}", most))
     size = (width, height) if orientation >= 5 else (height, width)
     return Header(size, orientation, note, stamp)
+
+
+def _unusual_tiff(file: str | Path | io.BytesIO) -> str:
+    """What to say of a TIFF that Pillow does not know; "" of any other file."""
+    try:
+        with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else open(file, "rb") as f:
+            mark = f.read(4)
+            unusual = tiffs.not_read(mark + f.read()) if mark in tiffs.MARKS else ""
+    except OSError:  # gone since
+        return ""
+    return unusual and f"TIFF of a kind that is not read ({unusual})"
 
 
 def _too_large(pixels: str, most: int) -> str:
@@ -147,7 +161,7 @@ def _stamp(file: str | Path) -> tuple[int, int]:
 
 
 @functools.cache
-def _pillow() -> Any:
+def pillow() -> Any:
     """Pillow, imported when it is first needed, and quiet: we say ourselves what is wrong."""
     import PIL.Image
 
@@ -158,25 +172,10 @@ def _pillow() -> Any:
 def _stored_size(image: Any) -> tuple[int, int]:
     """Width and height as stored. Pillow swaps a TIFF's by its orientation, in some versions."""
     if image.format == "TIFF":
-        width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
+        width, height = (image.tag_v2[tag] for tag in tiffs.SIZE)
         return int(width), int(height)
     width, height = image.size
     return width, height
-
-
-def _told_orientation(image: Any) -> tuple[int, str]:
-    """The orientation, 1 if none is told, and what is wrong with it."""
-    # Asked for EXIF that is not at its front, a PNG would be decoded to its end.
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1, ""
-    try:
-        told = image.getexif().get(_ORIENTATION, 1)
-        if told in range(1, 9):
-            return int(told), ""
-        unknown = told == 0  # what some cameras write if they do not know
-    except Exception:  # EXIF is a file format of its own, and Pillow's parser trusts it
-        return 1, "EXIF data that cannot be read (image taken as upright)"
-    return 1, "" if unknown else "EXIF orientation that is none of 1 to 8 (image taken as upright)"
 
 
 def decode(data: bytes, name: str, orientation: int = 1, *, strict: bool = False) -> Image:
@@ -192,27 +191,34 @@ def decode(data: bytes, name: str, orientation: int = 1, *, strict: bool = False
       strict: for bytes that nobody has decoded before: also finds damage in the midst of them.
 
     Raises:
-      DataError: the bytes are damaged or cut off.
+      DataError: the bytes are damaged or cut off, or of a kind that is not decoded.
     """
     try:
-        whole = _require_whole(data)
+        whole = require_whole(data)
         if strict:
             _require_decodable(data)
-    except _OtherKind as kind:
-        raise DataError(
-            f"{shown_path(name)}: {kind}, or remove it and its labels from the data set.", file=name
-        ) from kind
+    except tiffs.OtherKind as kind:
+        raise DataError(f"{shown_path(name)}: {kind}, or leave it out.", file=name) from kind
     except _WHAT_DECODERS_RAISE as error:
-        raise _damaged(name, str(error)) from error
+        raise _undecodable(data, name, str(error)) from error
     pixels = None
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    _quieten_opencv()
     try:
         pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), flags) if data else None
     except cv2.error as error:
-        raise _damaged(name, str(error.err or error)) from error
+        raise _undecodable(data, name, str(error.err or error)) from error
     if pixels is None:
-        raise _damaged(name, f"no image could be decoded from its {len(data)} bytes")
-    return _upright(np.asarray(pixels, np.uint8), orientation)
+        detail = f"no image could be decoded from its {len(data)} bytes"
+        raise _undecodable(data, name, detail)
+    return upright(np.asarray(pixels, np.uint8), orientation)
+
+
+@functools.cache
+def _quieten_opencv() -> None:
+    """We say ourselves what is wrong, unless somebody asks OpenCV for its own lines."""
+    if "OPENCV_LOG_LEVEL" not in os.environ:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def decode_upright(data: bytes, name: str) -> Image:
@@ -253,12 +259,12 @@ def _require_decodable(data: bytes) -> None:
     its library comes upon an error. PNGs have checksums instead, BMPs nothing to be damaged."""
     if data.startswith((_PNG, b"BM")):
         return
-    with _pillow().open(io.BytesIO(data), formats=_FORMATS) as image:
+    with pillow().open(io.BytesIO(data), formats=FORMATS) as image:
         image.draft("L", (1, 1))  # of a JPEG, all of it is read and an eighth computed
         image.load()
 
 
-def _require_whole(data: bytes) -> bytes:
+def require_whole(data: bytes) -> bytes:
     """Refuses what decoders fill up with grey, or take memory for that the file cannot fill.
 
     Returns:
@@ -278,8 +284,8 @@ def _require_whole(data: bytes) -> bytes:
         (size,) = struct.unpack_from("<I", data, 4)
         if size + 8 > len(data):
             raise ValueError(f"{size + 8:,} bytes, of which {len(data):,} are there")
-    elif data.startswith(_TIFF):
-        return _tiff_to_decode(data)
+    elif data.startswith(tiffs.MARKS):
+        return tiffs.to_decode(data, MOST_BYTES)
     return data
 
 
@@ -306,71 +312,16 @@ def _require_rows(data: bytes) -> None:
             raise ValueError(f"{end:,} bytes, of which {len(data):,} are there")
 
 
-def _tiff_to_decode(data: bytes) -> bytes:
-    """A TIFF whose first page is there to its end, without its orientation, and with strips that
-    are no longer than the image: OpenCV takes memory for all of a strip."""
-    order = "<" if data.startswith(b"II") else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    places = "Q" if big else "I"
-    (at,) = struct.unpack_from(order + places, data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    first, step, head = (at + 8, 20, 12) if big else (at + 2, 12, 8)
-    tags: dict[int, list[int]] = {}
-    entries: dict[int, int] = {}
-    for entry in range(first, first + count * step, step):
-        tag, kind, number = struct.unpack_from(f"{order}HH{places}", data, entry)
-        if tag not in _TIFF_TAGS or kind not in _TIFF_KINDS:
-            continue
-        where, length = entry + head, number * struct.calcsize(_TIFF_KINDS[kind])
-        if length > step - head:
-            (where,) = struct.unpack_from(order + places, data, where)
-        if where + length > len(data):
-            raise ValueError(f"its tag {tag} ends after the file does")
-        tags[tag] = list(struct.unpack_from(f"{order}{number}{_TIFF_KINDS[kind]}", data, where))
-        entries[tag] = entry
-    if max(tags.get(_BITS, []), default=1) > 16:
-        raise _OtherKind(f"its pixels have {max(tags[_BITS])} bits. Save it with 8 bits a channel")
-    wide, long = (max(tags.get(tag, []), default=0) for tag in _TILE)
-    if wide * long > _MOST_TILE:
-        raise ValueError(f"tiles of {wide:,} x {long:,} pixels")
-    for starts, lengths in _TIFF_EXTENTS:
-        for start, length in zip(tags.get(starts, []), tags.get(lengths, []), strict=False):
-            if start + length > len(data):
-                raise ValueError(f"pixels up to byte {start + length:,} of {len(data):,}")
-    whole = bytearray(data)
-    width, height = (max(tags.get(tag, []), default=1) for tag in _TIFF_SIZE)
-    if width * height * sum(tags.get(_BITS, [])) // 8 > MOST_BYTES:
-        raise ValueError(
-            f"{width:,} x {height:,} with {sum(tags[_BITS])} bits each take more than "
-            f"{MOST_BYTES:,} bytes; scale it down or save it with 8 bits per channel"
-        )
-    for tag, kind, told in ((_ORIENTATION, 3, 1), (_ROWS, 4, height)):
-        if max(tags.get(tag, []), default=0) > told:
-            entry, letter = entries[tag], _TIFF_KINDS[kind]
-            struct.pack_into(f"{order}HH{places}{letter}", whole, entry, tag, kind, 1, told)
-    return bytes(whole)
+def _undecodable(data: bytes, name: str, detail: str) -> DataError:
+    said = f"{shown_path(name)}: the image's header is readable but its pixels are not ({detail}). "
+    advice = "Replace the file with a whole copy, or leave it out."
+    if data.startswith(tiffs.MARKS) and (unusual := tiffs.not_read(data)):
+        said = f"{shown_path(name)}: this kind of TIFF is not read ({unusual}). "
+        advice = "Save it as RGB of 8 bits with LZW or Deflate, or as PNG, or leave it out."
+    return DataError(f"{said}{advice}", file=name)
 
 
-_BITS, _ROWS, _TILE = 258, 278, (322, 323)  # per sample; per strip; width and length
-_TIFF_EXTENTS = ((273, 279), (324, 325))  # starts and lengths of strips, of tiles
-_TIFF_TAGS = {_ORIENTATION, *_TIFF_SIZE, _BITS, _ROWS, *_TILE, *sum(_TIFF_EXTENTS, ())}
-_TIFF_KINDS = {3: "H", 4: "I", 16: "Q"}
-_MOST_TILE = 1 << 24  # pixels
-
-
-class _OtherKind(ValueError):
-    """A whole image of a kind that is not decoded; says what to make of it."""
-
-
-def _damaged(name: str, detail: str) -> DataError:
-    return DataError(
-        f"{shown_path(name)}: the image's header is readable but its pixels are not ({detail}). "
-        f"Replace the file with a whole copy, or remove it and its labels from the data set.",
-        file=name,
-    )
-
-
-def _upright(image: Image, orientation: int) -> Image:
+def upright(image: Image, orientation: int) -> Image:
     """Turns an image that is nobody else's, which may be written to."""
     if orientation >= 5:
         image = np.asarray(cv2.transpose(image), np.uint8)

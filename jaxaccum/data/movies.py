@@ -1,21 +1,26 @@
-"""GIFs and videos, read one frame at a time."""
+"""Files of several pictures: GIFs, videos, animated PNGs and WebPs, pages of TIFFs; read one at a
+time."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxaccum.data import DataError, texts
+from jaxaccum.data import DataError, images, texts, tiffs
 from jaxaccum.data.base import Image
-from jaxaccum.data.images import SMALLEST_SIDE
+from jaxaccum.data.images import MOST_PIXELS, SMALLEST_SIDE
 
 SUFFIXES = frozenset(
     {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
 )
-_MOST_PIXELS = 1 << 28  # of a frame: 16384 x 16384
+# Suffixes of images that may hold several.
+PAGED = images.SUFFIXES - {".bmp"}
+_MOST_ANIMATED = MOST_PIXELS // 2  # Pillow takes up to 25 bytes a pixel for its last two frames
 _STARTS = (  # (offset, bytes) of the formats above
     (0, b"RIFF"), (0, b"\x1aE\xdf\xa3"), (0, b"\0\0\1\xba"), (0, b"\0\0\1\xb3"),
     (0, b"0&\xb2u"), (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"),
@@ -23,8 +28,45 @@ _STARTS = (  # (offset, bytes) of the formats above
 )  # fmt: skip
 
 
+class Told(NamedTuple):
+    """What an image file says of the pictures in it.
+
+    Attributes:
+      format: as Pillow calls it; "" if the file cannot be read.
+      pictures: number of them; 2 if they were not all counted, 1 if it cannot be read.
+      copies: pages of a TIFF, of these not counted, that are smaller copies or masks of others.
+    """
+
+    format: str = ""
+    pictures: int = 1
+    copies: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether `frames` gives them all; the others of an MPO may be depths or smaller copies."""
+        return self.pictures > 1 and self.format != "MPO"
+
+
+def told(file: Path) -> Told:
+    """What an image file says of the pictures in it, before they are decoded."""
+    try:
+        images.read_header(file)
+        with images.pillow().open(file, formats=images.FORMATS) as image:
+            format = image.format or ""
+            if format == "TIFF":
+                pages = tiffs.pages(file.read_bytes())
+                return Told(format, len(pages.starts) + bool(pages.problem), pages.copies)
+            if format == "MPO":
+                return Told(format, image.n_frames)
+            return Told(format, 2 if getattr(image, "is_animated", False) else 1)
+    # Pillow's errors at damaged files are of many types, and who reads the image says what it is.
+    except Exception:
+        return Told()
+
+
 def frames(file: Path) -> Iterator[Image]:
-    """The frames of a GIF or a video as (H, W, 3) uint8 RGB, upright, in order.
+    """The frames of an animation or a video, or the pages of a TIFF that are no smaller copies or
+    masks of others, as (H, W, 3) uint8 RGB, upright, in order.
 
     One is in memory at a time.
 
@@ -36,6 +78,12 @@ def frames(file: Path) -> Iterator[Image]:
     if begin.startswith(b"GIF8"):
         yield from _of_gif(file, name)
         return
+    if begin.startswith(b"\x89PNG") or (begin[:4], begin[8:12]) == (b"RIFF", b"WEBP"):
+        yield from _of_animation(file, name)
+        return
+    if begin.startswith(tiffs.MARKS):
+        yield from _of_tiff(file, name)
+        return
     # The decoder would also follow lists of other files, and addresses.
     if not any(begin[at : at + len(mark)] == mark for at, mark in _STARTS):
         raise _undecodable(file, name, "it does not begin like a GIF or a video")
@@ -43,17 +91,20 @@ def frames(file: Path) -> Iterator[Image]:
 
 
 def _of_gif(file: Path, name: str) -> Iterator[Image]:
-    import PIL.Image
-
     count = 0
+    with file.open("rb") as content:  # before Pillow takes memory for its first frame
+        size = content.read(10)[6:]
+    width, height = (int.from_bytes(size[at : at + 2], "little") for at in (0, 2))
     try:
-        with PIL.Image.open(file, formats=["GIF"]) as gif:
-            _require_size(*gif.size, file, name)
+        _require_size(width, height, file, name, _MOST_ANIMATED)
+        with images.pillow().open(file, formats=["GIF"]) as gif:
             while True:
                 try:
                     gif.seek(count)
                 except EOFError:
                     break
+                width, height = gif.size  # a frame may widen it
+                _require_size(width, height, file, name, _MOST_ANIMATED)
                 yield np.asarray(gif.convert("RGB"), np.uint8)
                 count += 1
     except DataError:
@@ -66,6 +117,54 @@ def _of_gif(file: Path, name: str) -> Iterator[Image]:
         whole = content.read().rstrip(b"\0\r\n").endswith(b";")
     if not whole:
         raise _cut_off(file, name, count, "its end is missing")
+
+
+def _of_animation(file: Path, name: str) -> Iterator[Image]:
+    """Frames of a PNG or a WebP."""
+    count = 0
+    try:
+        header = images.read_header(file)
+        data = file.read_bytes()
+        images.require_whole(data)
+        with images.pillow().open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
+            width, height = image.size
+            _require_size(width, height, file, name, _MOST_ANIMATED)
+            told = image.n_frames
+            while count < told:
+                image.seek(count)
+                yield images.upright(_rgb(image), header.orientation)
+                count += 1
+    except DataError:
+        raise
+    # As above; EOFError where there are fewer than it says.
+    except Exception as error:
+        raise _cut_off(file, name, count, " ".join(str(error).split())) from error
+
+
+def _rgb(image: Any) -> Image:
+    """The pixels of an image of Pillow, (H, W, 3) uint8, which may be written to."""
+    if image.mode.startswith("I;16"):  # converted, all but the darkest would be white
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.array(image.convert("RGB"), np.uint8)
+
+
+def _of_tiff(file: Path, name: str) -> Iterator[Image]:
+    count = 0
+    try:
+        images.read_header(file)  # the size of the file
+        data = file.read_bytes()
+        pages = tiffs.pages(data)
+        for at in pages.starts:
+            yield images.decode_upright(tiffs.of_page(data, at), f"{file} page {count + 1}")
+            count += 1
+        if pages.problem:
+            raise ValueError(pages.problem)
+    except DataError as error:
+        why = str(error).removeprefix(f"{name} ")
+        raise _cut_off(file, name, count, why) from error
+    except Exception as error:
+        raise _cut_off(file, name, count, " ".join(str(error).split())) from error
 
 
 def _of_video(file: Path, name: str) -> Iterator[Image]:
@@ -83,7 +182,8 @@ def _of_video(file: Path, name: str) -> Iterator[Image]:
         if not capture.isOpened():
             raise _undecodable(file, name, "OpenCV knows no video in it, or it is cut off")
         width, height = cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT
-        _require_size(int(capture.get(width)), int(capture.get(height)), file, name)
+        size = int(capture.get(width)), int(capture.get(height))
+        _require_size(*size, file, name, MOST_PIXELS)
         while True:
             try:
                 read, pixels = capture.read()
@@ -100,10 +200,11 @@ def _of_video(file: Path, name: str) -> Iterator[Image]:
         capture.release()
 
 
-def _require_size(width: int, height: int, file: Path, name: str) -> None:
-    """Refuses frames that are none, or too large to be decoded."""
-    if width * height > _MOST_PIXELS:
-        raise _undecodable(file, name, f"frames of {width} x {height} pixels are too large")
+def _require_size(width: int, height: int, file: Path, name: str, most: int) -> None:
+    """Refuses frames that are none, or of more pixels than are decoded."""
+    if width * height > most:
+        why = f"frames of {width:,} x {height:,} pixels, more than the {most:,} that are decoded"
+        raise _undecodable(file, name, f"{why}: scale them down")
     if min(width, height) < SMALLEST_SIDE:
         raise _undecodable(file, name, f"its frames are under {SMALLEST_SIDE} pixels")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from jaxaccum import data
 from jaxaccum.data import movies, texts
 from jaxaccum.machine.waiting import waiting
+from jaxaccum.tasks.outputs import Outputs
 from jaxaccum.tasks.results import Predictor, Sample
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
@@ -52,7 +54,9 @@ def find_files(source: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """What a path is, if it is no file."""
+    """What a path is, if it is no file that is taken."""
+    if path.name.startswith("."):  # as macOS writes beside every file on disks of others
+        return "hidden"
     if path.is_file():
         return ""
     if path.is_dir():
@@ -86,14 +90,24 @@ def samples(
 
 
 def read_pictures(path: Path) -> Iterator[Sample]:
-    """An image, or the frames of a GIF or a video.
+    """An image, the frames of an animation or a video, or the pages of a TIFF.
+
+    Of a photograph with others in its file (MPO) it is the first, which is said on stderr.
 
     Raises:
       DataError: it cannot be read, or not to its end.
     """
     if path.suffix.lower() not in movies.SUFFIXES:
-        yield Sample(data.read_image(path), {"file": path.name}, path)
-        return
+        told = movies.told(path)
+        if told.copies:
+            what = f"{told.copies} smaller copies or masks of its pages"
+            print(f"note: {texts.shown_path(path)}: left out {what}", file=sys.stderr)
+        if not told.moves:
+            if told.pictures > 1:
+                what = f"the first of the {told.pictures} pictures in it is used"
+                print(f"note: {texts.shown_path(path)}: {what}", file=sys.stderr)
+            yield Sample(data.read_image(path), {"file": path.name}, path)
+            return
     for number, pixels in enumerate(movies.frames(path), start=1):
         yield Sample(pixels, {"file": path.name, "frame": number}, path)
 
@@ -125,7 +139,8 @@ def write_results(
     targets: Mapping[Path, Path],
     failed: list[str],
     source: Path,
-    file: Path,
+    results: str,
+    outputs: Outputs,
 ) -> list[str]:
     """Predicts samples of files, writes each result, and all of them as one JSON file.
 
@@ -134,11 +149,12 @@ def write_results(
     Args:
       targets: as of `targets_of`.
       failed: takes a message for every file that could not be used, after those it has.
-      source: of all, for messages. file: the JSON.
+      source: of all, for messages. results: name of the JSON file.
+      outputs: where to write.
     Returns:
       each result in words.
     Raises:
-      DataError: none of the files could be used.
+      DataError: none of the files could be used, or another file is where one is to be written.
     """
     words, told = list[str](), list[dict[str, Any]]()
     for sample in found:
@@ -149,10 +165,8 @@ def write_results(
             if (said := why(path, error)) not in failed:  # else every frame would say it
                 failed.append(said)
             continue
-        target, frame = targets[path], sample.facts.get("frame")
-        if frame is not None:
-            target = target.with_name(f"{target.name}_{frame:06}")
-        more = result.save(target)
+        name, frame = targets[path].name, sample.facts.get("frame")
+        more = outputs.save(name if frame is None else f"{name}_{frame:06}", result.save)
         told.append({**sample.facts, **result.to_json(), **more})
         words.append(str(result))
     for message in failed:
@@ -161,7 +175,8 @@ def write_results(
         raise data.DataError(
             f"none of the {len(failed)} files of {texts.shown_path(source)} could be used"
         )
-    file.write_text(json.dumps(told, indent=1) + "\n")
+    text = json.dumps(told, indent=1) + "\n"
+    outputs.save(results, lambda file: file.write_text(text))
     return words
 
 
@@ -184,22 +199,16 @@ def targets_of(out: Path, paths: Sequence[Path]) -> dict[Path, Path]:
     targets = {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else path.name
-        if path.suffix.lower() in movies.SUFFIXES and name in numbered:
+        if name in numbered and has_frames(path):
             name = path.name
-        while name in used or (path.suffix.lower() in movies.SUFFIXES and name in numbered):
+        while name in used or (name in numbered and has_frames(path)):
             name += "_"
         used.add(name)
         targets[path] = out / name
     return targets
 
 
-def spare(paths: Sequence[Path], targets: Iterable[str]) -> None:
-    """Refuses to write over what is read.
-
-    Raises:
-      DataError: names the file.
-    """
-    sources = {path.resolve() for path in paths}
-    for target in targets:
-        if Path(target).resolve() in sources:
-            raise data.DataError(f"--out would overwrite {target}: give another folder")
+def has_frames(path: Path) -> bool:
+    """Whether a file becomes several samples, which its suffix alone does not tell."""
+    suffix = path.suffix.lower()
+    return suffix in movies.SUFFIXES or (suffix in movies.PAGED and movies.told(path).moves)

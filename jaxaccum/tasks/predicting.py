@@ -4,6 +4,7 @@ lists and generators."""
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import warnings
@@ -14,6 +15,8 @@ from typing import Any
 from jaxaccum.data import DataError, texts
 from jaxaccum.tasks import files
 from jaxaccum.tasks.base import Task, Trained
+from jaxaccum.tasks.options import checked
+from jaxaccum.tasks.outputs import Outputs
 from jaxaccum.tasks.results import Result, Sample
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -23,23 +26,35 @@ def paths_of(source: str | os.PathLike[str], task: Task) -> list[Path]:
     """The files that a path or a pattern names.
 
     Args:
-      source: a file, a folder, or a pattern as "photos/**/*.jpg".
+      source: a file, a folder, or a pattern as "photos/**/*.jpg". Folders that are there are not
+        taken for patterns, whatever is in their names.
     Raises:
       DataError: there are none that the task reads; or it is an address.
     """
     text = os.fspath(source)
     if _ADDRESS.match(text):
-        raise DataError(f"{text}: nothing is downloaded; give a file or a folder of this machine")
+        shown = texts.shown_path(text)
+        raise DataError(f"{shown}: nothing is downloaded; give a file or a folder of this machine")
     if not os.path.exists(text) and glob.has_magic(text):
-        found = sorted(Path(one) for one in glob.glob(text, recursive=True))
+        pattern = _pattern(text)
+        found = sorted(Path(one) for one in glob.glob(pattern, recursive=True))
         taken = [path for path in found if path.suffix.lower() in task.suffixes and path.is_file()]
         if not taken:
+            hint = "; [ ] are signs of a pattern: write [[] for [" if "[" in text else ""
             raise DataError(
                 f"--source={texts.shown_path(text)} matches {len(found) or 'no'} files, none of "
-                f"them to be used (looked for {', '.join(sorted(task.suffixes))})"
+                f"them to be used (looked for {', '.join(sorted(task.suffixes))}{hint})"
             )
         return taken
     return files.find_files(Path(text), task.suffixes)
+
+
+def _pattern(text: str) -> str:
+    """A pattern, with what is there of its beginning taken as it is written."""
+    parts = Path(text).parts
+    starts = list(itertools.accumulate(parts, os.path.join))
+    known = next((n for n in range(len(starts), 0, -1) if os.path.exists(starts[n - 1])), 0)
+    return os.path.join(*map(glob.escape, starts[known - 1 : known]), *parts[known:])
 
 
 def predict_files(
@@ -55,18 +70,21 @@ def predict_files(
     Returns:
       each result in words.
     Raises:
-      DataError: no file can be used, or one would be written over.
+      DataError: no file can be used, or one would be written over that no earlier call wrote.
       ConfigError: an option cannot be.
     """
     task = trained.task
+    options = checked(options)
     predictor = task.predictor(trained, **options)
     paths = paths_of(source, task)
     targets = files.targets_of(out, paths)
-    suffixes = task.writes(**options)
-    files.spare(paths, (f"{target}{suffix}" for target in targets.values() for suffix in suffixes))
+    outputs = Outputs(out)
+    outputs.require_free(targets, task.writes(**options), task.results, files.has_frames)
     out.mkdir(parents=True, exist_ok=True)
     found = files.samples(paths, task.read_file, failed)
-    return files.write_results(found, predictor, targets, failed, Path(source), out / task.results)
+    return files.write_results(
+        found, predictor, targets, failed, Path(source), task.results, outputs
+    )
 
 
 def predictions(trained: Trained, source: Any, **options: Any) -> Iterator[Result]:
@@ -78,10 +96,10 @@ def predictions(trained: Trained, source: Any, **options: Any) -> Iterator[Resul
     Raises:
       DataError: a source that was named cannot be used. A file of a folder that cannot be is a
         warning.
+      ConfigError: an option cannot be, at once.
     """
-    predictor = trained.task.predictor(trained, **options)
-    for sample in _samples(source, trained.task):
-        yield predictor(sample)
+    predictor = trained.task.predictor(trained, **checked(options))
+    return (predictor(sample) for sample in _samples(source, trained.task))
 
 
 def _samples(source: Any, task: Task) -> Iterator[Sample]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxaccum import draw
+from jaxaccum.data.texts import shown_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
@@ -30,7 +31,7 @@ class Sample:
     def __str__(self) -> str:
         """The file, and the frame of it; "" for a sample of no file."""
         frame = f" frame {self.facts['frame']}" if "frame" in self.facts else ""
-        return f"{self.facts.get('file', '')}{frame}"
+        return f"{shown_path(self.facts.get('file', ''))}{frame}"
 
 
 class Result(abc.ABC):

@@ -259,7 +259,7 @@ def test_clouds(tmp_path):
     assert str(of_file).startswith("a.ply: 2000 points, taken in") and of_file.plot().ndim == 3
     assert of_file.save(tmp_path / "b") == {"written": "b.ply"} and (tmp_path / "b.ply").is_file()
     for wrong in (np.zeros((5, 2)), np.full((5, 3), np.nan), np.array([["a"] * 3])):
-        with pytest.raises(data.DataError, match="a cloud "):
+        with pytest.raises(data.DataError, match="a cloud"):
             model.predict(wrong)
 
 

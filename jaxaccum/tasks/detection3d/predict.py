@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from jaxaccum import data
+from jaxaccum.data.formats.kitti_files import TEXTS, frame_file
+from jaxaccum.data.texts import shown_path
 from jaxaccum.draw import boxes3d as draw_boxes3d
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
@@ -85,7 +87,7 @@ class Detected3D(Result):
         words = [f"{self.labels.kinds[i]} at {self.labels.locations[i, 2]:.1f} m" for i in order]
         more = f" and {len(words) - 6} more" if len(words) > 6 else ""
         nothing = f"nothing (highest score {self.highest:.2g}, --conf={self.conf:g})"
-        return f"camera: {self.camera_of}; {', '.join(words[:6]) + more or nothing}"
+        return f"camera: {shown_path(self.camera_of)}; {', '.join(words[:6]) + more or nothing}"
 
 
 def predictor(
@@ -125,10 +127,13 @@ def _camera(path: Path | None, shape: Sequence[int], calib: Path | None) -> tupl
     """The projection (3, 4) of an image, and where it is from."""
     if path is not None:
         folder = path.parent.parent / "calib" if calib is None else calib
-        file = folder / f"{path.stem}.txt"
-        if file.is_file():
+        if file := frame_file(folder, "", path.stem, TEXTS):
             return data.read_calibration(file), file.name
         if calib is not None:
-            raise data.DataError(f"{file}: no calibration of {path.name}", file=str(file))
+            missing = folder / f"{path.stem}.txt"
+            raise data.DataError(
+                f"{shown_path(missing)}: no calibration of {shown_path(path.name)}",
+                file=str(missing),
+            )
     scale = shape[1] / 1242
     return data.DEFAULT_CAMERA * np.asarray([[scale], [scale], [1]], np.float32), "KITTI's usual"

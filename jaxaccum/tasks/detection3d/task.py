@@ -270,7 +270,7 @@ class Detection3DTask(Task):
         return lines
 
     def read_file(self, path: Path) -> Iterator[Sample]:
-        """An image, or the frames of a GIF or a video."""
+        """An image, or the frames of an animation or a video, or the pages of a TIFF."""
         return files.read_pictures(path)
 
     def sample(self, value: Any) -> Sample:
