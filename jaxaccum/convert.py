@@ -1,9 +1,9 @@
 """python -m jaxaccum.convert --from=FILE --out=DIR [--model=NAME] [--names=a,b,c]
-python -m jaxaccum.convert --from=WORKDIR --to=FILE.safetensors
+python -m jaxaccum.convert --from=WORKDIR_OR_FILE --to=FILE.safetensors
 
 Weights in: a .pt, .pth or .safetensors file of a YOLO detector, of PoinTr or of AdaPoinTr becomes a
-workdir that evaluate, predict and `init_from` take. Weights out: the best weights of a run as a
-state dict that PyTorch loads.
+workdir that evaluate, predict and `init_from` take. Weights out: the best weights of a run, or
+those of such a file, as a state dict that PyTorch loads.
 """
 
 from __future__ import annotations
@@ -59,10 +59,14 @@ def convert(
     return report, adopted
 
 
-def write(workdir: Path, file: Path) -> int:
-    """Writes the best weights of a workdir as a state dict under the reference's keys; see
-    `exchange.save`.
+def write(source: Path, file: Path, model: str = "", names: Sequence[str] = ()) -> int:
+    """Writes the best weights of a workdir, or those of a file, as a state dict under the
+    reference's keys; see `exchange.save`.
 
+    Args:
+      source: a workdir, or a .pt, .pth or .safetensors file.
+      file: to write.
+      model, names: of weights from a file, as `convert` takes them.
     Returns:
       the number of tensors.
     Raises:
@@ -70,9 +74,13 @@ def write(workdir: Path, file: Path) -> int:
         name is not that of such a file.
     """
     exchange.require_safetensors(file)
-    if workdir.is_dir() and file.is_dir():
+    if source.exists() and file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder, expected a file")
-    return exchange.save(load(workdir), file)
+    if source.is_file():
+        return exchange.save(exchange.adopt(source, model, names)[0], file)
+    if model or names:
+        raise WeightsError(f"{source} is a run, which knows its model and its classes")
+    return exchange.save(load(source), file)
 
 
 if __name__ == "__main__":
@@ -94,7 +102,7 @@ if __name__ == "__main__":
                 "file of a run"
             )
         if _TO.value:
-            count = write(source, Path(_TO.value))
+            count = write(source, Path(_TO.value), _MODEL.value, _NAMES.value)
             print(f"{count} tensors in {_TO.value}")
             return 0
         out = Path(_OUT.value or "")

@@ -643,6 +643,10 @@ def test_there_and_back_bit_for_bit(tmp_path, file):
     convert.convert(first, tmp_path / "again")
     convert.write(tmp_path / "again", second)
     same(load_file(first), load_file(second))
+    assert convert.write(first, tmp_path / "c.safetensors") == len(tiny()[3])
+    same(load_file(first), load_file(tmp_path / "c.safetensors"))
+    with pytest.raises(WeightsError, match="is a run, which knows its model and its classes"):
+        convert.write(tmp_path / "run", second, "tiny-t")
     facts = [json.loads(p.read_bytes()[8 : 8 + struct.unpack("<Q", p.read_bytes()[:8])[0]])
              ["__metadata__"] for p in (first, second)]  # fmt: skip
     assert facts[0] == facts[1]
