@@ -731,9 +731,9 @@ def test_the_same_outputs_and_the_exported_program(tmp_path, file):
     ours = jax.jit(trained.task.predict)(trained.params, trained.stats, images)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    facts = export.export(tmp_path / "run", tmp_path / "program.bin")
+    facts = export.export(tmp_path / "run", tmp_path / "program.stablehlo")
     assert facts["platforms"] == ["cpu", "cuda", "tpu"]
-    program = export.load_exported(tmp_path / "program.bin")
+    program = export.load_exported(tmp_path / "program.stablehlo")
     for count in (1, 2):
         for a, b in zip(program(images[:count]), ours, strict=True):
             np.testing.assert_allclose(a, b[:count], rtol=1e-4, atol=1e-4)
