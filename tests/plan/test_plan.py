@@ -198,6 +198,7 @@ def test_an_evaluation_is_planned_too():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_coupled_terms_through_both_engines():
     config = tiny_completion.tiny_config(nbs=4, bn_group=2, **tiny_completion.CAPTIONED)
     made = Planner(config, names=["a", "b"], samples=100, target=plan.here(), devices=1)

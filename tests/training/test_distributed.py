@@ -343,6 +343,7 @@ CONFIGS |= {"captioned": _captioned}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_coupled_terms_in_two_processes(tmp_path, monkeypatch, x64):
     """In float64: a contrast of a network with nearest neighbours amplifies rounding."""
     monkeypatch.setenv("JAX_ENABLE_X64", "1")

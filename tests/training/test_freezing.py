@@ -74,7 +74,9 @@ def by_path(tree):
     }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "musgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "sgd", pytest.param("musgd", marks=pytest.mark.long)]
+)
 @pytest.mark.slow
 def test_what_is_frozen_stays_bit_for_bit(optimizer):
     this, batches = prepared(FROZEN, **{"optimizer.name": optimizer})
