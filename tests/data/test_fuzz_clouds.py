@@ -126,6 +126,7 @@ BODY = POINTS.tobytes()
         ("a.npy", npy(POINTS * np.float32(1e30)), r"expected at most 1e\+18"),
         # PCD: widths and counts that overflow what numpy counts with, and numbers that are none.
         ("a.pcd", wide_pcd(2147483648), "truncated: 144 bytes"),
+        ("a.pcd", wide_pcd(1).replace(b"COUNT 1 1 1", b"COUNT 1 1 2"), "its field z has 2 values"),
         ("a.pcd", wide_pcd(268435455), "truncated: 144 bytes"),
         ("a.pcd", wide_pcd(10**17), "truncated: 144 bytes"),
         ("a.pcd", wide_pcd("9" * 5000), "header that makes no sense"),

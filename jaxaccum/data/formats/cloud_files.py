@@ -190,6 +190,13 @@ def _coordinates(path: Path, columns: Sequence[Column]) -> list[int]:
     """Which of the columns are x, y and z."""
     names = [column.name.lower() if column.width == 1 else "" for column in columns]
     missing = [axis for axis in "xyz" if axis not in names]
+    wide = [column for column in columns if column.width != 1 and column.name.lower() in missing]
+    if wide:
+        raise _error(
+            path,
+            f"its field {wide[0].name} has {wide[0].width:,} values of every point, expected 1. "
+            "Correct COUNT, or get the file again",
+        )
     if missing:
         raise _error(
             path,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from jaxaccum.data.base import DataError
@@ -126,7 +127,8 @@ def _shapenet_list(root: Path, benchmark: str, split: str) -> Path:
         name = name.replace("ShapeNet-34", "ShapeNet-Unseen21")
     file = root / name / ("train.txt" if split == "train" else "test.txt")
     if not file.is_file():
-        raise DataError(f"{file}: no such list, for the split {split!r}. {choice}", file=str(file))
+        what = "not a file" if os.path.lexists(file) else "no such list"
+        raise DataError(f"{file}: {what}, for the split {split!r}. {choice}", file=str(file))
     return file
 
 
