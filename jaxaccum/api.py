@@ -157,7 +157,7 @@ def train(
     except Preempted as stopped:
         if stopped.code == STOPPED_BY_HAND:
             raise KeyboardInterrupt from stopped
-        if not stopped.in_time:
+        if not stopped.time_is_up:
             raise
     return Model(inference.load(folder))
 

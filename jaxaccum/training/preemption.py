@@ -37,11 +37,11 @@ class Preempted(SystemExit):
     status.
 
     Attributes:
-      in_time: the run's own limit of time was reached.
+      time_is_up: the run's own limit of time was reached.
     """
 
     code: int
-    in_time = False
+    time_is_up = False
 
 
 class Preemption:
@@ -153,7 +153,7 @@ class Preemption:
         """What to raise after a signal."""
         assert self.signal
         preempted = Preempted(STATUS[self.signal])
-        preempted.in_time = self._out_of_time
+        preempted.time_is_up = self._out_of_time
         return preempted
 
     def _look_at_the_clock(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxaccum.data import DataError, open_clouds
+from jaxaccum.data import CloudStream, DataError, open_clouds
 from jaxaccum.data.cloud_models import Model
 from jaxaccum.data.cloud_sources import has_unseen
 from jaxaccum.data.clouds import CloudReport
@@ -258,3 +258,11 @@ def test_many_clouds_are_parted_in_little_time():
     parts = [cloud_folder._held_back(models, e, CloudReport("x"), Path("x")) for e in (True, False)]
     assert time.process_time() - start < 4  # not the square of their number
     assert [len(part) for part in parts] == [10_000, 90_000]
+
+
+def test_the_same_by_threads_and_by_processes(tmp_path):
+    path = folder(tmp_path, {"train/a.npy": 9000, "train/b.npy": 300, "val/c.npy": 300})
+    source = open_clouds(path, "train")
+    by = [list(CloudStream(source, seed=1).windows(0, [2, 3], workers=n)) for n in (0, 2)]
+    for one, other in zip(*by, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in one)

@@ -26,7 +26,8 @@ def prepared(freeze, geometry=Geometry(2), **changes):  # noqa: B008 it is froze
     source = data.Scenes("train", size=64, length=24)
     config = tiny_config(
         nbs=NBS, bn_group=2, freeze=freeze, microbatch=geometry.microbatch,
-        devices=geometry.devices, engine=geometry.engine, **{"ema.decay": 0.9} | changes,
+        devices=geometry.devices, engine=geometry.engine, fsdp=geometry.fsdp,
+        **{"ema.decay": 0.9} | changes,
     )  # fmt: skip
     this = run.prepare(config, names=source.names, samples=len(source), identity={})
     return this, list(run.make_stream(this, source).windows(0, [NBS] * 2, backend="threads"))
@@ -47,7 +48,9 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    "geometry", [Geometry(2), Geometry(2, 2), Geometry(2, 1, "multisteps")], ids=str
+    "geometry",
+    [Geometry(2), Geometry(2, 2), Geometry(2, 1, "multisteps"), Geometry(2, 2, "scan", 2)],
+    ids=str,
 )
 @pytest.mark.slow
 def test_one_run_on_any_geometry(x64, whole, geometry):
@@ -198,6 +201,16 @@ def test_a_run_of_one_class_and_half_the_data(tmp_path, capsys):
     assert [r["objects"] for r in logged if r["kind"] == "eval"] == [829]  # of all classes
 
 
+def test_a_view_is_the_same_by_threads_and_by_processes():
+    config = tiny_config(**{"data.single_cls": True, "data.fraction": 0.5})
+    source = viewed(data.Scenes("train", size=64, length=12), 0.5, True)
+    this = run.prepare(config, names=source.names, samples=len(source), identity={})
+    by = [list(run.make_stream(this, source).windows(0, [4, 4], workers=n)) for n in (0, 2)]
+    for one, other in zip(*by, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
 # --- The limit of time. ---
 
 
@@ -215,7 +228,7 @@ def test_time_is_over_and_the_run_is_continued(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(preemption.Preempted) as stopped:
         train.train(tiny_config(hours=0.5, **changes), tmp_path / "a", watch=watch)
-    assert stopped.value.code == preemption.TRY_AGAIN and stopped.value.in_time
+    assert stopped.value.code == preemption.TRY_AGAIN and stopped.value.time_is_up
     kept = inference.load(tmp_path / "a").step
     assert 2 <= kept < steps
     said = capsys.readouterr().err
