@@ -30,7 +30,7 @@ LATER: Mapping[str, Any] = {"freeze": (0, ""), "data.fraction": (1.0,), "data.si
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
 
-# Updates of a run at most: its schedules are tables of one row for each, 10 million take a GiB.
+# Updates of a run at most: float32, in which schedules are computed, counts to 16.7 million.
 MOST_UPDATES = 10_000_000
 MOST_SAMPLES = 1_000_000  # of an effective batch, a microbatch or a group
 

@@ -184,10 +184,10 @@ class ClassificationTask(Task):
         image = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.uint8)
         return models.initialise(self.model, image, seed, dtype=dtype)
 
-    def objective(self, nbs: int, compat: bool = False) -> Objective:
+    def objective(self, nbs: int) -> Objective:
         """The mean over the images that show an object."""
         del nbs
-        return Objective((Term("entropy", 1.0, "images"),), {"images": 1.0}, 1.0, compat)
+        return Objective((Term("entropy", 1.0, "images"),), {"images": 1.0})
 
     def forward(self, params: Any, stats: Any, batch: Any, groups: Groups | None) -> Output:
         """Sums over a microbatch."""

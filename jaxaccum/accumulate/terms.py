@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.accumulate import noise, usual_rule
+from jaxaccum.accumulate import noise
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
@@ -97,7 +97,6 @@ class Objective:
       floors: denominator name -> smallest value to divide by, applied once per update.
       scale: the gradient is that of `scale * loss`; the log shows the loss itself. The YOLO
         recipes use the effective batch here, so that clipping acts on a sum over images.
-      compat: the usual trainers' rule instead, kept for comparison only (accumulate.usual_rule).
       coupled: terms that couple the samples of the effective batch.
       noise: whether to estimate the gradient noise scale.
     """
@@ -105,15 +104,13 @@ class Objective:
     terms: tuple[Term, ...]
     floors: Mapping[str, float]
     scale: float = 1.0
-    compat: bool = False
     coupled: tuple[Coupled, ...] = ()
     noise: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         missing = {t.denominator for t in self.terms} - set(self.floors)
         if missing:
             raise ValueError(f"no floor given for the denominators {sorted(missing)}")
-        usual_rule.check_objective(self)
 
     def divisor(self, name: str, denominators: Mapping[str, jax.Array]) -> jax.Array:
         """The denominator `name`, floored."""
@@ -170,7 +167,7 @@ class Objective:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
-        return usual_rule.normalised(self, self._with_products(_sums(gradients, out, batch)))
+        return self._with_products(_sums(gradients, out, batch))
 
     def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
         """Sums whose gradient is that of `scale * loss`, coupled terms included, in one pass."""
@@ -207,9 +204,11 @@ class Objective:
         """What the accumulated gradients are multiplied by at the update."""
         if isinstance(sums.coupling, Coupling):
             return {"loss": 1.0}
-        return usual_rule.factors(self) or {
-            n: self.scale / self.divisor(n, sums.denominators) for n in self.floors
-        }
+        return {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+
+    def _logged_over(self, term: Term, sums: Sums) -> jax.Array:
+        """What a window's numerator is divided by for the log."""
+        return self.divisor(term.denominator, sums.denominators)
 
     def noise_of(self, sums: Sums, norm: jax.Array) -> dict[str, jax.Array]:
         """The window's estimates for the noise scale, or {}; `norm` of its gradient."""
@@ -220,13 +219,9 @@ class Objective:
     def log(self, sums: Sums) -> dict[str, jax.Array]:
         """The loss of the effective batch, its terms, gains included, as "loss/NAME", and what
         coupled terms watch as "metrics/NAME"."""
-        over = usual_rule.logged_over(self, sums)
-
-        def divisor(term):
-            return self.divisor(term.denominator, sums.denominators) if over is None else over
-
         values = {
-            f"loss/{t.name}": t.gain * sums.numerators[t.name] / divisor(t) for t in self.terms
+            f"loss/{t.name}": t.gain * sums.numerators[t.name] / self._logged_over(t, sums)
+            for t in self.terms
         }
         watched = {}
         if isinstance(sums.coupling, Coupling):

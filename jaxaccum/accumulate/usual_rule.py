@@ -10,8 +10,8 @@ a microbatch and move the running ones with each. An update has K = max(round(nb
 batches (a microbatch of every device), in the warm-up from 1 up. So here the geometry decides what
 is learned.
 
-Objective and engines ask the functions here; for an objective that keeps the law they change
-nothing.
+`UsualObjective` takes the place of an objective; engines ask the functions here, which change
+nothing for one that keeps the law.
 
 Source: Ultralytics, ultralytics/engine/trainer.py (K) and ultralytics/utils/loss.py (the loss of a
 microbatch times its samples).
@@ -22,30 +22,55 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxaccum.accumulate import batchnorm
 from jaxaccum.accumulate.recipe import Geometry, GeometryError, Group, Recipe
-
-if TYPE_CHECKING:
-    from jaxaccum.accumulate.terms import Objective, Sums
+from jaxaccum.accumulate.terms import Objective, Sums, Term
 
 PyTree = Any
 
 
-def check_objective(objective: Objective) -> None:
-    """Refuses what has no meaning under the usual rule.
+@dataclasses.dataclass(frozen=True)
+class UsualObjective(Objective):
+    """An objective whose microbatches each divide by their own denominators.
 
     Raises:
-      ValueError: the objective estimates a noise scale, or couples samples.
+      ValueError: it estimates a noise scale, or couples samples.
     """
-    if objective.noise and objective.compat:
-        raise ValueError("the noise scale is estimated of the exact rule, not of compat's")
-    if objective.coupled and objective.compat:
-        raise ValueError("compat knows no coupled terms: the usual rule cannot compute them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise:
+            raise ValueError("the noise scale is estimated of the exact rule, not of compat's")
+        if self.coupled:
+            raise ValueError("compat knows no coupled terms: the usual rule cannot compute them")
+
+    @classmethod
+    def of(cls, objective: Objective) -> UsualObjective:
+        """The usual rule for the terms of an objective that keeps the law."""
+        return cls(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)})
+
+    def sums(self, *args: Any, **options: Any) -> Sums:
+        """A microbatch's sums: its b * loss, divided by its own denominators."""
+        sums = super().sums(*args, **options)
+        by = {n: sums.samples / self.divisor(n, sums.denominators) for n in self.floors}
+        return sums._replace(
+            gradients={
+                n: jax.tree.map(lambda g, n=n: g * by[n], tree)
+                for n, tree in sums.gradients.items()
+            },
+            numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms},
+        )
+
+    def _factors(self, sums: Sums) -> dict[str, Any]:
+        return dict.fromkeys(self.floors, 1.0)  # they are divided already
+
+    def _logged_over(self, term: Term, sums: Sums) -> jax.Array:
+        return sums.samples  # they are divided already, and weighted by samples
 
 
 def check_engine(objective: Objective, geometry: Geometry, processes: int) -> None:
@@ -54,40 +79,12 @@ def check_engine(objective: Objective, geometry: Geometry, processes: int) -> No
     Raises:
       GeometryError: several processes, or another engine than scan.
     """
-    if objective.compat and processes > 1:
+    if not isinstance(objective, UsualObjective):
+        return
+    if processes > 1:
         raise GeometryError("compat is a rule to compare with: run it in one process")
-    if objective.compat and geometry.engine != "scan":
+    if geometry.engine != "scan":
         raise GeometryError("compat is a rule of the scan engine: set engine to 'scan'")
-
-
-def normalised(objective: Objective, sums: Sums) -> Sums:
-    """A microbatch's sums: its b * loss, divided by its own denominators."""
-    if not objective.compat:
-        return sums
-    by = {n: sums.samples / objective.divisor(n, sums.denominators) for n in objective.floors}
-    return sums._replace(
-        gradients={
-            n: jax.tree.map(lambda g, n=n: g * by[n], tree) for n, tree in sums.gradients.items()
-        },
-        numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in objective.terms},
-    )
-
-
-def factors(objective: Objective) -> dict[str, float] | None:
-    """What a window's gradients, by denominator, are multiplied by: they are divided already.
-
-    None under the law, which divides them now.
-    """
-    return dict.fromkeys(objective.floors, 1.0) if objective.compat else None
-
-
-def logged_over(objective: Objective, sums: Sums) -> jax.Array | None:
-    """What a window's numerators are divided by for the log, (): they are divided already, and
-    weighted by samples.
-
-    None under the law, which divides each by its denominator.
-    """
-    return sums.samples if objective.compat else None
 
 
 def moved(
@@ -95,7 +92,9 @@ def moved(
 ) -> PyTree:
     """Running statistics after a microbatch with these moments (as `batchnorm.move_statistics`
     takes them); the law leaves them alone until the update."""
-    return batchnorm.move_statistics(stats, moments, momentum) if objective.compat else stats
+    if not isinstance(objective, UsualObjective):
+        return stats
+    return batchnorm.move_statistics(stats, moments, momentum)
 
 
 def averaged(objective: Objective, stats: PyTree, axes: tuple[str, ...]) -> PyTree | None:
@@ -106,24 +105,66 @@ def averaged(objective: Objective, stats: PyTree, axes: tuple[str, ...]) -> PyTr
     Args:
       axes: of the mesh, all of them.
     """
-    return jax.lax.pmean(stats, axes) if objective.compat else None
+    return jax.lax.pmean(stats, axes) if isinstance(objective, UsualObjective) else None
 
 
-def recipe(asked: Recipe, sizes: np.ndarray, microbatch: int) -> Recipe:
+@dataclasses.dataclass(frozen=True)
+class WindowSizes:
+    """Samples of every update of a run: all alike, but for the ramp of the usual rule.
+
+    Attributes:
+      each: samples of an update after the ramp.
+      updates: of the run, those of the ramp included.
+      ramp: (n,) int, samples of the first updates, n < updates or as many.
+    """
+
+    each: int
+    updates: int
+    ramp: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __getitem__(self, update: int) -> int:
+        """Samples of an update, () int; those after the last are like the last."""
+        update = min(update, self.updates - 1)
+        return int(self.ramp[update]) if update < len(self.ramp) else self.each
+
+    def before(self, update: int) -> int:
+        """Samples of all updates before one."""
+        more = max(update - self.updates, 0)
+        first = min(update, self.updates)
+        ramped = int(self.ramp[:first].sum()) + max(first - len(self.ramp), 0) * self.each
+        return ramped + more * self[self.updates - 1]
+
+    @property
+    def total(self) -> int:
+        """Samples of the run."""
+        return self.before(self.updates)
+
+    @property
+    def extremes(self) -> tuple[int, int]:
+        """Samples of the smallest and of the largest update."""
+        found = [int(n) for n in self.ramp]
+        found += [self.each] * (len(self.ramp) < self.updates)
+        return min(found), max(found)
+
+
+def recipe(asked: Recipe, sizes: WindowSizes, microbatch: int) -> Recipe:
     """The recipe that is run: as many samples as K gives, batch statistics over a microbatch.
 
     Args:
       asked: as the user has it.
-      sizes: (updates,) samples of every update, of `window_sizes`.
+      sizes: samples of every update, of `window_sizes`.
       microbatch: of the geometry.
     """
     group: Group = "frozen" if asked.bn_group == "frozen" else microbatch
-    return dataclasses.replace(asked, nbs=int(sizes.max()), bn_group=group)
+    return dataclasses.replace(asked, nbs=sizes.extremes[1], bn_group=group)
 
 
 def window_sizes(
     nbs: int, batch: int, total: float, warmup: int, require: Callable[[int], None]
-) -> np.ndarray:
+) -> WindowSizes:
     """Samples of every update: K batches, K from 1 up over the warm-up.
 
     Args:
@@ -133,7 +174,7 @@ def window_sizes(
       warmup: batches that the ramp takes.
       require: called with a number of updates that there are at least; raises if that is too many.
     Returns:
-      (updates,) int, multiples of `batch`; the last update is as large as those before it.
+      Multiples of `batch`; the last update is as large as those before it.
     """
     ratio = nbs / batch
     most = max(round(ratio), 1)  # and after the warm-up, always
@@ -153,4 +194,4 @@ def window_sizes(
         require(len(sizes))
     rest = max(-(-(math.ceil(total) - done) // (most * batch)), 0)
     require(len(sizes) + rest)
-    return np.concatenate([np.asarray(sizes, int), np.full(rest, most * batch)])
+    return WindowSizes(most * batch, len(sizes) + rest, np.asarray(sizes, np.int64))

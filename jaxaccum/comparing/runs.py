@@ -171,7 +171,7 @@ def result(cell: Cell) -> dict[str, Any]:
         "seed": this.config.seed,
         "lr": optim.scaled_lr(this.config.lr, this.recipe.nbs),
         "updates": this.steps,
-        "epochs": int(this.sizes.sum()) / len(cell.model.source),
+        "epochs": this.sizes.total / len(cell.model.source),
         "geometry": dataclasses.asdict(geometry)
         | {"steps": this.window.steps, "padding": this.window.padding, "remat": this.config.remat},
         "best": max(metrics, key=lambda m: m["map50_95"]),

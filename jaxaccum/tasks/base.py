@@ -200,7 +200,7 @@ class Task(abc.ABC):
         return stats, []
 
     @abc.abstractmethod
-    def objective(self, nbs: int, compat: bool = False) -> Objective:
+    def objective(self, nbs: int) -> Objective:
         """The loss as terms over sums."""
 
     @abc.abstractmethod

@@ -148,7 +148,7 @@ class Journal:
             "kind": "train",
             "epoch": this.samples_before(number + 1) / len(self._source),
             **{k: v for k, v in log.items() if k.startswith(("loss", "metrics/"))},
-            "lr": float(this.schedule.lr[step - 1]),
+            "lr": float(this.schedule.lr(step - 1)),
             "grad_norm": log["grad_norm"],
             **{k: v for k, v in log.items() if k.startswith("sums/")},
             **self._noise.record(this.recipe.group),

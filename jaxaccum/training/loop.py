@@ -274,16 +274,17 @@ def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path
     print(this.window)
     print(
         f"{this.steps} updates over {samples} samples "
-        f"({this.sizes.sum() / max(samples, 1):.1f} epochs), "
-        f"{config.optimizer.name}, peak learning rate {this.schedule.lr.max():.3g}, weight decay "
+        f"({this.sizes.total / max(samples, 1):.1f} epochs), "
+        f"{config.optimizer.name}, peak learning rate {this.schedule.peak():.3g}, weight decay "
         f"{run.optim.weight_decay(config):.3g}"
     )
     if configs.is_compat(config):
+        smallest, largest = this.sizes.extremes
         print(
-            f"compat: the usual accumulation; effective batches of {this.sizes.min()} to "
-            f"{this.sizes.max()} samples, every microbatch normalised by itself"
+            f"compat: the usual accumulation; effective batches of {smallest} to {largest} "
+            "samples, every microbatch normalised by itself"
         )
     advice = host_memory.advice() if jax.default_backend() == "cpu" else []
-    for line in [*this.task.notes(config, source, int(this.sizes.sum())), *advice]:
+    for line in [*this.task.notes(config, source, this.sizes.total), *advice]:
         print(line)
     print(f"workdir {workdir}", flush=True)

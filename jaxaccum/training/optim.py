@@ -12,22 +12,36 @@ import ml_collections
 import numpy as np
 import optax
 
+from jaxaccum.accumulate.usual_rule import WindowSizes
+
 PyTree = Any
+
+
+Hyperparameter = Callable[[Any], Any]
+"""Updates done before -> value. Of an integer or an array of NumPy in float64, on the host; of an
+array of JAX in its default dtype: an optax schedule. After the run's end it is that of its last
+update."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Hyperparameters of every update, as tables of one value per update.
+    """Hyperparameters of every update.
 
     Attributes:
       lr: learning rate of weights and norms. bias_lr: of biases. momentum: of SGD.
       bn_momentum: weight of the update's batch statistics in the running ones.
+      updates: of the run.
     """
 
-    lr: np.ndarray
-    bias_lr: np.ndarray
-    momentum: np.ndarray
-    bn_momentum: np.ndarray
+    lr: Hyperparameter
+    bias_lr: Hyperparameter
+    momentum: Hyperparameter
+    bn_momentum: Hyperparameter
+    updates: int
+
+    def peak(self) -> float:
+        """The largest learning rate; of a run of more than 10,000 updates as good as that."""
+        return float(self.lr(np.linspace(0, self.updates - 1, 10_000).round().astype(int)).max())
 
 
 def scaled_lr(lr: ml_collections.ConfigDict, nbs: int) -> float:
@@ -41,7 +55,7 @@ def scaled_lr(lr: ml_collections.ConfigDict, nbs: int) -> float:
 
 
 def make_schedule(
-    config: ml_collections.ConfigDict, sizes: np.ndarray, epoch_samples: int
+    config: ml_collections.ConfigDict, sizes: WindowSizes, epoch_samples: float
 ) -> Schedule:
     """Warm-up, then linear, cosine or exponential decay to `lr.final` times the peak.
 
@@ -56,43 +70,84 @@ def make_schedule(
     Args:
       config: with `lr`, `nbs`, `optimizer.momentum` and perhaps `bn_momentum`: then the weight
         of an update's batch statistics is max(start * decay ^ (e / epochs), final), else 0.03.
-      sizes: (updates,) samples of every update.
+      sizes: samples of every update.
       epoch_samples: samples of an epoch.
     """
     lr = config.lr
-    ends = np.cumsum(sizes)
-    progress = (ends - sizes) / ends[-1]
-    epochs = (ends - sizes) / epoch_samples
-    if lr.decay == "exponential":
-        shape = np.maximum(lr.decay_rate ** (epochs / lr.decay_epochs), lr.final)
-    else:
-        shape = 1 - progress if lr.decay == "linear" else (1 + np.cos(np.pi * progress)) / 2
-        shape = shape * (1 - lr.final) + lr.final
-    target = scaled_lr(lr, config.nbs) * shape
-    most = max(ends[-1] - epoch_samples, ends[-1] / 2)
+    # Floats: samples may be more than an integer of the device holds.
+    peak, total, epoch_samples = scaled_lr(lr, config.nbs), float(sizes.total), float(epoch_samples)
+    most = max(total - epoch_samples, total / 2)
     warmup = min(lr.warmup_epochs * epoch_samples, most)
-    risen = np.minimum(ends / warmup, 1.0) if warmup > 0 else np.ones(len(sizes))
 
-    bn_momentum = np.full(len(sizes), 0.03)
-    if "bn_momentum" in config:
+    def decayed(at: _Place, xp: Any) -> Any:
+        if lr.decay == "exponential":
+            epochs = at.before / epoch_samples
+            return peak * xp.maximum(lr.decay_rate ** (epochs / lr.decay_epochs), lr.final)
+        left = at.left / total
+        # (1 + cos(pi p)) / 2 = sin^2(pi (1 - p) / 2), which is exact also where p nears 1.
+        shape = left if lr.decay == "linear" else xp.sin(np.pi / 2 * left) ** 2
+        return peak * (shape * (1 - lr.final) + lr.final)
+
+    def from_to(start: float, end: Callable[[_Place, Any], Any]) -> Hyperparameter:
+        def value(at: _Place, xp: Any) -> Any:
+            risen = xp.minimum(at.end / warmup, 1.0) if warmup > 0 else 1.0
+            return start + (end(at, xp) - start) * risen
+
+        return _hyperparameter(sizes, value)
+
+    def statistics(at: _Place, xp: Any) -> Any:
+        if "bn_momentum" not in config:
+            return xp.full_like(at.end, 0.03)
         bn = config.bn_momentum
-        bn_momentum = np.maximum(bn.start * bn.decay ** (epochs / bn.epochs), bn.final)
-
-    def from_to(start, end):
-        return start + (end - start) * risen
+        return xp.maximum(bn.start * bn.decay ** (at.before / epoch_samples / bn.epochs), bn.final)
 
     return Schedule(
-        lr=from_to(0.0, target),
-        bias_lr=from_to(lr.warmup_bias, target),
-        momentum=from_to(lr.warmup_momentum, np.full(len(sizes), config.optimizer.momentum)),
-        bn_momentum=bn_momentum,
+        lr=from_to(0.0, decayed),
+        bias_lr=from_to(lr.warmup_bias, decayed),
+        momentum=from_to(lr.warmup_momentum, lambda at, xp: config.optimizer.momentum),
+        bn_momentum=_hyperparameter(sizes, statistics),
+        updates=len(sizes),
     )
 
 
-def at(table: np.ndarray) -> Callable[[jax.Array], jax.Array]:
-    """A table of values per update as an optax schedule; stays at its last value."""
-    values = jnp.asarray(table)
-    return lambda count: values[jnp.minimum(count, len(table) - 1)]
+class _Place(NamedTuple):
+    """Where an update is in its run, in samples, as floating-point numbers.
+
+    Attributes:
+      before, end: of the run, before and after the update.
+      left: until the run's end, before the update.
+    """
+
+    before: Any
+    end: Any
+    left: Any
+
+
+def _hyperparameter(sizes: WindowSizes, value: Callable[[_Place, Any], Any]) -> Hyperparameter:
+    """The value of (place, numpy or jax.numpy) as a function of the updates done before.
+
+    No table over the updates of the run: a count is an exact number of float32 up to 16.7 million,
+    and so is what is left of it.
+    """
+    ramp, ramped, each = len(sizes.ramp), float(sizes.ramp.sum()), float(sizes.each)
+    starts = np.concatenate([[0], np.cumsum(sizes.ramp)]).astype(np.float64)
+
+    def of(count: Any) -> Any:
+        xp: Any = jnp if isinstance(count, jax.Array) else np
+        count = xp.clip(xp.asarray(count), 0, len(sizes) - 1)
+        dtype = xp.asarray(0.0).dtype
+        after = (count - ramp).astype(dtype)
+        before, end = ramped + after * each, ramped + (after + 1) * each
+        left = (len(sizes) - count).astype(dtype) * each
+        if ramp:
+            table, inside = xp.asarray(starts, dtype), count < ramp
+            row = xp.minimum(count, ramp - 1)
+            before = xp.where(inside, table[row], before)
+            end = xp.where(inside, table[row + 1], end)
+            left = xp.where(inside, float(sizes.total) - table[row], left)
+        return xp.asarray(value(_Place(before, end, left), xp), dtype)
+
+    return of
 
 
 def kinds(params: PyTree) -> PyTree:
@@ -130,19 +185,19 @@ def make_optimizer(
     )
     rates = {"weight": schedule.lr, "norm": schedule.lr, "bias": schedule.bias_lr}
     descend = optax.partition(
-        {kind: optax.scale_by_learning_rate(at(table)) for kind, table in rates.items()}, kinds
+        {kind: optax.scale_by_learning_rate(rate) for kind, rate in rates.items()}, kinds
     )
     if options.name == "adamw":
         adam = optax.scale_by_adam(b1=options.momentum, b2=options.b2)
         return optax.chain(adam, decay, descend)
     trace = optax.inject_hyperparams(optax.trace, static_args=("nesterov",))(
-        decay=at(schedule.momentum), nesterov=True
+        decay=schedule.momentum, nesterov=True
     )
     sgd = optax.chain(decay, trace)
     if options.name == "sgd":
         return optax.chain(sgd, descend)
     faster = optax.partition({True: optax.scale(3.0), False: optax.identity()}, _class_branch)
-    muon = optax.chain(orthogonal_momentum(at(schedule.momentum)), optax.scale(0.2))
+    muon = optax.chain(orthogonal_momentum(schedule.momentum), optax.scale(0.2))
     return optax.chain(_sum_of(sgd, muon), faster, descend)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from jaxaccum import config as configs
 from jaxaccum import tasks
@@ -36,7 +35,7 @@ class Run:
     Attributes:
       config: the config it was made of.
       recipe, window: what is learned, and its layout on the geometry.
-      sizes: (steps,) samples of every update: `nbs` each, but for the ramp of the usual rule.
+      sizes: samples of every update: `nbs` each, but for the ramp of the usual rule.
       schedule: hyperparameters of every update.
       task: model, terms, samples and metrics.
       forward: the task's, without what is frozen.
@@ -46,7 +45,7 @@ class Run:
     config: ml_collections.ConfigDict
     recipe: Recipe
     window: Window
-    sizes: np.ndarray
+    sizes: usual_rule.WindowSizes
     schedule: optim.Schedule
     task: tasks.Task
     forward: freezing.Forward
@@ -64,18 +63,11 @@ class Run:
 
     def size_of(self, window: int) -> int:
         """Samples of a window; those made up for skipped ones are like the last."""
-        return int(self.sizes[min(window, self.steps - 1)])
+        return self.sizes[window]
 
     def samples_before(self, window: int) -> int:
         """Samples consumed before a window."""
-        more = max(window - self.steps, 0)
-        first = min(window, self.steps)
-        return (int(self._ends[first - 1]) if first else 0) + more * int(self.sizes[-1])
-
-    @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        """(steps,) samples consumed after every update."""
-        return np.cumsum(self.sizes)
+        return self.sizes.before(window)
 
 
 def prepare(
@@ -125,29 +117,32 @@ def prepare(
             "log.noise_scale compares the microbatches of an update, and here it has one: take a "
             f"smaller microbatch than {config.microbatch}, or more devices"
         )
+    objective = task.objective(recipe.nbs)
+    if usual:
+        objective = usual_rule.UsualObjective.of(objective)
     frozen = freezing.modules(config.freeze)
     rule = UpdateRule(
-        dataclasses.replace(task.objective(recipe.nbs, usual), noise=config.log.noise_scale),
+        dataclasses.replace(objective, noise=config.log.noise_scale),
         optim.make_optimizer(
             config,
             schedule,
             lambda path: task.untrained(path) or freezing.is_frozen(path, frozen),
         ),
         clip=config.optimizer.clip,
-        statistics_momentum=optim.at(schedule.bn_momentum),
+        statistics_momentum=schedule.bn_momentum,
         ema_decay=optim.ema_decay(ema.decay, ema.ramp) if ema.decay else None,
     )
     forward = freezing.frozen_forward(task.forward, frozen)
     return Run(config, recipe, window, sizes, schedule, task, forward, rule)
 
 
-def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.ndarray:
+def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> usual_rule.WindowSizes:
     """Samples of every update."""
     total = config.steps * config.nbs if config.steps else config.epochs * samples
     if not configs.is_compat(config):
         updates = max(-(-round(total) // config.nbs), 1)
         _require_updates(updates, config, samples)
-        return np.full(updates, config.nbs)
+        return usual_rule.WindowSizes(config.nbs, updates)
     batch = config.microbatch * devices
     warmup = round(config.lr.warmup_epochs * samples / batch)
     return usual_rule.window_sizes(
@@ -156,7 +151,7 @@ def _sizes(config: ml_collections.ConfigDict, devices: int, samples: int) -> np.
 
 
 def _require_updates(updates: int, config: ml_collections.ConfigDict, samples: int) -> None:
-    """Refuses runs whose schedules would not fit in memory.
+    """Refuses runs of more updates than schedules count exactly.
 
     Raises:
       ConfigError: says how many updates there may be.
@@ -178,7 +173,7 @@ def make_stream(run: Run, source: tasks.Source, plain: bool = False) -> Any:
     Raises:
       ConfigError: an augmentation is out of its range.
     """
-    return run.task.stream(run.config, source, int(run.sizes.sum()), plain)
+    return run.task.stream(run.config, source, run.sizes.total, plain)
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> Any:

@@ -20,6 +20,7 @@ from jaxaccum.accumulate import (
     UpdateRule,
     equivalence,
     sample_keys,
+    usual_rule,
 )
 from jaxaccum.losses import alignment
 
@@ -196,7 +197,7 @@ def test_memory_is_flat():
 
 def test_no_compat():
     with pytest.raises(ValueError, match="compat knows no coupled terms"):
-        Objective((), {}, compat=True, coupled=TERMS["contrast"])
+        usual_rule.UsualObjective((), {}, coupled=TERMS["contrast"])
 
 
 # --- InfoNCE itself ---

@@ -14,7 +14,6 @@ from jaxaccum.accumulate import (
     Geometry,
     GeometryError,
     Groups,
-    Objective,
     Recipe,
     Window,
     batchnorm,
@@ -24,7 +23,7 @@ from jaxaccum.accumulate import (
 )
 
 NBS, MICROBATCH = 8, 4
-usual = functools.partial(Objective, compat=True)
+usual = usual_rule.UsualObjective
 
 
 def trace(geometry, bn_group=MICROBATCH):
@@ -88,9 +87,15 @@ def test_no_noise_scale_of_it():
         usual((), {}, noise=True)
 
 
+def test_the_same_terms():
+    exact = toy.make_rule(NBS).objective
+    made = usual.of(exact)
+    assert (made.terms, made.floors, made.scale) == (exact.terms, exact.floors, exact.scale)
+
+
 def test_the_recipe_that_is_run():
     sizes = usual_rule.window_sizes(10, 4, 40, 0, lambda updates: None)
-    assert sizes.tolist() == [8] * 5  # round(10 / 4) batches of 4
+    assert [sizes[i] for i in range(len(sizes))] == [8] * 5  # round(10 / 4) batches of 4
     run = usual_rule.recipe(Recipe(10, 2, {"seed": 1}), sizes, 4)
     assert run == Recipe(8, 4, {"seed": 1})
     assert usual_rule.recipe(Recipe(10, "frozen"), sizes, 4) == Recipe(8, "frozen")
@@ -99,5 +104,5 @@ def test_the_recipe_that_is_run():
 def test_the_ramp_says_how_many_updates_there_are():
     asked = []
     sizes = usual_rule.window_sizes(16, 4, 64, 8, asked.append)
-    assert sizes.tolist()[0] == 4 and sizes.tolist()[-1] == 16
+    assert sizes[0] == 4 and sizes[len(sizes) - 1] == 16
     assert asked[-1] == len(sizes) and max(asked) == len(sizes)

@@ -280,10 +280,10 @@ def test_the_schedules_of_the_reference():
     config = tiny_config(steps=0, epochs=600.0, nbs=12)
     this = run.prepare(config, names=("a",), samples=12, identity={})
     for epoch in (0, 21, 100, 599):
-        assert this.schedule.lr[epoch] == pytest.approx(1e-3 * max(0.9 ** (epoch / 21), 0.02))
+        assert this.schedule.lr(epoch) == pytest.approx(1e-3 * max(0.9 ** (epoch / 21), 0.02))
         wanted = max(0.9 * 0.5 ** (epoch / 21), 0.01)
-        assert this.schedule.bn_momentum[epoch] == pytest.approx(wanted)
-        assert float(this.rule.statistics_momentum(np.int32(epoch))) == pytest.approx(wanted)
+        assert this.schedule.bn_momentum(epoch) == pytest.approx(wanted)
+        assert float(this.rule.statistics_momentum(jax.numpy.int32(epoch))) == pytest.approx(wanted)
 
 
 @pytest.mark.slow

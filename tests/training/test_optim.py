@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxaccum import config as configs
+from jaxaccum.accumulate.usual_rule import WindowSizes
 from jaxaccum.training import optim
 
 
 def make(**changes):
     config = configs.detection()
     config.update_from_flattened_dict({"nbs": 16, "lr.warmup_epochs": 2.0} | changes)
-    return config, optim.make_schedule(config, np.full(100, config.nbs), 160)
+    return config, optim.make_schedule(config, WindowSizes(config.nbs, 100), 160)
 
 
 def test_schedule_by_hand():
@@ -21,16 +23,16 @@ def test_schedule_by_hand():
     u = np.arange(100)
     target = 0.01 * ((1 - u / 100) * 0.99 + 0.01)
     risen = np.minimum((u + 1) / 20, 1)
-    np.testing.assert_allclose(schedule.lr, target * risen, rtol=1e-12)
-    np.testing.assert_allclose(schedule.bias_lr, 0.1 + (target - 0.1) * risen, rtol=1e-12)
-    np.testing.assert_allclose(schedule.momentum, 0.8 + 0.137 * risen, rtol=1e-12)
+    np.testing.assert_allclose(schedule.lr(u), target * risen, rtol=1e-12)
+    np.testing.assert_allclose(schedule.bias_lr(u), 0.1 + (target - 0.1) * risen, rtol=1e-12)
+    np.testing.assert_allclose(schedule.momentum(u), 0.8 + 0.137 * risen, rtol=1e-12)
 
 
 def test_cosine_ends_at_final():
     _, schedule = make(**{"lr.decay": "cosine", "lr.warmup_epochs": 0.0})
-    assert schedule.lr[0] == pytest.approx(0.01)
-    assert schedule.lr[50] == pytest.approx(0.01 * (0.5 * 0.99 + 0.01))
-    assert schedule.lr[99] == pytest.approx(0.0001, rel=0.05)
+    assert schedule.lr(0) == pytest.approx(0.01)
+    assert schedule.lr(50) == pytest.approx(0.01 * (0.5 * 0.99 + 0.01))
+    assert schedule.lr(99) == pytest.approx(0.0001, rel=0.05)
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 2), ("sqrt", 2**0.5)])
@@ -71,8 +73,8 @@ def test_sgd_by_hand(x64):
         p, buffer = PARAMS[layer][name].copy(), 0.0
         for u in range(3):
             g = GRADIENTS[layer][name] + (5e-4 * p if decayed else 0)
-            buffer = schedule.momentum[u] * buffer + g
-            p = p - rate[u] * (g + schedule.momentum[u] * buffer)
+            buffer = schedule.momentum(u) * buffer + g
+            p = p - rate(u) * (g + schedule.momentum(u) * buffer)
         np.testing.assert_allclose(params[layer][name], p, rtol=1e-12)
 
 
@@ -87,7 +89,7 @@ def test_adamw_by_hand(x64):
             g = GRADIENTS[layer][name]
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             step = (m / (1 - 0.9 ** (u + 1))) / (np.sqrt(v / (1 - 0.999 ** (u + 1))) + 1e-8)
-            p = p - rate[u] * (step + (5e-4 * p if decayed else 0))
+            p = p - rate(u) * (step + (5e-4 * p if decayed else 0))
         np.testing.assert_allclose(params[layer][name], p, rtol=1e-9)
 
 
@@ -97,9 +99,59 @@ def test_ema_ramp():
     assert float(decay(jnp.asarray(10**6))) == pytest.approx(0.9999)
 
 
-def test_a_table_stays_at_its_end():
-    table = optim.at(np.array([1.0, 2.0]))
-    assert [float(table(jnp.asarray(i))) for i in (0, 1, 2, 9)] == [1, 2, 2, 2]
+def tables(config, sizes, epoch_samples):
+    """The schedules as they are defined, by a table of all updates: lr, bias_lr, momentum, bn."""
+    lr, ends = config.lr, np.cumsum(sizes)
+    progress, epochs = (ends - sizes) / ends[-1], (ends - sizes) / epoch_samples
+    if lr.decay == "exponential":
+        shape = np.maximum(lr.decay_rate ** (epochs / lr.decay_epochs), lr.final)
+    else:
+        shape = 1 - progress if lr.decay == "linear" else (1 + np.cos(np.pi * progress)) / 2
+        shape = shape * (1 - lr.final) + lr.final
+    warmup = min(lr.warmup_epochs * epoch_samples, max(ends[-1] - epoch_samples, ends[-1] / 2))
+    risen = np.minimum(ends / warmup, 1.0) if warmup > 0 else np.ones(len(sizes))
+    target, bn = optim.scaled_lr(lr, config.nbs) * shape, config.bn_momentum
+    return (
+        target * risen,
+        lr.warmup_bias + (target - lr.warmup_bias) * risen,
+        lr.warmup_momentum + (config.optimizer.momentum - lr.warmup_momentum) * risen,
+        np.maximum(bn.start * bn.decay ** (epochs / bn.epochs), bn.final),
+    )
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("ramp", [[], [4], [4, 8, 12, 12], [4] * 90])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.5, 40.0])
+def test_functions_of_the_count_are_the_tables(x64, decay, ramp, warmup_epochs):
+    config = configs.completion()
+    config.lr.update(decay=decay, warmup_epochs=warmup_epochs, warmup_bias=0.1, final=0.02)
+    sizes = WindowSizes(16, 90, np.asarray(ramp, int))
+    counts = np.arange(95)
+    wanted = tables(config, [sizes[i] for i in range(90)], 100)
+    made = optim.make_schedule(config, sizes, 100)
+    for table, f in zip(
+        wanted, (made.lr, made.bias_lr, made.momentum, made.bn_momentum), strict=True
+    ):
+        table = np.append(table, [table[-1]] * 5)  # and stays at its end
+        np.testing.assert_allclose(f(counts), table, rtol=1e-12)
+        assert f(7) == pytest.approx(table[7], rel=1e-12)
+        np.testing.assert_allclose(jax.jit(f)(counts.astype(np.int32)), table, rtol=1e-12)
+    assert made.peak() == pytest.approx(wanted[0].max(), rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "exponential"])
+def test_the_longest_run_has_exact_schedules_and_no_table(decay):
+    """In float32 to rounding from the first update to the last, by a program of a few kilobytes."""
+    config = configs.completion()
+    config.lr.update(decay=decay, warmup_epochs=3.0)
+    updates, nbs = configs.MOST_UPDATES, configs.MOST_SAMPLES
+    made = optim.make_schedule(config, WindowSizes(nbs, updates), 10**9)
+    counts = np.array([0, 1, 2, 999, 3000, updates // 2, updates - 2, updates - 1])
+    for f in (made.lr, made.bias_lr, made.momentum, made.bn_momentum):
+        lowered = jax.jit(f).lower(jax.ShapeDtypeStruct((), jnp.int32))
+        assert len(lowered.as_text()) < 10_000
+        found = np.array([float(jax.jit(f)(np.int32(n))) for n in counts])
+        np.testing.assert_allclose(found, f(counts), rtol=2e-5 if decay == "exponential" else 1e-6)
 
 
 def test_orthogonal_by_hand(x64):
@@ -140,7 +192,7 @@ def test_musgd_by_hand(x64):
     second, _ = optimizer.update(gradient, state, params)
 
     def kernel_step(p, g, u, momentum, buffer):
-        mu = schedule.momentum[u]
+        mu = schedule.momentum(u)
         momentum = mu * momentum + (1 - mu) * g
         muon = np.asarray(optim.orthogonal(jnp.asarray(mu * momentum + (1 - mu) * g)))
         decayed = g + 5e-4 * p
@@ -153,12 +205,12 @@ def test_musgd_by_hand(x64):
         for u, found in enumerate((first, second)):
             step, momentum, buffer = kernel_step(p, g, u, momentum, buffer)
             np.testing.assert_allclose(
-                found[layer][name]["kernel"], -factor * schedule.lr[u] * step, rtol=1e-9
+                found[layer][name]["kernel"], -factor * schedule.lr(u) * step, rtol=1e-9
             )
-    mu = schedule.momentum[0]
-    np.testing.assert_allclose(first["model.1"]["bn"]["bias"], -schedule.bias_lr[0] * (1 + mu))
+    mu = schedule.momentum(0)
+    np.testing.assert_allclose(first["model.1"]["bn"]["bias"], -schedule.bias_lr(0) * (1 + mu))
     np.testing.assert_allclose(
-        first["model.2"]["cv3.0.2"]["bias"], -3 * schedule.bias_lr[0] * (1 + mu)
+        first["model.2"]["cv3.0.2"]["bias"], -3 * schedule.bias_lr(0) * (1 + mu)
     )
 
 

@@ -132,7 +132,7 @@ class CompletionTask(Task):
             "tells clouds apart but has not learned what captions say"
         ]
 
-    def objective(self, nbs: int, compat: bool = False) -> Objective:
+    def objective(self, nbs: int) -> Objective:
         """Means over samples of the Chamfer distances (L1).
 
         Coarse and fine against the target, and what became of the jittered centres against the
@@ -144,7 +144,7 @@ class CompletionTask(Task):
             Term(name, gain, SAMPLES) for name, gain in zip(names, self.gains, strict=False)
         )
         coupled = () if self.alignment is None else (self.alignment.term(),)
-        return Objective(terms, {SAMPLES: 1.0}, 1.0, compat, coupled)
+        return Objective(terms, {SAMPLES: 1.0}, coupled=coupled)
 
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None

@@ -123,11 +123,9 @@ class DetectionTask(Task):
             dtype,
         )  # fmt: skip
 
-    def objective(self, nbs: int, compat: bool = False) -> Objective:
+    def objective(self, nbs: int) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
-        return Objective(
-            detection.terms(*self.gains), {detection.TARGET_SCORES: 1.0}, float(nbs), compat
-        )
+        return Objective(detection.terms(*self.gains), {detection.TARGET_SCORES: 1.0}, float(nbs))
 
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None

@@ -123,12 +123,12 @@ class Detection3DTask(Task):
             dtype,
         )  # fmt: skip
 
-    def objective(self, nbs: int, compat: bool = False) -> Objective:
+    def objective(self, nbs: int) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
         location, size, heading = self.gains[3:]
         more, floors = losses.terms(location, size, heading, self.compat)
         floors = {detection.TARGET_SCORES: 1.0, **floors}
-        return Objective((*detection.terms(*self.gains[:3]), *more), floors, float(nbs), compat)
+        return Objective((*detection.terms(*self.gains[:3]), *more), floors, float(nbs))
 
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
