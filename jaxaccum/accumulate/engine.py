@@ -29,6 +29,7 @@ from jaxaccum.accumulate.update import State, UpdateRule
 
 PyTree = Any
 AXES = ("data", *fsdp.AXES)
+GPUS = ("gpu", "cuda", "rocm")  # as platforms are named
 REPLICATED = PartitionSpec()
 PER_DEVICE = PartitionSpec(AXES)
 LAID = PartitionSpec(None, AXES)  # (steps, microbatch * devices, ...)
@@ -42,6 +43,7 @@ class BaseEngine(abc.ABC):
       rule, window: the update, and its layout on the geometry.
       mesh: the devices, axes `AXES`.
       replicated: the sharding of what all devices hold.
+      on_gpu: whether each operation is a kernel that the host starts.
       share: samples of every effective batch that this process is to load, if others load the
         rest: (n,) int; None to load all.
     """
@@ -52,6 +54,7 @@ class BaseEngine(abc.ABC):
         self._checked = False
         self.replicated = NamedSharding(mesh, REPLICATED)
         self.share: np.ndarray | None = None
+        self.on_gpu = mesh.devices.flat[0].platform in GPUS
         usual_rule.check_engine(rule.objective, window.geometry, jax.process_count())
         if jax.process_count() > 1:
             here = jax.process_index()

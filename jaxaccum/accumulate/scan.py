@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxaccum.accumulate import fsdp, usual_rule
+from jaxaccum.accumulate import fsdp, packing, usual_rule
 from jaxaccum.accumulate.engine import AXES, LAID, REPLICATED, BaseEngine, varying
 from jaxaccum.accumulate.terms import add
 from jaxaccum.accumulate.update import State, advance, close_window
@@ -19,13 +19,19 @@ PyTree = Any
 
 
 class ScanEngine(BaseEngine):
-    """One jitted, donated call per update; the loop's length is traced, so a ramp of the
-    effective batch does not recompile."""
+    """One jitted, donated call per update.
+
+    The loop's length is traced, so a ramp of the effective batch does not recompile. On GPUs whole
+    windows have a program of their own in which it is known: else the host waits for the device
+    after each microbatch, to be told whether to go on, and launches nothing meanwhile.
+    """
 
     def __init__(self, forward, rule, window, mesh):
         super().__init__(forward, rule, window, mesh)
         self.batched = NamedSharding(mesh, LAID)
         self._jitted: Any = None
+        usual = isinstance(rule.objective, usual_rule.UsualObjective)
+        self._known = self.on_gpu and not usual
 
     def _program(self, state: PyTree) -> Any:
         """The jitted update; made once, as where its results lie is told by a state."""
@@ -43,11 +49,16 @@ class ScanEngine(BaseEngine):
 
         Returns:
           microbatches on the devices, leaves (steps, microbatch * devices, ...), and how many of
-          them to run, () int32.
+          them to run, () int32, or None for all.
         """
         self._require_room(batch, steps)
         microbatches = self._put(self._split(batch), self.batched)
-        return microbatches, np.int32(self.window.steps if steps is None else steps)
+        return microbatches, self._length(steps)
+
+    def _length(self, steps: int | None = None) -> np.int32 | None:
+        """How many microbatches to run, as the program takes it."""
+        steps = self.window.steps if steps is None else steps
+        return None if self._known and steps == self.window.steps else np.int32(steps)
 
     def lower(self, state, microbatches, steps):
         """The update, lowered for the given arguments (arrays or shapes)."""
@@ -56,7 +67,7 @@ class ScanEngine(BaseEngine):
     def lowered(self, state, batch):
         self._check(state, batch)
         microbatches = self._laid(batch, (self.window.steps, self._width), LAID)
-        return [self.lower(self._placed(state), microbatches, np.int32(self.window.steps))]
+        return [self.lower(self._placed(state), microbatches, self._length())]
 
     def _update(self, state: State, microbatches, steps):
         coupling = None
@@ -75,7 +86,7 @@ class ScanEngine(BaseEngine):
 
     def _collect(self, params, stats, microbatches, steps):
         """The first pass: features (steps, microbatch * devices, ...), weights, denominators."""
-        specs = self.specs(params)
+        specs, every = self.specs(params), self.window.steps
 
         @functools.partial(
             jax.shard_map,
@@ -104,7 +115,7 @@ class ScanEngine(BaseEngine):
                 )
                 return kept, add(sums, more)
 
-            kept, sums = jax.lax.fori_loop(0, steps, body, (kept, sums))
+            kept, sums = jax.lax.fori_loop(0, every if steps is None else steps, body, (kept, sums))
             return kept, jax.lax.psum(sums, AXES)
 
         features, denominators = local(params, stats, microbatches, steps)
@@ -117,6 +128,7 @@ class ScanEngine(BaseEngine):
         whole: Any = () if coupling is None else coupling._replace(pulls=())
         pulls: Any = () if coupling is None else coupling.pulls
         specs, gradients = self.specs(params), self._gradient_specs(params)
+        every = self.window.steps
 
         @functools.partial(
             jax.shard_map,
@@ -135,14 +147,18 @@ class ScanEngine(BaseEngine):
             one = jax.tree.map(lambda a: a[0], (microbatches, pulls))
             shapes = jax.eval_shape(sums_of, *one)
             zero = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+            together = packing.Packing(shapes, packing.SMALL if self.on_gpu else 0)
 
             def body(i, carry):
                 sums, stats = carry
                 new = sums_of(*_at((microbatches, pulls), i))
                 stats = usual_rule.moved(objective, stats, new.moments, rate)
-                return add(sums, new), stats
+                return add(sums, together.pack(new)), stats
 
-            sums, stats = jax.lax.fori_loop(0, steps, body, (zero, stats))
+            sums, stats = jax.lax.fori_loop(
+                0, every if steps is None else steps, body, (together.pack(zero), stats)
+            )
+            sums = together.unpack(sums)
             stats = usual_rule.averaged(objective, stats, AXES)
             rest = sums._replace(gradients={})
             both = fsdp.reduced(

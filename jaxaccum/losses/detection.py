@@ -18,6 +18,7 @@ from jaxaccum.models.yolo import REG_MAX, Anchors, Predictions, decode_boxes
 TARGET_SCORES = "target_scores"
 TOP_K, ALPHA, BETA, EPS = 10, 0.5, 6.0, 1e-9
 CHUNK = 16  # objects compared with all anchors at a time
+GPU_CHUNK = 64
 
 
 class Targets(NamedTuple):
@@ -123,8 +124,9 @@ def assign(
 
     An object takes the 10 anchors inside of it with the largest
     score^0.5 * CIoU^6; an anchor taken by several goes to the object it overlaps most. Feng et
-    al. 2021, arXiv:2108.07755. Objects are compared with the anchors a chunk at a time, as many
-    chunks as the fullest image needs, so memory does not grow with the number of objects.
+    al. 2021, arXiv:2108.07755. Objects are compared with the anchors a chunk at a time, so memory
+    does not grow with the number of objects: as many chunks as the fullest image needs; on a GPU
+    larger ones and all of them, as the host would wait for the device to learn how many.
 
     Args:
       scores: (N, A, classes) class logits. boxes: (N, A, 4) in pixels. centres: (A, 2) pixels.
@@ -134,7 +136,7 @@ def assign(
     """
     samples, anchors = scores.shape[:2]
     count = targets.boxes.shape[1]
-    padding = -count % CHUNK
+    padding = -count % GPU_CHUNK
     objects = jax.tree.map(
         lambda a: jnp.pad(a, ((0, 0), (0, padding), *((0, 0),) * (a.ndim - 2))),
         (targets.boxes, targets.classes, targets.valid & (targets.weight > 0)[:, None]),
@@ -149,28 +151,41 @@ def assign(
         score = jax.nn.sigmoid(jnp.take_along_axis(by_class, classes[..., None], axis=1))
         return overlap, score**ALPHA * overlap**BETA
 
-    def body(i, carry):
-        taken, taker, best, best_object = carry
-        start = (i * CHUNK).astype(jnp.int32)
-        chunk = (jax.lax.dynamic_slice_in_dim(a, start, CHUNK, axis=1) for a in objects)
-        overlap, alignment = compare(*chunk)
-        value, anchor = jax.lax.top_k(alignment, min(TOP_K, anchors))
-        chosen = (value > 0).astype(jnp.int32)
-        row = jnp.arange(samples)[:, None, None]
-        index = start + jnp.arange(CHUNK, dtype=jnp.int32)[None, :, None]
-        taken = taken.at[row, anchor].add(chosen)
-        taker = taker.at[row, anchor].add(chosen * index)
-        most = jnp.max(overlap, axis=1)
-        better = most > best
-        first = start + jnp.argmax(overlap, axis=1).astype(jnp.int32)
-        return taken, taker, jnp.maximum(best, most), jnp.where(better, first, best_object)
+    def chosen_by(size, chunks):
+        """Counts of takers, a taker, and the object of the largest overlap, each (N, A)."""
 
-    numbers = jnp.arange(1, count + padding + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(objects[2], numbers, 0))
-    empty = jnp.zeros_like(boxes[..., 0])
-    none = jnp.zeros_like(empty, jnp.int32)
-    taken, taker, _, best_object = jax.lax.fori_loop(
-        0, (last + CHUNK - 1) // CHUNK, body, (none, none, empty, none)
+        def body(i, carry):
+            taken, taker, best, best_object = carry
+            start = jnp.asarray(i * size, jnp.int32)
+            chunk = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in objects)
+            overlap, alignment = compare(*chunk)
+            value, anchor = jax.lax.top_k(alignment, min(TOP_K, anchors))
+            chosen = (value > 0).astype(jnp.int32)
+            row = jnp.arange(samples)[:, None, None]
+            index = start + jnp.arange(size, dtype=jnp.int32)[None, :, None]
+            taken = taken.at[row, anchor].add(chosen)
+            taker = taker.at[row, anchor].add(chosen * index)
+            most = jnp.max(overlap, axis=1)
+            better = most > best
+            first = start + jnp.argmax(overlap, axis=1).astype(jnp.int32)
+            return taken, taker, jnp.maximum(best, most), jnp.where(better, first, best_object)
+
+        empty = jnp.zeros_like(boxes[..., 0])
+        none = jnp.zeros_like(empty, jnp.int32)
+        taken, taker, _, best = jax.lax.fori_loop(0, chunks, body, (none, none, empty, none))
+        return taken, taker, best
+
+    def on_gpu(valid):
+        del valid
+        return chosen_by(GPU_CHUNK, (count + padding) // GPU_CHUNK)
+
+    def default(valid):
+        numbers = jnp.arange(1, count + padding + 1, dtype=jnp.int32)
+        last = jnp.max(jnp.where(valid, numbers, 0))
+        return chosen_by(CHUNK, (last + CHUNK - 1) // CHUNK)
+
+    taken, taker, best_object = jax.lax.platform_dependent(
+        objects[2], cuda=on_gpu, rocm=on_gpu, default=default
     )
     foreground = taken > 0
     object_ = jnp.where(taken == 1, taker, best_object)

@@ -100,6 +100,25 @@ def test_assignment_is_the_plain_rule(seed, objects):
                 assert found.object[i, p] == chosen[:, p].argmax()
 
 
+@pytest.mark.parametrize("objects", [1, 20, 70, 130])
+def test_gpus_assign_alike(x64, monkeypatch, objects):
+    """There the chunks are larger, and all are compared, not as many as the fullest image needs."""
+    predictions, anchors, targets = scene(7, objects=objects)
+    boxes, _ = yolo.decode(predictions, anchors)
+    centres = jnp.asarray(anchors.centres * anchors.strides[:, None])
+    wanted = detection.assign(predictions.scores, boxes, centres, targets, 16.0)
+    asked = []
+
+    def on_cuda(*args, cuda, rocm, default):
+        asked.append(cuda is rocm)
+        return cuda(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
+    found = detection.assign(predictions.scores, boxes, centres, targets, 16.0)
+    assert asked == [True] and int(found.foreground.sum()) > 0
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_terms_are_the_plain_sums(x64):
     predictions, anchors, targets = scene(4)
     numerators, denominators, assignment = detection_loss(predictions, anchors, targets)
