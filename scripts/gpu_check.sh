@@ -6,12 +6,12 @@
 #
 # Uses python3 (or $PYTHON) as it is: jax with CUDA, flax, optax, orbax-checkpoint, absl-py, numpy,
 # scipy, opencv, psutil, tqdm, PyYAML, safetensors; and torch with CUDA to compare with. Grain and
-# TensorFlow Datasets are not needed. Where ml_collections, pycocotools and tensorboardX are not
+# TensorFlow Datasets are not needed. Where ml_collections, hotcoco and tensorboardX are not
 # there either, bring them as wheels and name their folder:
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d DIR \
 #       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-#       ml_collections==1.1.0 pycocotools==2.0.11 tensorboardX==2.6.5
+#       ml_collections==1.1.0 hotcoco==1.3.0 tensorboardX==2.6.5
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}

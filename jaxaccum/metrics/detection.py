@@ -2,22 +2,20 @@
 
 Three steps, each on its own: `nms` keeps the best boxes of one image, `unletterbox` moves them to
 the original image's pixels, and `DetectionMetrics` scores them against the ground truth with
-pycocotools. Boxes are (n, 4) in pixels, xyxy: left, top, right, bottom.
+hotcoco, whose figures are pycocotools' to the last digit (tests/metrics/test_metrics.py). Boxes are
+(n, 4) in pixels, xyxy: left, top, right, bottom.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from hotcoco import COCO, COCOeval
 from numpy.typing import ArrayLike, NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 MAX_DETECTIONS = 100  # per image and class, the COCO standard
 
@@ -183,7 +181,7 @@ class _Image(NamedTuple):
 
 
 class DetectionMetrics:
-    """Collects images one by one and reports COCO mAP (pycocotools, boxes, all areas).
+    """Collects images one by one and reports COCO mAP (hotcoco, boxes, all areas).
 
     The result does not depend on the order in which images were added.
 
@@ -253,12 +251,12 @@ class DetectionMetrics:
         A class without ground truth has no AP: its value is nan, and without any ground truth so
         are all scores. Ground truth without any detection scores 0.
         """
-        evaluator = self._evaluate()
-        precision = evaluator.eval["precision"][..., 0, 0]  # (IoU, recall, class), -1 if no truth
+        evaluator = self._evaluator()
+        precision = _precision(evaluator)  # (IoU, recall, class), -1 if no truth
         average = np.where(precision[:, 0] < 0, np.nan, precision.mean(1))  # (IoU, class)
         present = ~np.isnan(average[0])
         mean = average[:, present].mean(1) if present.any() else np.full(len(average), np.nan)
-        self.curves = _curves(evaluator, np.flatnonzero(present))
+        self.curves = _curves(evaluator, present)
         precisions, recalls = self.curves.at_best()
         classes = [image.gt_classes for image in self._images.values()]
         objects = np.bincount(np.concatenate([np.zeros(0, int), *classes]), minlength=len(present))
@@ -344,29 +342,31 @@ class DetectionMetrics:
         categories = [{"id": k, "name": n} for k, n in named]
         return results, {"images": records, "annotations": truth, "categories": categories}
 
-    def _evaluate(self) -> COCOeval:
-        """The images, sorted by name, through pycocotools."""
-        truth: list[dict[str, Any]] = []
-        found: list[dict[str, Any]] = []
+    def _evaluator(self) -> COCOeval:
+        """hotcoco with the images, sorted by name; nothing is evaluated yet."""
         images = [image for _, image in sorted(self._images.items())]
-        for image_id, image in enumerate(images):
-            detections = image.detections
-            truth += _annotations(image_id, image.gt_boxes, image.gt_classes)
-            found += _annotations(image_id, detections.boxes, detections.classes, detections.scores)
-        records = [
-            {"id": i, "height": image.size[0], "width": image.size[1]}
-            for i, image in enumerate(images)
+        boxes = _xywh(np.concatenate([np.zeros((0, 4)), *(image.gt_boxes for image in images)]))
+        truth = COCO.from_arrays(
+            [
+                {"id": i, "height": image.size[0], "width": image.size[1]}
+                for i, image in enumerate(images)
+            ],
+            [{"id": c, "name": name} for c, name in enumerate(self.names)],
+            np.repeat(np.arange(len(images)), [len(image.gt_boxes) for image in images]),
+            np.concatenate([np.zeros(0, np.int64), *(image.gt_classes for image in images)]),
+            boxes,
+            area=boxes[:, 2] * boxes[:, 3],
+        )
+        found = [
+            np.column_stack([np.full(len(d), i), _xywh(d.boxes), d.scores, d.classes])
+            for i, d in enumerate(image.detections for image in images)
         ]
-        categories = [{"id": c, "name": name} for c, name in enumerate(self.names)]
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on stdout
-            evaluator = COCOeval(
-                _dataset(records, categories, truth), _dataset(records, categories, found), "bbox"
-            )
-            evaluator.params.maxDets = [MAX_DETECTIONS]
-            evaluator.params.areaRng = evaluator.params.areaRng[:1]
-            evaluator.params.areaRngLbl = evaluator.params.areaRngLbl[:1]
-            evaluator.evaluate()
-            evaluator.accumulate()
+        rows = np.concatenate([np.zeros((0, 7)), *found])
+        evaluator = COCOeval(truth, truth.load_res(rows), "bbox")
+        # hotcoco's parameters are copies when read, so that each is given whole.
+        evaluator.params.max_dets = [MAX_DETECTIONS]
+        evaluator.params.area_rng = evaluator.params.area_rng[:1]
+        evaluator.params.area_rng_lbl = evaluator.params.area_rng_lbl[:1]
         return evaluator
 
 
@@ -377,10 +377,9 @@ def _annotations(
     scores: NDArray[Any] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO annotation records (without ids) of one image."""
-    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
     records = [
         {"image_id": image_id, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
-        for c, b in zip(classes.tolist(), xywh.tolist(), strict=True)
+        for c, b in zip(classes.tolist(), _xywh(boxes).tolist(), strict=True)
     ]
     if scores is not None:
         for record, score in zip(records, scores.tolist(), strict=True):
@@ -388,17 +387,8 @@ def _annotations(
     return records
 
 
-def _dataset(
-    images: list[dict[str, Any]],
-    categories: list[dict[str, Any]],
-    annotations: list[dict[str, Any]],
-) -> COCO:
-    # Ids start at 1: pycocotools writes "unmatched" as 0.
-    numbered = [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)]
-    coco = COCO()
-    coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
-    coco.createIndex()
-    return coco
+def _xywh(boxes: NDArray[Any]) -> NDArray[np.float64]:
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
 
 
 def _mean(values: NDArray[np.float64]) -> float:
@@ -414,19 +404,37 @@ def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.floa
     return both / np.maximum(areas[0][:, None] + areas[1][None] - both, 1e-12)
 
 
-def _curves(evaluator: COCOeval, present: NDArray[np.intp]) -> Curves:
+def _precision(evaluator: COCOeval) -> NDArray[np.float64]:
+    """(IoU, recall, class), -1 of classes without ground truth."""
+    evaluator.evaluate()
+    evaluator.accumulate()
+    result = evaluator.eval
+    assert result is not None  # it was accumulated
+    precision: NDArray[np.float64] = result["precision"][..., 0, 0]
+    return precision
+
+
+def _matches(evaluator: COCOeval, c: int) -> tuple[NDArray[np.float64], NDArray[np.bool_], int]:
+    """The scores of the detections of class `c`, which of them found an object at IoU 0.5, and how
+    many objects there are."""
+    evaluator.params.iou_thrs = [0.5]
+    evaluator.params.cat_ids = [c]  # one by one: what all have at once takes much memory
+    evaluator.evaluate()
+    images = [image for image in evaluator.eval_imgs if image is not None]
+    scores = np.concatenate([image["dtScores"] for image in images])
+    correct = np.concatenate([image["dtMatched"][0] for image in images])
+    return scores, correct.astype(bool), sum(len(image["gtIds"]) for image in images)
+
+
+def _curves(evaluator: COCOeval, present: NDArray[np.bool_]) -> Curves:
     """Precision and recall of the `present` classes, and the confidence of their best mean F1."""
     grid = np.linspace(0, 1, 1001)
-    all_precision, all_recall = np.full((2, len(evaluator.params.catIds), len(grid)), np.nan)
-    if not len(present):
+    all_precision, all_recall = np.full((2, len(present), len(grid)), np.nan)
+    if not present.any():
         return Curves(grid, all_precision, all_recall, float("nan"))
-    results = np.array(evaluator.evalImgs, object).reshape(len(evaluator.params.catIds), -1)
-    precision, recall, f1 = np.zeros((3, len(present), len(grid)))
-    for row, c in enumerate(present):
-        images = [result for result in results[c] if result is not None]
-        scores = np.concatenate([result["dtScores"] for result in images])
-        correct = np.concatenate([result["dtMatches"][0] > 0 for result in images])
-        objects = sum(len(result["gtIds"]) for result in images)
+    precision, recall, f1 = np.zeros((3, np.count_nonzero(present), len(grid)))
+    for row, c in enumerate(np.flatnonzero(present).tolist()):
+        scores, correct, objects = _matches(evaluator, c)
         best_first = np.argsort(-scores, kind="stable")
         found = np.searchsorted(-scores[best_first], -grid, side="right")  # detections >= grid
         true = np.concatenate([[0], np.cumsum(correct[best_first])])[found]

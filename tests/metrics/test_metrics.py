@@ -3,6 +3,7 @@
 import json
 import time
 
+import hotcoco
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from jaxaccum.metrics import detection
 from jaxaccum.metrics.detection import DetectionMetrics, Detections, nms, unletterbox
 
 A, B, C = [10, 10, 50, 50], [100, 100, 180, 160], [200, 20, 240, 90]
@@ -216,10 +218,10 @@ def test_the_mean_is_over_classes_not_over_objects():
     assert (result["precision"], result["recall"]) == (0.5, 0.5)
 
 
-def test_no_detections_score_zero(capsys):
+def test_no_detections_score_zero(capfd):
     result = score(detections(), [A, B], [0, 1])
     assert [result[key] for key in ("map50", "map50_95", "precision", "recall")] == [0.0] * 4
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""
 
 
 def test_no_ground_truth_has_no_score():
@@ -343,3 +345,104 @@ def test_cocos_own_tools_find_the_same_in_what_is_saved(tmp_path, ids):
     assert tool.stats[:3] == pytest.approx(
         [ours["map50_95"], ours["map50"], ours["map75"]], abs=1e-3
     )
+
+
+def random_set(seed, images=30, classes=6):
+    """(found, boxes, classes) of each image: boxes of all sizes, half of them on a grid so that
+    overlaps are equal and are thresholds, some without area; equal scores; more detections of one
+    class in one image than count; images without objects and without detections; a class without
+    objects."""
+    rng = np.random.default_rng(seed)
+    for i in range(images):
+        n = rng.integers(1, 9) * (i % 5 > 0)
+        m = 260 if i == 1 else rng.integers(1, 60) * (i % 7 > 0)
+        corner, side = rng.uniform(0, 300, (n + m, 2)), np.exp(rng.uniform(1, 5.5, (n + m, 2)))
+        boxes = np.concatenate([corner, corner + side], axis=1)
+        if i % 2:
+            boxes = (boxes / 8).round() * 8
+        kinds = rng.integers(0, classes - 1, n)
+        labels = rng.integers(0, classes, m)
+        if i == 1:
+            labels[:] = kinds[:] = 0
+        if n:
+            to, near = rng.integers(0, n, m), rng.random(m) < 0.6
+            noise = rng.normal(0, 1, (m, 4)) * rng.choice([0, 1, 4, 15], (m, 1))
+            boxes[n:][near] = (boxes[to] + noise)[near]
+            labels[near] = kinds[to][near]
+        scores = (near if n else 0) * 0.3 + rng.uniform(0, 0.7, m).round(2)
+        yield detections(*zip(boxes[n:], scores, labels, strict=True)), boxes[:n], kinds
+
+
+def by_tool(coco, evaluation, images, crowds=(), **parameters):
+    """The tool's evaluation of what `random_set` gave; `crowds` are the numbers of objects."""
+    truth, found, sizes = [], [], []
+    for i, (dt, boxes, kinds) in enumerate(images):
+        sizes.append({"id": i, "height": 900, "width": 900})
+        for annotations, of, labels in (truth, boxes, kinds), (found, dt.boxes, dt.classes):
+            xywh = np.concatenate([of[:, :2], of[:, 2:] - of[:, :2]], axis=1).astype(float)
+            annotations += [
+                {"image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0}
+                for b, c in zip(xywh.tolist(), labels.tolist(), strict=True)
+            ]
+        for annotation, value in zip(found[len(found) - len(dt) :], dt.scores, strict=True):
+            annotation["score"] = float(value)
+    for number in crowds:
+        truth[number]["iscrowd"] = 1
+    data = []
+    for annotations in truth, found:
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        data.append(coco())
+        categories = [{"id": c, "name": str(c)} for c in range(6)]
+        data[-1].dataset = {"images": sizes, "categories": categories, "annotations": annotations}
+        data[-1].createIndex()
+    tool = evaluation(*data, "bbox")
+    for name, value in parameters.items():
+        setattr(tool.params, name, value)
+    tool.evaluate()
+    tool.accumulate()
+    return tool
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hotcoco_finds_what_pycocotools_finds(seed):
+    """The twelve figures and what they are of, with crowds, to the last digit."""
+    images = list(random_set(seed))
+    crowds = np.random.default_rng(seed).choice(sum(len(kinds) for *_, kinds in images), 9, False)
+    tool, oracle = (
+        by_tool(coco, evaluation, images, crowds.tolist())
+        for coco, evaluation in ((hotcoco.COCO, hotcoco.COCOeval), (COCO, COCOeval))
+    )
+    for each in tool, oracle:
+        each.summarize()
+    assert len(oracle.stats) == 12 and oracle.stats.min() > 0.1 and oracle.stats.max() < 0.95
+    assert tool.stats.tolist() == oracle.stats.tolist()
+    for name in "precision", "recall", "scores":
+        np.testing.assert_array_equal(tool.eval[name], oracle.eval[name], name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_reported_is_the_same_by_pycocotools(monkeypatch, seed):
+    """Every number, those of each class and the curves, to the last digit."""
+    images = list(random_set(seed))
+    metrics = DetectionMetrics([f"class {c}" for c in range(6)])
+    for i, image in enumerate(images):
+        metrics.add(f"{i:03d}", *image, (900, 900))
+    ours, curves = metrics.compute(), metrics.curves
+    oracle = by_tool(COCO, COCOeval, images, maxDets=[100], areaRng=[[0, 1e10]], areaRngLbl=["all"])
+    results = np.array(oracle.evalImgs, object).reshape(6, len(images))
+
+    def matches(_, c):
+        of = [result for result in results[c] if result is not None]
+        scores = np.concatenate([result["dtScores"] for result in of])
+        correct = np.concatenate([result["dtMatches"][0] > 0 for result in of])
+        return scores, correct, sum(len(result["gtIds"]) for result in of)
+
+    monkeypatch.setattr(detection, "_precision", lambda _: oracle.eval["precision"][..., 0, 0])
+    monkeypatch.setattr(detection, "_matches", matches)
+    theirs = metrics.compute()
+    assert 0.1 < theirs["map50_95"] < 0.9 and np.isnan(theirs["ap/class 5"])
+    assert list(ours) == list(theirs)
+    np.testing.assert_array_equal(list(ours.values()), list(theirs.values()))
+    for found, wanted in zip(curves, metrics.curves, strict=True):
+        np.testing.assert_array_equal(found, wanted)

@@ -56,7 +56,7 @@ class Nothing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
         hidden = {{"flax", "orbax", "ml_collections", "grain", "cv2", "yaml", "tqdm", "psutil",
-                  "tensorflow_datasets", "pycocotools", "tensorboardX", "matplotlib",
+                  "tensorflow_datasets", "hotcoco", "tensorboardX", "matplotlib",
                   "safetensors", "PIL"}}
         if top in hidden:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
