@@ -12,6 +12,8 @@ from jaxaccum.fields import (
     MOST_UPDATES,
     ConfigError,
     any_of,
+    best_dtype,
+    dtype_of,
     get,
     has,
     is_compat,
@@ -71,7 +73,7 @@ def recipe_of(c: ml_collections.ConfigDict, steps: int, data: dict, devices: int
         for parent in parents:
             node = node[parent]
         node.pop(leaf)
-    settings["steps"] = steps
+    settings["steps"], settings["dtype"] = steps, dtype_of(c)
     settings["data"] |= data
     if is_compat(c):  # there the geometry is part of what is learned
         settings["compat"] = {"microbatch": c.microbatch, "devices": devices}
@@ -85,10 +87,12 @@ __all__ = [
     "ConfigError",
     "any_of",
     "as_original",
+    "best_dtype",
     "completion",
     "defaults",
     "detection",
     "detection3d",
+    "dtype_of",
     "get",
     "has",
     "is_compat",

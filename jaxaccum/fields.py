@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Callable, Container, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -104,8 +105,9 @@ def recipe(c: ml_collections.ConfigDict) -> None:
     # Modules that do not learn: "model.0,model.1", or 10 for a detector's first ten (its backbone).
     c.freeze = any_of(0)
     # Compute: "float32", "tf32" (float32 whose products may be rounded on the way, several times
-    # as fast on GPUs) or "bfloat16". Parameters and accumulators are float32 in all of them.
-    c.dtype = "float32"
+    # as fast on GPUs), "bfloat16", or "auto": bfloat16 on GPUs and TPUs that compute in it, else
+    # float32; a run keeps what it began with. Parameters and accumulators are always float32.
+    c.dtype = "auto"
     c.optimizer = ml_collections.ConfigDict(
         {
             "name": "sgd",  # "sgd" (Nesterov), "adamw", "musgd" (SGD and Muon) or "auto"
@@ -197,7 +199,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
     _validate_types(c, own.defaults(), "", ranges, ("bn_group", "microbatch", "freeze", *own.free))
     _validate_cadence(c)
     words = {
-        "dtype": tuple(DTYPES),
+        "dtype": (*DTYPES, "auto"),
         "engine": ("scan", "multisteps"),
         "optimizer.name": ("sgd", "adamw", "musgd", "auto"),
         "optimizer.weight_decay_scaling": ("none", "linear"),
@@ -316,6 +318,21 @@ def _validate_types(
             raise ConfigError(f"{field} holds a NUL: {shown(value)}")
         if isinstance(default, ml_collections.ConfigDict):
             _validate_types(value, default, f"{field}.", ranged, free)
+
+
+def dtype_of(c: ml_collections.ConfigDict) -> str:
+    """`dtype`, and for "auto" what it is on the devices at hand."""
+    return best_dtype(jax.devices()[0]) if c.dtype == "auto" else c.dtype
+
+
+def best_dtype(device: Any) -> str:
+    """bfloat16 on TPUs, and on GPUs whose matrix units have it (NVIDIA's since Ampere, 8.0)."""
+    if device.platform == "tpu":
+        return "bfloat16"
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return "float32"
+    number = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    return "bfloat16" if number is None or int(number[1]) >= 8 else "float32"
 
 
 def is_compat(c: ml_collections.ConfigDict) -> bool:

@@ -72,6 +72,8 @@ def settle(geometries: list[Laid]):
             config.lr.warmup_epochs = 0.0
         if X64.value:
             config.dtype = "float64"
+        if config.dtype == "auto":  # the law itself, and not what a device does best
+            config.dtype = "float32"
         common = math.gcd(*(g.microbatch for g in geometries))
         group = config.bn_group
         fits = not isinstance(group, int) or all(groups_fit(group, g) for g in geometries)

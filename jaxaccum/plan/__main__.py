@@ -110,7 +110,8 @@ def main() -> int:
     if not _JSON.value:
         per = f"effective batch {config.nbs}" if not _LARGEST.value else "one microbatch per update"
         print(
-            f"{config.model}, {config.dtype}, {per}, bn_group {config.bn_group}, for {devices} x "
+            f"{config.model}, {made.config.dtype}, {per}, bn_group {config.bn_group}, "
+            f"for {devices} x "
             f"{target.name}{f' ({target.kind})' if target.kind else ''}"
         )
     for memory in memories:

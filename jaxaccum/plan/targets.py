@@ -16,6 +16,7 @@ import psutil
 from jax.experimental import topologies
 
 from jaxaccum.errors import UserError
+from jaxaccum.fields import best_dtype
 
 GIB = 2**30
 
@@ -67,6 +68,11 @@ class Target:
     def at_hand(self) -> bool:
         """Whether it is the device that JAX runs on here."""
         return self.description is None and self.topology is None
+
+    @property
+    def dtype(self) -> str:
+        """What a config's dtype "auto" is there."""
+        return best_dtype(self.devices(1)[0])
 
     def devices(self, number: int) -> list[Any]:
         """That many devices to compile for.

@@ -13,6 +13,7 @@ from jaxaccum import config as configs
 from jaxaccum import plan, tasks
 from jaxaccum.accumulate import State, make_engine
 from jaxaccum.data.check import signature
+from jaxaccum.data.texts import shown_path
 from jaxaccum.errors import TrainingError
 from jaxaccum.machine import host_memory
 from jaxaccum.machine.waiting import waiting
@@ -27,7 +28,15 @@ from jaxaccum.training.keeping import Keeper
 from jaxaccum.training.logs import MetricsFile
 from jaxaccum.training.preemption import Preempted, Preemption
 from jaxaccum.training.progress import Progress
-from jaxaccum.training.restart import best_of, finished, restored, rewound, say_changes, say_swapped
+from jaxaccum.training.restart import (
+    best_of,
+    finished,
+    kept_dtype,
+    restored,
+    rewound,
+    say_changes,
+    say_swapped,
+)
 from jaxaccum.training.validation import Validation
 from jaxaccum.training.workdir import WorkdirError, locked
 from jaxaccum.weights.initial import identities, load_initial
@@ -78,7 +87,7 @@ def _train(
     peers: Peers,
     watch: Watch | None,
 ) -> dict[str, float]:
-    config, this, train_set, val_set = _opened(config, peers)
+    config, this, train_set, val_set = _opened(_with_dtype(config, workdir, peers), peers)
     log_file = MetricsFile(workdir / "metrics.jsonl", this.recipe.fingerprint)
     cadence = Cadence(this, len(train_set), log_file)
     over = finished(this, workdir, accept_other_recipe, cadence) if peers.first else None
@@ -181,6 +190,23 @@ def _say_the_end(
             print(f"report: {workdir / 'report.html'}")
         for split, source in sources.items():
             say_swapped(split, source)
+
+
+def _with_dtype(
+    config: ml_collections.ConfigDict, workdir: Path, peers: Peers
+) -> ml_collections.ConfigDict:
+    """The config with what "auto" means: what the run in the workdir has, wherever that began, and
+    else what the devices at hand do best."""
+    if config.dtype != "auto":
+        return config
+    kept = peers.from_first("dtype", kept_dtype(workdir) if peers.first else None)
+    config = run.with_dtype(config, kept or configs.dtype_of(config))
+    here = configs.best_dtype(jax.devices()[0])
+    if kept is not None and kept != here:
+        print(f"dtype auto: {kept}, as the run in {shown_path(workdir)} began (here: {here})")
+    elif config.dtype != "float32":
+        print(f"dtype auto: {config.dtype} ({jax.devices()[0].device_kind})")
+    return config
 
 
 def _opened(

@@ -15,7 +15,7 @@ from jaxaccum.data import check
 from jaxaccum.data.texts import shown_path
 from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence
-from jaxaccum.training.checkpoint import CheckpointError, Checkpoints
+from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, newest_complete
 from jaxaccum.training.distributed import Peers
 from jaxaccum.training.divergence import Divergence
 from jaxaccum.training.logs import MetricsFile
@@ -41,6 +41,18 @@ def require_same_recipe(meta: dict[str, Any], recipe: Recipe, workdir: Path) -> 
             "back, or continue all the same with --accept_other_recipe (its curve will be "
             "neither's)."
         )
+
+
+def kept_dtype(workdir: Path) -> str | None:
+    """The dtype of the run in a workdir, None where there is none or it cannot be read: then it is
+    said when its state is to be restored."""
+    if newest_complete(workdir) is None:
+        return None
+    try:
+        with Checkpoints(workdir) as checkpoints:
+            return checkpoints.meta()["recipe"]["dtype"]
+    except (CheckpointError, KeyError, TypeError):
+        return None
 
 
 def restored(

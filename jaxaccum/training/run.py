@@ -90,6 +90,7 @@ def prepare(
     configs.validate(config)
     if config.microbatch == "auto":
         raise configs.ConfigError("microbatch auto is settled by training; here give a number")
+    config = with_dtype(config, configs.dtype_of(config))
     # More devices than microbatches would only compute padding.
     useful = -(-config.nbs // config.microbatch)
     devices = config.devices or min(len(jax.devices()), useful)
@@ -182,9 +183,19 @@ def compute_dtype(config: ml_collections.ConfigDict) -> Any:
     float32 means float32: by default GPUs and TPUs round the factors, to a different degree from
     one program to the next, which is more than a geometry may change.
     """
-    exact = {"float32": "highest", "float64": "highest"}.get(config.dtype)
+    dtype = configs.dtype_of(config)
+    exact = {"float32": "highest", "float64": "highest"}.get(dtype)
     jax.config.update("jax_default_matmul_precision", exact)
-    return jnp.dtype(configs.DTYPES[config.dtype])
+    return jnp.dtype(configs.DTYPES[dtype])
+
+
+def with_dtype(config: ml_collections.ConfigDict, dtype: str) -> ml_collections.ConfigDict:
+    """The config with this in the place of its dtype "auto", if it has that."""
+    if config.dtype != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    config.dtype = dtype
+    return config
 
 
 def open_source(

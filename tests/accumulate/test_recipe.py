@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -59,6 +61,33 @@ def test_wrong_values_are_refused():
         Geometry(0)
 
 
+@pytest.mark.parametrize("group", [0, -4, 2.0])
+def test_a_group_is_a_number_of_samples(group):
+    with pytest.raises(ValueError, match="bn_group is a number of samples"):
+        Recipe(8, group)
+
+
+def test_a_group_that_only_single_samples_divide():
+    with pytest.raises(GeometryError, match="or change the recipe to bn_group 1 or 'frozen'"):
+        Window(Recipe(16, 3), Geometry(5))
+
+
+def test_a_fingerprint_stays_what_it_is():
+    """Runs are found again by it: eight hex digits of the values, whatever their order."""
+    one = Recipe(64, 8, {"seed": 1, "lr": {"base": 0.01}})
+    assert one.fingerprint == Recipe(64, 8, {"lr": {"base": 0.01}, "seed": 1}).fingerprint
+    assert one.fingerprint == "15d64cfb"
+
+
+def test_differences_are_of_both_recipes():
+    """What only one of them has, too, by dotted names."""
+    ours = Recipe(64, 8, {"lr": {"base": 0.01}, "new": 1})
+    theirs = {"nbs": 64, "bn_group": 4, "lr": {"base": 0.01, "gone": 2}}
+    assert ours.differences(theirs) == {
+        "bn_group": (4, 8), "lr.gone": (2, None), "new": (None, 1),
+    }  # fmt: skip
+
+
 def recipe(**changes):
     config = configs.detection()
     config.update_from_flattened_dict(changes)
@@ -79,9 +108,25 @@ def test_the_fingerprint_is_of_the_recipe_alone():
     }.items():  # fmt: skip
         changed = recipe(**{field: value})
         assert changed.fingerprint != base.fingerprint, field
-        assert changed.differences(base.as_dict()) == {
-            field: (configs.get(configs.detection(), field), value)
-        }
+        usual = "float32" if field == "dtype" else configs.get(configs.detection(), field)
+        assert changed.differences(base.as_dict()) == {field: (usual, value)}
+
+
+def test_auto_is_the_dtype_that_it_becomes():
+    assert recipe(dtype="auto") == recipe(dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "wanted"),
+    [
+        ("cpu", None, "float32"), ("tpu", None, "bfloat16"), ("gpu", "9.0", "bfloat16"),
+        ("gpu", "8.0", "bfloat16"), ("gpu", "7.5", "float32"), ("cuda", "12.0", "bfloat16"),
+        ("rocm", "gfx942", "bfloat16"), ("metal", None, "float32"),
+    ],
+)  # fmt: skip
+def test_what_auto_becomes(platform, capability, wanted):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert configs.best_dtype(device) == wanted
 
 
 def test_compat_learns_by_its_geometry():

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from tiny import predicted, tiny_config
 
 from jaxaccum import config as configs
-from jaxaccum import data, evaluate, train
+from jaxaccum import data, evaluate, fields, train
 from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
 from jaxaccum.metrics import detection as detection_metrics
@@ -175,6 +175,25 @@ def test_the_log_does_not_show_the_geometry(trained, tmp_path, changes):
     for ours, theirs in zip(records(tmp_path), records(trained), strict=True):
         assert ours["fingerprint"] == theirs["fingerprint"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
+
+
+def test_auto_keeps_the_dtype_that_the_run_began_with(tmp_path, capsys):
+    """On a device of bfloat16, and continued on this one, which would take float32."""
+    changes = {"steps": 2, "eval.every": -1, "checkpoint.every": 1, "log.report": False}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (configs, fields):
+            patch.setattr(module, "best_dtype", lambda device: "bfloat16")
+        train.train(tiny_config(**changes), tmp_path)
+    assert "dtype auto: bfloat16 (cpu)" in capsys.readouterr().out
+    train.train(tiny_config(**changes | {"steps": 2, "epochs": 1.0}), tmp_path)  # is finished
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        meta = checkpoints.meta()
+    assert meta["recipe"]["dtype"] == meta["config"]["dtype"] == "bfloat16"
+    said = capsys.readouterr().out
+    assert f"dtype auto: bfloat16, as the run in {tmp_path} began (here: float32)" in said
+    with pytest.raises(checkpoint.CheckpointError, match="dtype: checkpoint 'bfloat16', config"):
+        train.train(tiny_config(dtype="float32", **changes), tmp_path)
+    assert inference.load(tmp_path).config.dtype == "bfloat16"
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
