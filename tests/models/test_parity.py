@@ -90,7 +90,7 @@ def synthetic(variant, classes):
     shapes = {k: list(s) for k, s in weights.shapes(variant, classes).items()}
     stats = [key for key in shapes if "running_" in key]
     trained = [key for key in shapes if key not in stats]
-    shapes["model.9.dfl.conv.weight"] = [1, 16, 1, 1]
+    shapes["model.5.dfl.conv.weight"] = [1, 16, 1, 1]
     size = sum(int(np.prod(s)) for key, s in shapes.items() if key not in stats)
     facts = {
         "variant": variant, "nc": classes, "state": shapes, "parameters": size,
@@ -121,6 +121,67 @@ def test_a_detector_of_our_own(tiny_fixture):
     result = parity.DetectorFixture(*tiny_fixture).compare(x64=True)
     assert result.passed, str(result)
     assert all(verdict.rounding < 1e-4 for verdict in result.verdicts.values()), str(result)
+    assert "loss_vector" in result.verdicts
+    assert not any("not judged" in note for note in result.notes), str(result)
+
+
+@pytest.mark.slow
+def test_wrong_numbers_are_not_excused(tiny_fixture):
+    facts, data = tiny_fixture
+    norms, boxes, vector = (np.array(data[k]) for k in ("grad_norm", "eval_boxes", "loss_vector"))
+    norms[20] *= 1.01
+    boxes[0, 3, 5] += 1e-3 * np.abs(boxes).max()
+    vector[1] *= 1.001
+    wrong = {"grad_norm": norms, "eval_boxes": boxes, "loss_vector": vector, "more": norms}
+    result = parity.DetectorFixture(facts, data | wrong).compare()
+    found = {"grad_norm_rms", "grad_norm_max", "eval_boxes", "loss_vector"}
+    assert set(result.beyond) == found, str(result)
+    assert "not judged: more" in str(result)
+
+
+@pytest.mark.parametrize("name", ["tiny-t", "adapointr-small"])
+def test_tensors_on_one_side_are_named(name):
+    detector = name == "tiny-t"
+    needed = weights.shapes(name, 5 * detector)
+    stats = [k for k in needed if "running_" in k]
+    state = {k: list(s) for k, s in needed.items()}
+    state |= {k.replace("running_var", "num_batches_tracked"): [] for k in stats if "_var" in k}
+    state |= {"model.5.dfl.conv.weight": [1, 16, 1, 1]} if detector else {}
+    facts = {"variant": name, "nc": 5, "points": 4096, "state": state, "stat_names": stats,
+             "parameters": 0, "grad_names": []}  # fmt: skip
+    beside = ["model.5.dfl.conv.weight"] * detector
+    parity.require_tensors(facts, needed, beside)
+
+    def stopped(message, **changed):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            if detector:
+                parity.DetectorFixture(facts | changed, {"seed": 0}).numbers(jnp.float32)
+            else:
+                parity.CompletionFixture(facts | changed, {"seed": 0}, jnp.float32)
+
+    key, *others = stats
+    for lost in (key, *beside):
+        less = {k: s for k, s in state.items() if k != lost}
+        stopped(f"weights that only the model has: {lost}", state=less)
+    stopped(
+        "weights that only the fixture has: model.2.gamma", state=state | {"model.2.gamma": [8]}
+    )
+    stopped(f"weights of another shape: {key}", state=state | {key: [3]})
+    stopped("statistics that only the fixture has: a", stat_names=[*stats, "a"])
+    stopped(f"statistics that only the model has: {key}", stat_names=others)
+    if not detector:
+        lost = "base_model.coarse_pred.2.weight"
+        less = {k: s for k, s in state.items() if k != lost}
+        stopped(f"no model we know has the fixture's {lost}: missing", state=less)
+
+
+def test_targets_of_images_without_objects():
+    none = np.zeros(0, np.float32)
+    data = {"target_location_3d": np.zeros((0, 3)), "target_dimensions_3d": np.zeros((0, 3)),
+            "target_rotation_y": np.zeros((0, 1))}  # fmt: skip
+    flat = parity.padded_targets(none, none, np.zeros((0, 4)), 2, 128, 128)
+    solid = parity.padded_boxes3d(data, none)
+    assert flat.boxes.shape[:2] == solid.locations.shape[:2] == (2, 1)
 
 
 @pytest.mark.slow
@@ -275,6 +336,15 @@ def test_a_turned_neighbour_is_found(monkeypatch):
         assert ours.errors(clouds)["eval_fine"].max() == 0
         assert not any(map(np.any, ours.turns(risk=0.99 * risk)))
         assert all(map(np.array_equal, ours.turns(risk=1.01 * risk), turned))
+
+
+def test_neighbours_are_turned_within_the_limit():
+    cloud = jnp.asarray([[[0.0, 0, 1], [0, 1, 1e-3], [3, 0, 1]]])  # the second near the first
+    query = jnp.zeros((1, 1, 3))
+    for limit, nearest in ((1e-8, 0), (1e-5, 1)):
+        with parity.Turned([jnp.ones((1, 1), bool)], limit) as decisions:
+            assert int(parity.points.nearest(query, cloud, 1).squeeze()) == nearest
+        assert 1e-8 < float(decisions.risks[0].squeeze()) < 1e-5
 
 
 @pytest.mark.slow
