@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from jaxaccum.accumulate import GroupBatchNorm, Groups, batchnorm
 
@@ -105,11 +108,54 @@ def test_merged_moments_are_those_of_all_samples(samples, size, padded, cuts, se
         np.testing.assert_allclose(moved[name], blend, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("activate", [False, True])
+def test_a_group_on_several_devices_is_one_group(x64, activate):
+    """Also one that has fewer values than devices."""
+    rng = np.random.default_rng(0)
+    x, probe = rng.normal(3.0, 2.0, (2, 4, 3))
+    scale, bias = rng.uniform(0.5, 2, 3), rng.normal(size=3)
+    weight = np.array([1.0, 0, 1, 0])
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), (batchnorm.GROUP_AXIS,))
+
+    def results(x, scale, bias, weight, probe):
+        def loss(x, scale, bias):
+            y, mean, var, count = batchnorm.normalise(x, scale, bias, weight, 4, EPS, activate)
+            added = batchnorm.moments(mean, var, count, jnp.ones(3))
+            return jnp.sum(y * probe * weight[:, None]), added
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("group"), P(), P(), P("group"), P("group")),
+        out_specs=((P("group"), P(), P()), P()),
+    )  # fmt: skip
+    def divided(x, scale, bias, weight, probe):
+        own = jax.lax.pcast((scale, bias), "group", to="varying")
+        (dx, *rest), added = results(x, *own, weight, probe)
+        rest, added = jax.lax.psum((rest, added), "group")
+        return (dx, *rest), added
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13),
+        divided(x, scale, bias, weight, probe), results(x, scale, bias, weight, probe),
+    )  # fmt: skip
+
+
 def test_a_window_without_samples_moves_nothing():
     zero = {"count": jnp.zeros(()), "first": jnp.zeros(3), "second": jnp.zeros(3)}
     stats = {"a": {"mean": jnp.ones(3), "var": jnp.full(3, 2.0)}}
     moved = batchnorm.move_statistics(stats, {"a": zero}, 0.5)
     jax.tree.map(np.testing.assert_array_equal, moved, stats)
+
+
+def test_a_window_of_a_single_value_moves_the_mean():
+    """Its variance is 0, and not 0 / 0."""
+    one = {"count": jnp.ones(()), "first": jnp.full(3, 2.0), "second": jnp.full(3, 4.0)}
+    stats = {"mean": jnp.ones(3), "var": jnp.full(3, 2.0)}
+    moved = batchnorm.move_statistics(stats, one, 0.5)
+    np.testing.assert_array_equal(moved["mean"], np.full(3, 2.0))
+    np.testing.assert_array_equal(moved["var"], np.full(3, 1.0))
 
 
 def test_running_statistics_without_groups():
@@ -128,6 +174,35 @@ def test_bfloat16_statistics_are_float32():
     x = jnp.asarray(data()[0], jnp.bfloat16)
     y, mean, var, _ = batchnorm.normalise(x, jnp.ones(3), jnp.zeros(3), jnp.ones(6), 6, EPS, False)
     assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+
+
+def test_gradients_of_bfloat16_are_summed_in_float32():
+    x = jnp.asarray(data()[0], jnp.bfloat16)
+    probe = jax.random.normal(jax.random.key(1), x.shape, jnp.bfloat16)
+
+    def gradients(x, dtype):
+        scale, bias = jnp.full(3, 1.5, dtype), jnp.ones(3, dtype)
+
+        def loss(x, scale, bias):
+            y = batchnorm.normalise(x, scale, bias, jnp.ones(6), 6, EPS, False)[0]
+            return jnp.vdot(y, probe.astype(y.dtype))
+
+        return jax.grad(loss, (0, 1, 2))(x, scale, bias)
+
+    found, wide = gradients(x, jnp.float32), gradients(x.astype(jnp.float32), jnp.float32)
+    for a, b in zip(found[1:], wide[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(found[0].astype(jnp.float32), wide[0], rtol=2**-8, atol=1e-6)
+    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    assert [a.dtype for a in gradients(x, jnp.bfloat16)] == [jnp.bfloat16] * 3
+
+
+def test_weights_in_float64_widen_nothing(x64):
+    x, weight = jnp.asarray(data()[0], jnp.float32), jnp.ones(6)
+    ones = jnp.ones(3, jnp.float32)
+    assert weight.dtype == jnp.float64
+    made = batchnorm.normalise(x, ones, ones, weight, 6, EPS, False)
+    assert [a.dtype for a in made] == [jnp.float32] * 4
 
 
 def test_a_group_of_padding_is_finite_through_many_layers():

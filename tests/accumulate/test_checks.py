@@ -227,6 +227,19 @@ def test_running_statistics_that_nothing_moves_are_right():
     assert update(theirs, net=Theirs())[1]["ok"]
 
 
+def test_what_lies_beside_the_statistics_is_left_alone():
+    """Only a mean or a variance that nothing reads tells of a layer that normalises by itself."""
+    params, stats = variables(Ours())
+    stats = stats | {"seen": {"images": np.zeros(3)}}
+    made = make_engine(
+        lambda params, stats, *rest: forward(params, {"norm": stats["norm"]}, *rest),
+        make_rule(), Window(Recipe(NBS, GROUP), Geometry(4)),
+    )  # fmt: skip
+    state, log = made.update(made.init(params, stats), batch_of())
+    assert log["ok"]
+    np.testing.assert_array_equal(state.stats["seen"]["images"], np.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("features", "said"),
     [
@@ -247,6 +260,15 @@ def test_features_of_coupled_terms(features, said):
 def test_a_forward_of_three_arguments():
     with pytest.raises(ContractError, match=r"called as forward\(params, stats, microbatch, gro"):
         update(lambda params, stats, batch: forward(params, stats, batch, None))
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_what_is_only_lowered_is_checked_too(engine):
+    window = Window(Recipe(NBS, GROUP), Geometry(4, engine=engine))
+    made = make_engine(forward, make_rule(), window)
+    state = made.init(*variables(Ours()))
+    with pytest.raises(ContractError, match="no 'weight'"):
+        made.lowered(state, without(batch_of(), "weight"))
 
 
 def test_what_is_right_is_checked_once(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from hlo import collectives
 
 from jaxaccum.accumulate import (
     Coupled,
@@ -19,12 +20,13 @@ from jaxaccum.accumulate import (
     Term,
     UpdateRule,
     equivalence,
+    fsdp,
     sample_keys,
     usual_rule,
 )
 from jaxaccum.losses import alignment
 
-NBS, SEED = 11, 7
+NBS, SEED, SCALE = 11, 7, 3.0
 
 
 def embed(params, stats, batch, groups):
@@ -62,12 +64,15 @@ def covariance(params, features, weight):
 
 TERMS = {
     "contrast": (Coupled("contrast", 0.7, contrast),),
-    "both": (Coupled("contrast", 0.7, contrast), Coupled("covariance", 0.2, covariance)),
+    "both": (
+        Coupled("contrast", 0.7, contrast, watched={"seen": contrast}),
+        Coupled("covariance", 0.2, covariance),
+    ),
 }
 
 
-def make_rule(coupled, scale=1.0):
-    objective = Objective((Term("fit", 2.0, "samples"),), {"samples": 1.0}, scale, coupled=coupled)
+def make_rule(coupled):
+    objective = Objective((Term("fit", 2.0, "samples"),), {"samples": 1.0}, SCALE, coupled=coupled)
     optimizer = optax.chain(optax.trace(0.9), optax.scale(-0.05))
     return UpdateRule(objective, optimizer, clip=1.0)
 
@@ -92,7 +97,7 @@ def run(geometry, bn_group=4, terms="both", updates=3, dtype=np.float64):
 
 
 def in_one_pass(bn_group, terms):
-    """The gradient and the loss of the first effective batch, written down directly."""
+    """The loss of the first effective batch and SCALE times its gradient, written down directly."""
     params, stats = initial(np.float64)
     batch = next(batches(np.float64))
 
@@ -109,17 +114,21 @@ def in_one_pass(bn_group, terms):
         features = jax.tree.map(lambda a: a[:NBS], out.features)
         return value + sum(t.gain * t.loss(params, features, weight) for t in TERMS[terms])
 
-    return jax.value_and_grad(loss)(params)
+    value, gradient = jax.value_and_grad(loss)(params)
+    return value, optax.tree.scale(SCALE, gradient)
 
 
 @pytest.mark.parametrize("bn_group", [4, "frozen"])
 @pytest.mark.parametrize("terms", [pytest.param("contrast", marks=pytest.mark.slow), "both"])
 def test_the_gradient_of_one_pass(x64, bn_group, terms):
     value, gradient = in_one_pass(bn_group, terms)
-    for geometry in (Geometry(4, 2), Geometry(4, 1, "multisteps")):
+    for geometry in (Geometry(4, 2), Geometry(4, 2, "multisteps")):
         found = run(geometry, bn_group, terms, updates=1)
         assert found.logs[0]["loss"] == pytest.approx(float(value), rel=1e-12)
         assert equivalence.distance(found.gradient, gradient) < 1e-12
+        if terms == "both":  # what is watched has no gain
+            seen = found.logs[0]["metrics/seen"]
+            assert found.logs[0]["loss/contrast"] == pytest.approx(0.7 * seen, rel=1e-13)
 
 
 @pytest.mark.slow
@@ -162,18 +171,66 @@ def test_the_temperature_learns(x64):
         assert run(geometry).params["scale"] != before["scale"]
 
 
-def test_a_shorter_window(x64):
+def test_a_divided_state_is_one_run(x64, monkeypatch):
+    """Both passes gather the parameters, and the coupled terms' own gradient is theirs as well."""
+    monkeypatch.setattr(fsdp, "SMALLEST", 1)
+    _, gradient = in_one_pass("frozen", "both")
+    found = run(Geometry(2, 2, fsdp=2), "frozen", updates=1)
+    assert equivalence.distance(found.gradient, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_a_shorter_window(x64, engine):
     """Fewer microbatches than the window has room for: the rest is not in the contrast."""
     from jaxaccum.accumulate import Window, make_engine
 
     found = []
-    for nbs, geometry in ((8, Geometry(4)), (16, Geometry(4))):
+    for nbs, geometry in ((8, Geometry(4)), (16, Geometry(4, 1, engine))):
         engine = make_engine(
             forward, make_rule(TERMS["both"]), Window(Recipe(nbs, "frozen"), geometry)
         )
         _, log = engine.update(engine.init(*initial(np.float64)), next(batches(np.float64, 8)), 2)
         found.append(float(log["loss"]))
     assert found[0] == pytest.approx(found[1], rel=1e-13)
+
+
+def test_what_is_lowered_for_shapes_is_what_runs():
+    """Of each call per microbatch: the two passes, and what lies between and after."""
+    from jaxaccum.accumulate import Window, make_engine
+
+    engine = make_engine(
+        forward, make_rule(TERMS["both"]),
+        Window(Recipe(NBS, "frozen"), Geometry(4, 2, "multisteps")),
+    )  # fmt: skip
+    state, batch = engine.init(*initial(np.float32)), next(batches(np.float32))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, batch))
+    programs, used = engine.lowered(*shapes), {}
+    names = ("_first_pass", "_between", "_add", "_close")
+    for name in names:
+        call = getattr(engine, name)
+
+        def seen(*arguments, name=name, call=call):
+            used.setdefault(name, call.lower(*arguments))
+            return call(*arguments)
+
+        setattr(engine, name, seen)
+    engine.update(state, batch)
+    assert [p.in_avals for p in programs] == [used[name].in_avals for name in names]
+    assert [p.as_text() for p in programs] == [used[name].as_text() for name in names]
+
+
+def test_the_features_are_gathered_once():
+    """A leaf at a time, and the weights; the denominators and the update's sums are reduced."""
+    from jaxaccum.accumulate import Window, make_engine
+
+    engine = make_engine(
+        forward, make_rule(TERMS["contrast"]), Window(Recipe(16, "frozen"), Geometry(2, 4))
+    )
+    state = engine.init(*initial(np.float32))
+    placed = engine.place(next(batches(np.float32, 16)))
+    found = collectives(engine.lower(state, *placed).compile().as_text())
+    assert not any(c.looped for c in found)
+    assert sorted(c.kind for c in found) == ["all-gather"] * 3 + ["all-reduce"] * 2
 
 
 def test_memory_is_flat():

@@ -21,6 +21,7 @@ from jaxaccum.accumulate import (
     Objective,
     Recipe,
     equivalence,
+    grouped,
     make_engine,
     update,
 )
@@ -261,6 +262,43 @@ def test_the_tolerance_of_rounding():
     assert exact == equivalence.Tolerance(1e-5, None, 2**-9)
 
 
+def test_every_difference_is_of_its_own_part():
+    one = equivalence.Trace(
+        [np.ones(2)], [np.ones(3)], [np.ones(4)], [np.ones(5)],
+        [{"loss": 1.0, "loss/a": 1.0, "samples": 4.0}, {"loss": 2.0, "loss/a": 2.0}],
+    )  # fmt: skip
+    assert not any(equivalence.differences(one, one).values())
+    first, later = ([dict(log) for log in one.logs] for _ in range(2))
+    first[0]["loss"], later[1]["loss"] = 1.5, 2.5
+    for changed, parts in (
+        (one._replace(gradient=[np.full(2, 1.5)]), {"gradient": 0.5}),
+        (one._replace(params=[np.full(3, 1.5)]), {"parameters": 0.5}),
+        (one._replace(stats=[np.full(4, 1.5)]), {"statistics": 0.5}),
+        (one._replace(ema=[np.full(5, 1.5)]), {"average": 0.5}),
+        (one._replace(logs=first), {"first loss": 0.5 / 2**0.5, "losses": 0.5 / 10**0.5}),
+        (one._replace(logs=later), {"losses": 0.5 / 10**0.5}),
+    ):
+        found = equivalence.differences(changed, one)
+        assert {k: v for k, v in found.items() if v} == pytest.approx(parts, rel=1e-12)
+    broken = equivalence.differences(one._replace(params=[np.full(3, np.nan)]), one)
+    assert broken["parameters"] == np.inf
+
+
+def test_the_verdict_names_what_differs():
+    rows = (
+        (Geometry(4, 2, fsdp=2), {"gradient": 1e-13, "loss": 0.0}),
+        (Geometry(2, 1, "multisteps"), {"gradient": 1e-13, "loss": 1e-11}),
+    )
+    verdict = equivalence.Verdict(Geometry(8), rows, 1e-12)
+    head, fine, other, said = str(verdict).splitlines()
+    assert head.startswith("from 8 scan") and head.split()[-2:] == ["gradient", "loss"]
+    assert fine.startswith("4 x 2 devices scan, fsdp 2") and "one run" in fine
+    assert other.startswith("2 multisteps") and "ANOTHER" in other
+    assert said.startswith("Differences up to 1e-12 are rounding") and "float32" not in said
+    assert not verdict.ok
+    assert equivalence.Verdict(Geometry(8), rows[:1], 1e-12).ok
+
+
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_the_check_notices_a_double_reduction(x64, monkeypatch, engine):
     expected, once = reference(True), jax.lax.psum
@@ -294,8 +332,7 @@ def test_the_check_notices_statistics_moved_per_microbatch(x64, monkeypatch, eng
 # --- What the engines promise beside it. ---
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+@pytest.mark.parametrize("engine", [pytest.param("scan", marks=pytest.mark.slow), "multisteps"])
 def test_a_window_that_is_not_finite_is_skipped(engine):
     recipe = Recipe(8, 4)
     rule = toy.make_rule(8)
@@ -336,6 +373,25 @@ def test_a_ramp_of_the_effective_batch(x64, engine):
 
 
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
+@pytest.mark.parametrize(
+    ("samples", "steps", "said"),
+    [
+        (8, 1, "8 samples in 1 microbatches of 4: the window has 2"),
+        (9, None, "9 samples in 2 microbatches of 4"),
+        (8, 3, "8 samples in 3 microbatches of 4: the window has 2"),
+    ],
+)
+def test_what_the_window_has_no_room_for_is_refused(engine, samples, steps, said):
+    """Not left out, and no microbatch is computed twice."""
+    machine = make_engine(
+        toy.make_forward(), toy.make_rule(8), Window(Recipe(8, 4), Geometry(4, 1, engine))
+    )
+    batch = next(toy.make_batches(samples, np.float32)())
+    with pytest.raises(GeometryError, match=said):
+        machine.update(machine.init(*toy.initial(np.float32)), batch, steps=steps)
+
+
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
 def test_several_processes_compute_whole_windows_only(monkeypatch, engine):
     """A shorter window would leave out the last samples of every process's share."""
     with monkeypatch.context() as one_of_two:
@@ -368,6 +424,16 @@ def test_the_gradient_is_that_of_the_ratio(x64):
     trace = run(Geometry(2, 2), nbs, "frozen")
     assert equivalence.distance(trace.gradient, expected) < 1e-12
     assert trace.logs[0]["loss"] == pytest.approx(float(loss(params)) / nbs, rel=1e-12)
+
+
+def test_sums_are_as_wide_as_the_numerators(x64):
+    """Weights in float32 narrow nothing: `optax.MultiSteps` adds everything up in one dtype."""
+    batch = next(toy.make_batches(8, np.float64)())
+    batch["weight"] = batch["weight"].astype(np.float32)
+    sums = toy.make_rule(8).objective.sums(
+        grouped(toy.make_forward(), None), *toy.initial(np.float64), batch
+    )
+    assert {a.dtype for a in jax.tree.leaves(sums)} == {np.dtype(np.float64)}
 
 
 def test_clipping_acts_once_on_the_divided_gradient(x64):

@@ -8,7 +8,7 @@ import pytest
 import toy
 from toy import Geometry, Recipe
 
-from jaxaccum.accumulate import GeometryError, batchnorm, equivalence, fsdp
+from jaxaccum.accumulate import GeometryError, batchnorm, equivalence, fsdp, make_engine
 from jaxaccum.accumulate.recipe import Window
 
 NBS, GROUP = 16, 4
@@ -37,13 +37,31 @@ def require_same(geometry, reference=None, **options):
 @pytest.mark.parametrize(
     "geometry",
     [
-        Geometry(4, 2, fsdp=2), Geometry(4, 4, fsdp=2), Geometry(4, 4, fsdp=4),
+        Geometry(4, 2, fsdp=2), Geometry(4, 4, fsdp=4),
         Geometry(2, 4, fsdp=2), Geometry(1, 4, fsdp=4), Geometry(2, 4, fsdp=4),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_divided_state_is_one_run(x64, geometry):
     require_same(geometry)
+
+
+def test_a_divided_state_on_twice_as_many_devices_is_one_run(x64):
+    require_same(Geometry(4, 4, fsdp=2))
+
+
+def test_the_norm_is_that_of_all_leaves(x64):
+    """Divided or whole, by the devices along one axis or both."""
+    rng = np.random.default_rng(0)
+    tree = {name: rng.normal(size=shape) for name, shape in
+            {"a": (8, 3), "b": (4,), "c": (3,), "d": (5, 4), "e": ()}.items()}  # fmt: skip
+    wanted = np.sqrt(sum(np.sum(np.square(a)) for a in tree.values()))
+    for shape in ((1, 4, 1), (2, 2, 1), (1, 2, 2)):
+        devices = np.asarray(jax.devices()[:4]).reshape(shape)
+        mesh = jax.sharding.Mesh(devices, ("data", *fsdp.AXES))
+        specs = jax.tree.map(lambda a: fsdp.spec(a.shape, shape[1] * shape[2]), tree)  # noqa: B023
+        assert {len(spec) for spec in specs.values()} == {0, 1, 2}
+        assert float(jax.jit(fsdp.norm(mesh, specs))(tree)) == pytest.approx(wanted, rel=1e-14)
 
 
 @pytest.mark.slow
@@ -79,6 +97,12 @@ def test_the_check_notices_statistics_of_a_part_of_the_group(x64, monkeypatch):
 def test_geometries_that_cannot_be(geometry, message):
     with pytest.raises(GeometryError, match=message):
         Window(Recipe(16, 4), Geometry(*geometry))
+
+
+def test_more_devices_than_there_are():
+    window = Window(Recipe(16, 4), Geometry(4, 64))
+    with pytest.raises(GeometryError, match="asks for 64 devices, but JAX sees 4"):
+        make_engine(toy.make_forward(), toy.make_rule(16), window)
 
 
 def test_parts_and_groups_that_do_not_fit_each_other():

@@ -85,6 +85,37 @@ def test_the_state_is_donated(devices):
     assert compiled.memory_analysis().alias_size_in_bytes >= size
 
 
+def test_multisteps_donates_its_accumulator_and_the_state():
+    """Neither is held twice."""
+    made, state, batch = engine("multisteps")
+    adding, closing = (p.compile().memory_analysis() for p in made.lowered(state, batch))
+    parameters = sum(a.nbytes for a in jax.tree.leaves(state.params))
+    accumulator = 2 * parameters  # of two denominators
+    assert adding.alias_size_in_bytes >= accumulator
+    assert closing.alias_size_in_bytes >= accumulator + sum(
+        a.nbytes for a in jax.tree.leaves((state.params, state.opt_state, state.ema))
+    )
+
+
+@pytest.mark.parametrize("geometry", [{"kind": "scan", "fsdp": 2}, {"kind": "multisteps"}])
+def test_what_is_lowered_for_shapes_is_what_runs(all_leaves, geometry):
+    """A plan tells the memory of the program that trains."""
+    made, state, batch = engine(**geometry)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, batch))
+    programs = made.lowered(*shapes)
+    used = []
+    for name in ("_jitted",) if geometry["kind"] == "scan" else ("_add", "_close"):
+        call = getattr(made, name)
+
+        def seen(*arguments, call=call):
+            used.append(call.lower(*arguments))
+            return call(*arguments)
+
+        setattr(made, name, seen)
+    made.update(state, batch)
+    assert [p.as_text() for p in programs] == [p.as_text() for p in used]
+
+
 def test_memory_is_flat_in_the_number_of_microbatches():
     def temporary(nbs):
         made, state, batch = engine(devices=1, nbs=nbs)
@@ -154,6 +185,9 @@ def test_every_device_holds_its_part_and_donates_it(all_leaves):
     after, _ = made.update(state, batch)
     kept = [a.sharding for a in jax.tree.leaves(after)]
     assert kept == jax.tree.leaves(made.shardings(after))
+    whole = made.whole(after.params)
+    assert all(a.is_fully_replicated for a in jax.tree.leaves(whole))
+    jax.tree.map(np.testing.assert_array_equal, whole, after.params)
 
 
 @pytest.mark.parametrize(

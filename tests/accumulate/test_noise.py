@@ -17,6 +17,7 @@ from tiny import tiny_config
 from jaxaccum import config as configs
 from jaxaccum import train
 from jaxaccum.accumulate import (
+    Coupled,
     Geometry,
     Objective,
     Output,
@@ -132,6 +133,25 @@ def test_two_denominators_are_one_gradient():
     assert float(log["noise/square"]) == pytest.approx((norm - square) / (1 - q), rel=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["scan", "multisteps"])
+def test_coupled_terms_without_weight_change_nothing(engine):
+    """One accumulator for all terms, divided beforehand: the same estimates."""
+    plain = engine_of(5, engine=engine, scale=24.0)
+
+    def featured(params, stats, batch, groups):
+        return linear(params, stats, batch, groups)._replace(features=batch["x"])
+
+    coupled = (Coupled("none", 0.0, lambda params, features, weight: jnp.sum(params["w"])),)
+    objective = dataclasses.replace(plain.rule.objective, coupled=coupled)
+    rule = dataclasses.replace(plain.rule, objective=objective)
+    batch = batch_of(np.random.default_rng(0))
+    found = []
+    for made in (plain, make_engine(featured, rule, plain.window)):
+        _, log = made.update(made.init({"w": np.zeros(WIDTH, np.float32)}, {}), batch)
+        found.append({k: float(v) for k, v in log.items() if k.startswith("noise/")})
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_the_update_is_the_same_with_it(tmp_path):
     found = {}
@@ -178,6 +198,15 @@ def test_the_average_outlives_a_restart():
         one.record(8)["noise/suggested_nbs"] == 8 and one.record(None)["noise/suggested_nbs"] == 4
     )
     assert NoiseScale().value() is None and NoiseScale().record(8) == {}
+
+
+def test_the_first_estimate_is_the_average():
+    one = NoiseScale()
+    one.add(5.0, 1.0)
+    assert one.value() == pytest.approx(5.0, rel=1e-12)
+    nbs = {group: one.record(group)["noise/suggested_nbs"] for group in (None, 1, 2, 4, 16)}
+    assert nbs == {None: 5, 1: 5, 2: 4, 4: 4, 16: 16}
+    assert one.record(None)["noise/scale"] == one.value()
 
 
 def test_where_it_has_no_meaning():

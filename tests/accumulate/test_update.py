@@ -185,6 +185,33 @@ def test_a_gradient_of_zeros_is_clipped_to_zeros(x64):
     assert bool(log["ok"]) and float(log["grad_norm"]) == 0.0
 
 
+def test_the_gradient_is_that_of_the_loss_itself_unless_told_otherwise(x64):
+    rule, sums = make_rule(clip=0.0), make_sums(0)
+    given = {f: getattr(rule.objective, f) for f in ("terms", "floors")}
+    plain = dataclasses.replace(rule, objective=Objective(**given))
+    scaled = close_window(rule).update(sums, start(rule).opt_state, start(rule).params)[0]
+    closed = close_window(plain).update(sums, start(plain).opt_state, start(plain).params)[0]
+    close(jax.tree.map(lambda u: SCALE * u, closed.updates), scaled.updates)
+    assert float(closed.norm) == pytest.approx(float(scaled.norm) / SCALE, rel=1e-13)
+
+
+def test_a_denominator_without_a_floor_is_refused():
+    with pytest.raises(ValueError, match=r"no floor given for the denominators \['pixels'\]"):
+        Objective((Term("a", 1.0, "objects"), Term("b", 1.0, "pixels")), {"objects": 1.0})
+
+
+def test_a_state_keeps_its_dtypes(x64):
+    """Decays and rates in float64 widen nothing: the next update would be another program."""
+    rule = make_rule()
+    state, sums = jax.tree.map(
+        lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+        (start(rule), make_sums(0)),
+    )
+    after, _ = do(rule, state, sums)
+    before = [a.dtype for a in jax.tree.leaves(state)]
+    assert [a.dtype for a in jax.tree.leaves(after)] == before
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_all_finite(value, place):

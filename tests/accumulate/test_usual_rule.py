@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -69,6 +70,21 @@ def test_every_microbatch_moves_the_statistics(x64):
     assert equivalence.distance(trace(Geometry(MICROBATCH, 2)).stats, mean) < 1e-12
 
 
+def test_the_rate_of_the_statistics_is_that_of_the_update(x64):
+    """By updates done before: the first takes the first."""
+    rule = dataclasses.replace(
+        toy.make_rule(NBS, usual), statistics_momentum=lambda step: jnp.asarray([0.5, 0.25])[step]
+    )
+    made = make_engine(
+        toy.make_forward(), rule, Window(Recipe(NBS, MICROBATCH), Geometry(MICROBATCH))
+    )
+    params, before = toy.initial(np.float64)
+    moments = [loss(params, one)[1].moments for one in microbatches()]
+    move = functools.partial(batchnorm.move_statistics, momentum=0.5)
+    state, _ = made.update(made.init(params, before), next(toy.make_batches(NBS, np.float64)()))
+    assert equivalence.distance(state.stats, functools.reduce(move, moments, before)) < 1e-12
+
+
 def test_where_it_cannot_be_computed(monkeypatch):
     def engine(geometry):
         return make_engine(
@@ -106,3 +122,5 @@ def test_the_ramp_says_how_many_updates_there_are():
     sizes = usual_rule.window_sizes(16, 4, 64, 8, asked.append)
     assert sizes[0] == 4 and sizes[len(sizes) - 1] == 16
     assert asked[-1] == len(sizes) and max(asked) == len(sizes)
+    assert sizes.ramp.tolist() == [4, 4, 8, 12, 16]  # 11 batches, the last begun in the warm-up
+    assert (sizes.each, len(sizes)) == (16, 7)
