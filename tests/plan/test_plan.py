@@ -39,7 +39,9 @@ class Straight(Planner):
     """A planner whose compiler is a formula: state + batch + base + slope * microbatch + a bend."""
 
     def __init__(self, base, slope, bend=0.0, remat=0.5, **fields):
-        self.config = tiny_config(**({"nbs": 64, "bn_group": 2, "microbatch": 2} | fields))
+        self.config = tiny_config(
+            **({"nbs": 64, "bn_group": 2, "microbatch": 2, "dtype": "float32"} | fields)
+        )
         self.names, self.samples, self.target = ["a"], 100, target()
         self.number, self.whole, self._known, self._counts = 1, False, {}, {}
         self.base, self.slope, self.bend, self.kept = base, slope, bend, remat
@@ -331,3 +333,13 @@ def test_a_plan_is_what_is_used():
     rows = [line.split() for line in done.stdout.splitlines()[2:4]]
     for name, planned, used, _ in rows:  # MiB; the runtime takes some of its own
         assert 0.9 * float(planned) < float(used) < float(planned) + 40, name
+
+
+def test_auto_is_the_dtype_of_what_is_planned_for(monkeypatch):
+    """And not of the machine that plans."""
+    gpu = types.SimpleNamespace(platform="cuda", compute_capability="9.0")
+    monkeypatch.setattr(targets.Target, "devices", lambda self, number: [gpu])
+    made = Planner(tiny_config(), names=["a"], samples=9, target=targets.find("h100"))
+    assert made.config.dtype == "bfloat16"
+    monkeypatch.undo()
+    assert small().config.dtype == "float32"

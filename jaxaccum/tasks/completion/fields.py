@@ -31,6 +31,7 @@ def completion() -> ml_collections.ConfigDict:
         {"start": 0.9, "decay": 0.5, "epochs": 21.0, "final": 0.01}
     )
     c.ema.decay = 0.0
+    c.dtype = "float32"  # bfloat16 has 8 bits for a coordinate, and what that costs is not measured
     c.loss = ml_collections.ConfigDict(
         {"coarse": 1.0, "fine": 1.0, "denoise": 0.5, "align": 0.05}  # align: with a point_encoder
     )
