@@ -45,7 +45,8 @@ def find(spec: str) -> str:
     """FILE[:arg], where a bare name stands for the config of that name that ships."""
     path, colon, argument = spec.partition(":")
     file = _folder() / f"{path}.py"
-    if not path.isidentifier() or Path(path).exists() or not file.is_file():
+    named = all(part.isidentifier() for part in path.split("/"))
+    if not named or Path(path).exists() or not file.is_file():
         return spec
     return f"{_shown(file)}{colon}{argument}"
 
@@ -64,7 +65,7 @@ def _shown(file: Path) -> str:
 def shipped() -> list[tuple[str, str]]:
     """(path, its first sentence) of every config that comes with this package."""
     found = []
-    for file in sorted(_folder().glob("*.py")):
+    for file in [*sorted(_folder().glob("*.py")), *sorted(_folder().glob("guides/*.py"))]:
         told = ast.get_docstring(ast.parse(file.read_bytes())) or ""
         found.append((_shown(file), told.partition("\n")[0]))
     return found

@@ -39,7 +39,9 @@ def test_every_package_is_in_the_wheel():
     found = {
         ".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "jaxaccum").rglob("*.py")
     }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"jaxaccum.configs"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {
+        "jaxaccum.configs", "jaxaccum.configs.guides",
+    }  # fmt: skip
 
 
 def run(code: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:

@@ -9,8 +9,9 @@ import pytest
 
 from jaxaccum import config as configs
 from jaxaccum import config_files, tasks
+from jaxaccum.training import optim
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
 
 
 def load(path: Path):
@@ -23,6 +24,27 @@ def load(path: Path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
     configs.validate(load(path).get_config())
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "nbs", "rate"),
+    [
+        ("guides/p2_heads", "yolov8-m", 16, 0.01),
+        ("guides/p2_heads:11-p2-m", "yolo11-p2-m", 16, 0.01),
+        ("guides/kitti_memory", "yolov12-3d-s", 64, 0.01),
+        ("guides/kitti_memory:8", "yolov12-3d-s", 8, 0.00125),
+        ("guides/text_completion", "adapointr-projected", 48, 1e-4),
+        ("guides/text_completion:96", "adapointr-projected", 96, 1.41421e-4),
+    ],
+)  # fmt: skip
+def test_the_guides_recipes(spec, model, nbs, rate):
+    config = config_files.load(spec)
+    assert (config.model, config.nbs) == (model, nbs)
+    assert optim.scaled_lr(config.lr, config.nbs) == pytest.approx(rate, rel=1e-5)
+    if "p2" in spec:  # with the 6 of its largest network: the guide's 0.00375
+        assert optim.scaled_lr(config.lr, 6) == pytest.approx(0.00375)
+    with pytest.raises(configs.ConfigError, match=r"there is no|no effective batch"):
+        configs.validate(config_files.load(f"{spec.partition(':')[0]}:7"))
 
 
 @pytest.mark.parametrize("scale", "nsmlx")

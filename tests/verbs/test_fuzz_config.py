@@ -16,7 +16,7 @@ from jaxaccum import config_files
 from jaxaccum.accumulate import GeometryError
 from jaxaccum.training import run
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
 CASES = int(os.environ.get("JAXACCUM_FUZZ", 60))
 NUMBERS = (
     "0", "-0", "1", "-1", "2", "7", "0.5", "-0.5", "1e-30", "1e9", "1e30", "1e308", "1e400", "nan",
