@@ -47,7 +47,7 @@ _MEANS_NOTHING = {
 }  # fmt: skip
 _TELLS = {  # what is worth a word, though it changes no field
     "device": "devices=0 uses all that JAX sees",
-    "amp": "computed in float32; on a GPU set dtype='bfloat16'",
+    "amp": "dtype 'auto' stands for it: bfloat16 on devices that compute in it",
     "workers": "samples are made by threads; data.workers sets processes",
 }
 
@@ -174,6 +174,8 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         found.fields["freeze"] = (freeze, "batch norm there by the running statistics")
     if hours := given.get("time"):
         found.fields["hours"] = (hours, "ends there; that trainer makes its schedule shorter")
+    if given.get("amp") is False:
+        found.fields["dtype"] = ("float32", "amp is off there")
     if given.get("val") is False:
         found.fields["eval.every"] = (-1, "")
         found.fields.pop("eval.patience", None)

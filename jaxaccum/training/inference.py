@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 
 from jaxaccum import config as configs
@@ -42,7 +43,7 @@ def load(workdir: Path, weights: str = "") -> Trained:
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
-        task = tasks.of(config).create(config, names, compute_dtype(config))
+        task = tasks.of(config).create(config, names, compute_dtype(_at_hand(config)))
         params, stats = task.initialise(0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(
@@ -63,6 +64,17 @@ def load(workdir: Path, weights: str = "") -> Trained:
             task, found["params"], found["stats"], config, names, step or 0,
             meta["fingerprint"], meta.get("facts", {}),
         )  # fmt: skip
+
+
+def _at_hand(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config, in float32 where the devices at hand do not compute in the run's bfloat16: there
+    that is slower, and no more exact."""
+    if config.dtype != "bfloat16" or configs.best_dtype(jax.devices()[0]) == "bfloat16":
+        return config
+    config = config.copy_and_resolve_references()
+    config.dtype = "float32"
+    print("note: computed in float32 here, bfloat16 where it was trained", file=sys.stderr)
+    return config
 
 
 def _choice(checkpoints: Checkpoints, weights: str, workdir: Path) -> tuple[bool, int | None]:

@@ -193,7 +193,9 @@ def test_auto_keeps_the_dtype_that_the_run_began_with(tmp_path, capsys):
     assert f"dtype auto: bfloat16, as the run in {tmp_path} began (here: float32)" in said
     with pytest.raises(checkpoint.CheckpointError, match="dtype: checkpoint 'bfloat16', config"):
         train.train(tiny_config(dtype="float32", **changes), tmp_path)
-    assert inference.load(tmp_path).config.dtype == "bfloat16"
+    loaded = inference.load(tmp_path)
+    assert loaded.config.dtype == "bfloat16" and loaded.task.model.dtype == np.float32
+    assert "computed in float32 here, bfloat16 where" in capsys.readouterr().err
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):

@@ -23,7 +23,7 @@ optimizer: {optimizer}
 single_cls: {single_cls}
 cos_lr: true
 close_mosaic: 4
-amp: true
+amp: {amp}
 val: true
 conf: null
 iou: 0.6
@@ -49,8 +49,16 @@ copy_paste: 0.2
 def args(tmp_path, **changes):
     file = tmp_path / "args.yaml"
     values = {"device": 0, "pretrained": "true", "optimizer": "SGD", "single_cls": "false"}
+    values["amp"] = "true"
     file.write_text(ARGS.format(**values | changes))
     return file
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("true", "auto"), ("false", "float32")])
+def test_mixed_precision(tmp_path, amp, dtype):
+    found = imported(args(tmp_path, amp=amp))
+    assert written(found, tmp_path).dtype == dtype
+    assert any("dtype 'auto' stands for it" in one for one in found.without) == (amp == "true")
 
 
 def written(found, tmp_path):
