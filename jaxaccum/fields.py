@@ -322,7 +322,7 @@ def _validate_types(
 
 def dtype_of(c: ml_collections.ConfigDict) -> str:
     """`dtype`, and for "auto" what it is on the devices at hand."""
-    return best_dtype(jax.devices()[0]) if c.dtype == "auto" else c.dtype
+    return best_dtype(jax.local_devices()[0]) if c.dtype == "auto" else c.dtype
 
 
 def best_dtype(device: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export as jax_export
 
 from jaxaccum.config import ConfigError
@@ -18,6 +19,7 @@ from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import blocks
 from jaxaccum.tasks import Trained
 from jaxaccum.training.checkpoint import CheckpointError
+from jaxaccum.training.run import compute_dtype
 
 FORMATS = ("stablehlo", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -126,17 +128,21 @@ def load_exported(file: Path) -> Callable[[jax.Array], Any]:
 def stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
     """The program as bytes, and facts of it."""
     params, stats = jax.device_get((trained.params, trained.stats))
+    # As it was trained, whatever the machine that writes it computes in.
+    dtype = compute_dtype(trained.config)
+    task = type(trained.task).create(trained.config, trained.names, dtype)
     samples = trained.task.interface(trained).inputs
     count = batch or jax_export.symbolic_shape("n")[0]
 
     def program(*inputs):
-        outputs = jax.tree.leaves(trained.task.predict(params, stats, *inputs))
+        outputs = jax.tree.leaves(task.predict(params, stats, *inputs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     exported = jax_export.export(jax.jit(program), platforms=tuple(platforms))(
         *(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples)
     )
-    return exported.serialize(), {"platforms": list(exported.platforms)}
+    facts = {"platforms": list(exported.platforms), "dtype": np.dtype(dtype).name}
+    return exported.serialize(), facts
 
 
 def onnx(trained: Trained, batch: int, platforms: Sequence[str]):

@@ -36,6 +36,7 @@ def seconds(function, *args) -> float:
 
 def main(_) -> int:
     logging.set_verbosity(logging.ERROR)
+    from jaxaccum import fields
     from jaxaccum.accumulate import make_engine
     from jaxaccum.training import run
 
@@ -45,7 +46,8 @@ def main(_) -> int:
     microbatch = config.microbatch
     print(
         f"{config.model}, {config.data.image_size} px, microbatch {microbatch}, bn_group "
-        f"{config.bn_group}, {config.dtype}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
+        f"{config.bn_group}, {fields.dtype_of(config)}, "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
     print(
         f"{'k':>3} {'one pass':>9} {'scan':>6} {'multisteps':>11} {'temporary memory of scan':>25}"

@@ -72,7 +72,7 @@ def settle(geometries: list[Laid]):
             config.lr.warmup_epochs = 0.0
         if X64.value:
             config.dtype = "float64"
-        if config.dtype == "auto":  # the law itself, and not what a device does best
+        if config.dtype == "auto":  # the law itself; give bfloat16 for that of bfloat16
             config.dtype = "float32"
         common = math.gcd(*(g.microbatch for g in geometries))
         group = config.bn_group

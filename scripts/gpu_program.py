@@ -16,8 +16,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import collections
 import math
 import re
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 from benchmarks import runs

@@ -26,10 +26,10 @@ class Packing:
         leaves, self._structure = jax.tree.flatten(shapes)
         self._shapes = [leaf.shape for leaf in leaves]
         self._large = [i for i, leaf in enumerate(leaves) if math.prod(leaf.shape) > small]
-        rest = [i for i in range(len(leaves)) if i not in set(self._large)]
         self._small: dict[Any, list[int]] = {}
-        for i in rest:
-            self._small.setdefault(jnp.dtype(leaves[i].dtype), []).append(i)
+        for i, leaf in enumerate(leaves):
+            if math.prod(leaf.shape) <= small:
+                self._small.setdefault(jnp.dtype(leaf.dtype), []).append(i)
 
     def pack(self, tree: PyTree) -> PyTree:
         """The tree as large leaves and vectors."""

@@ -30,6 +30,7 @@ class ScanEngine(BaseEngine):
         super().__init__(forward, rule, window, mesh)
         self.batched = NamedSharding(mesh, LAID)
         self._jitted: Any = None
+        # Windows of the usual rule ramp up, and would have two programs.
         usual = isinstance(rule.objective, usual_rule.UsualObjective)
         self._known = self.on_gpu and not usual
 

@@ -122,11 +122,8 @@ class WindowSizes:
     updates: int
     ramp: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def __len__(self) -> int:
-        return self.updates
-
-    def __getitem__(self, update: int) -> int:
-        """Samples of an update, () int; those after the last are like the last."""
+    def of(self, update: int) -> int:
+        """Samples of an update; those after the last are like the last."""
         update = min(update, self.updates - 1)
         return int(self.ramp[update]) if update < len(self.ramp) else self.each
 
@@ -135,7 +132,7 @@ class WindowSizes:
         more = max(update - self.updates, 0)
         first = min(update, self.updates)
         ramped = int(self.ramp[:first].sum()) + max(first - len(self.ramp), 0) * self.each
-        return ramped + more * self[self.updates - 1]
+        return ramped + more * self.of(self.updates - 1)
 
     @property
     def total(self) -> int:

@@ -68,7 +68,11 @@ def make_cell(model: Model, planned: Mapping[str, Any], nbs: int, seed: int, fol
     """A run on the planned geometry, with the largest microbatch that divides its work well."""
     choice = planned["choice"]
     microbatch = layout(nbs, min(model.group, nbs), planned["largest"], choice["devices"])
+    # Settled by the plan, on the device that trains: this process sees none. Plans from before
+    # `auto` do not say, and were of the default then.
+    dtype = planned.get("dtype") or model.overrides.get("dtype", "float32")
     overrides = dict(model.overrides) | {
+        "dtype": dtype,
         "nbs": str(nbs), "seed": str(seed), "microbatch": str(microbatch),
         **{key: str(choice[key]) for key in ("devices", "engine", "remat")},
     }  # fmt: skip

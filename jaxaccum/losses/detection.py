@@ -18,7 +18,7 @@ from jaxaccum.models.yolo import REG_MAX, Anchors, Predictions, decode_boxes
 TARGET_SCORES = "target_scores"
 TOP_K, ALPHA, BETA, EPS = 10, 0.5, 6.0, 1e-9
 CHUNK = 16  # objects compared with all anchors at a time
-GPU_CHUNK = 64
+GPU_CHUNK = 64  # there each chunk costs a dozen kernels, used or not
 
 
 class Targets(NamedTuple):

@@ -67,8 +67,8 @@ def table(choice: Choice) -> list[str]:
     return lines
 
 
-def as_json(choice: Choice, target: targets.Target, memory: int) -> dict:
-    """A plan as plain values; sizes in bytes."""
+def as_json(choice: Choice, target: targets.Target, memory: int, dtype: str) -> dict:
+    """A plan as plain values; sizes in bytes. `dtype`: that was planned with."""
     fastest = min(m.seconds for m in choice.rows) or 1.0
 
     def row(m: Measure) -> dict:
@@ -81,7 +81,8 @@ def as_json(choice: Choice, target: targets.Target, memory: int) -> dict:
         }  # fmt: skip
 
     return {
-        "target": target.name, "memory_bytes": memory, "budget_bytes": choice.budget,
+        "target": target.name, "dtype": dtype,
+        "memory_bytes": memory, "budget_bytes": choice.budget,
         "rows": [row(m) for m in choice.rows],
         "choice": row(choice.chosen) if choice.chosen else None,
         "why": choice.why, "evaluation_bytes": choice.evaluation,
@@ -122,7 +123,7 @@ def main() -> int:
             evaluation=_EVALUATION.value,
             margin=_MARGIN.value,
         )  # fmt: skip
-        results.append(as_json(choice, target, memory))
+        results.append(as_json(choice, target, memory, made.config.dtype))
         fits = fits and choice.chosen is not None
         if not _JSON.value:
             _print(choice, target, memory)

@@ -96,7 +96,8 @@ class Planner:
                 "with compat the microbatch is part of the recipe: there is nothing to choose. "
                 "Plan without compat, the memory is the same"
             )
-        config = run.with_dtype(config, target.dtype)
+        if config.dtype == "auto":
+            config = run.with_dtype(config, target.dtype)
         self.config, self.names, self.samples = config.copy_and_resolve_references(), names, samples
         self.target, self.number, self.whole, self.cache = target, devices, whole, cache
         self._devices = target.devices(devices)

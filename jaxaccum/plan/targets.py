@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import types
 from typing import Any
 
 import jax
@@ -72,7 +73,12 @@ class Target:
     @property
     def dtype(self) -> str:
         """What a config's dtype "auto" is there."""
-        return best_dtype(self.devices(1)[0])
+        if self.topology is not None:
+            return "bfloat16"
+        if self.description is None:
+            return best_dtype(jax.local_devices()[0])
+        number = ".".join(map(str, self.description.capability))
+        return best_dtype(types.SimpleNamespace(platform="gpu", compute_capability=number))
 
     def devices(self, number: int) -> list[Any]:
         """That many devices to compile for.

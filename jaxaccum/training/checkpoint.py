@@ -222,13 +222,17 @@ class Checkpoints:
         except Unreadable:
             return False
 
-    def meta(self, best: bool = False) -> dict[str, Any]:
+    def meta(self, best: bool = False, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the newest state or the best weights.
 
+        Args:
+          step: of another state than the newest.
         Raises:
           CheckpointError: there is none, or it cannot be read.
         """
-        name, step = ("best", self.best) if best else ("last", self.latest)
+        name = "best" if best else "last"
+        if step is None:
+            step = self.best if best else self.latest
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._name}: train there first")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -22,11 +23,13 @@ WEIGHTS_HELP = (
 )
 
 
-def load(workdir: Path, weights: str = "") -> Trained:
+def load(workdir: Path, weights: str = "", *, computes: bool = True) -> Trained:
     """The best weights of a run; the newest, which is said, if it has not evaluated yet.
 
     Args:
       weights: others: "best", "last", or the number of an update.
+      computes: whether the network will be used; else the precision of products, which is of the
+        whole process, stays that of what this one computes.
     Raises:
       CheckpointError: the workdir holds none, or not these.
     """
@@ -43,7 +46,7 @@ def load(workdir: Path, weights: str = "") -> Trained:
         with config.unlocked():
             config.update(meta["config"])
         names = tuple(meta["names"])
-        task = tasks.of(config).create(config, names, compute_dtype(_at_hand(config)))
+        task = tasks.of(config).create(config, names, _dtype(config) if computes else np.float32)
         params, stats = task.initialise(0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(
@@ -66,14 +69,21 @@ def load(workdir: Path, weights: str = "") -> Trained:
         )  # fmt: skip
 
 
-def _at_hand(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _dtype(config: ml_collections.ConfigDict) -> Any:
+    """The dtype to compute in, set for the process; says where it is not that of the training."""
+    here = at_hand(config)
+    if here.dtype != config.dtype:
+        print(f"note: computed in {here.dtype}, trained in {config.dtype}", file=sys.stderr)
+    return compute_dtype(here)
+
+
+def at_hand(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config, in float32 where the devices at hand do not compute in the run's bfloat16: there
-    that is slower, and no more exact."""
-    if config.dtype != "bfloat16" or configs.best_dtype(jax.devices()[0]) == "bfloat16":
+    that would be slower, and less exact."""
+    if config.dtype != "bfloat16" or configs.best_dtype(jax.local_devices()[0]) == "bfloat16":
         return config
     config = config.copy_and_resolve_references()
     config.dtype = "float32"
-    print("note: computed in float32 here, bfloat16 where it was trained", file=sys.stderr)
     return config
 
 

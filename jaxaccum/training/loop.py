@@ -197,16 +197,17 @@ def _with_dtype(
 ) -> ml_collections.ConfigDict:
     """The config with what "auto" means: what the run in the workdir has, wherever that began, and
     else what the devices at hand do best."""
+    kept, here = None, configs.dtype_of(config)
+    if peers.first and config.dtype == "auto":
+        kept = kept_dtype(workdir)
+    settled = peers.from_first("dtype", kept or here)  # all ask, also those that were told
     if config.dtype != "auto":
         return config
-    kept = peers.from_first("dtype", kept_dtype(workdir) if peers.first else None)
-    config = run.with_dtype(config, kept or configs.dtype_of(config))
-    here = configs.best_dtype(jax.devices()[0])
     if kept is not None and kept != here:
         print(f"dtype auto: {kept}, as the run in {shown_path(workdir)} began (here: {here})")
-    elif config.dtype != "float32":
-        print(f"dtype auto: {config.dtype} ({jax.devices()[0].device_kind})")
-    return config
+    elif settled != "float32":
+        print(f"dtype auto: {settled} ({jax.local_devices()[0].device_kind})")
+    return run.with_dtype(config, settled)
 
 
 def _opened(

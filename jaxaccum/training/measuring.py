@@ -14,6 +14,7 @@ from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.tasks import Trained
 from jaxaccum.training import run
+from jaxaccum.training.inference import at_hand
 from jaxaccum.training.precise_bn import recompute_statistics
 
 
@@ -45,7 +46,7 @@ def measure(
       ConfigError: references for a task that has no use for them.
     """
     config = trained.config
-    own = config.copy_and_resolve_references()
+    own = at_hand(config.copy_and_resolve_references())
     if references:
         if "references" not in config.eval:
             raise ConfigError("--references is for networks that complete clouds")

@@ -104,9 +104,11 @@ def make_schedule(
     return Schedule(
         lr=from_to(0.0, decayed),
         bias_lr=from_to(lr.warmup_bias, decayed),
-        momentum=from_to(lr.warmup_momentum, lambda at, xp: config.optimizer.momentum),
+        momentum=from_to(
+            lr.warmup_momentum, lambda at, xp: xp.full_like(at.end, config.optimizer.momentum)
+        ),
         bn_momentum=_hyperparameter(sizes, statistics),
-        updates=len(sizes),
+        updates=sizes.updates,
     )
 
 
@@ -134,11 +136,11 @@ def _hyperparameter(sizes: WindowSizes, value: Callable[[_Place, Any], Any]) -> 
 
     def of(count: Any) -> Any:
         xp: Any = jnp if isinstance(count, jax.Array) else np
-        count = xp.clip(xp.asarray(count), 0, len(sizes) - 1)
+        count = xp.clip(xp.asarray(count), 0, sizes.updates - 1)
         dtype = xp.asarray(0.0).dtype
         after = (count - ramp).astype(dtype)
         before, end = ramped + after * each, ramped + (after + 1) * each
-        left = (len(sizes) - count).astype(dtype) * each
+        left = (sizes.updates - count).astype(dtype) * each
         if ramp:
             table, inside = xp.asarray(starts, dtype), count < ramp
             row = xp.minimum(count, ramp - 1)

@@ -44,15 +44,16 @@ def require_same_recipe(meta: dict[str, Any], recipe: Recipe, workdir: Path) -> 
 
 
 def kept_dtype(workdir: Path) -> str | None:
-    """The dtype of the run in a workdir, None where there is none or it cannot be read: then it is
-    said when its state is to be restored."""
+    """The dtype of the run in a workdir, by its newest state that says; None without one."""
     if newest_complete(workdir) is None:
         return None
-    try:
-        with Checkpoints(workdir) as checkpoints:
-            return checkpoints.meta()["recipe"]["dtype"]
-    except (CheckpointError, KeyError, TypeError):
-        return None
+    with Checkpoints(workdir) as checkpoints:
+        for step in reversed(checkpoints.steps):
+            try:
+                return checkpoints.meta(step=step)["recipe"]["dtype"]
+            except (CheckpointError, KeyError, TypeError):
+                continue
+    return None
 
 
 def restored(

@@ -54,7 +54,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Updates of the run."""
-        return len(self.sizes)
+        return self.sizes.updates
 
     @functools.cached_property
     def grouped(self) -> Grouped:
@@ -63,7 +63,7 @@ class Run:
 
     def size_of(self, window: int) -> int:
         """Samples of a window; those made up for skipped ones are like the last."""
-        return self.sizes[window]
+        return self.sizes.of(window)
 
     def samples_before(self, window: int) -> int:
         """Samples consumed before a window."""
@@ -102,8 +102,8 @@ def prepare(
                 f"in all, and all take part: set devices to 0 or {devices}"
             )
     sizes = _sizes(config, devices, samples)
-    config = optim.resolve(config, len(names), len(sizes))
-    recipe = configs.recipe_of(config, len(sizes), identity | {"classes": len(names)}, devices)
+    config = optim.resolve(config, len(names), sizes.updates)
+    recipe = configs.recipe_of(config, sizes.updates, identity | {"classes": len(names)}, devices)
     usual = configs.is_compat(config)
     if usual:
         recipe = usual_rule.recipe(recipe, sizes, config.microbatch)

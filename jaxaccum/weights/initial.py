@@ -33,7 +33,7 @@ def read(path: Path) -> Weights:
         )
     if not path.is_dir():
         return torch_file.read(path)
-    trained = load(path)
+    trained = load(path, computes=False)
     state = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
     return Weights(
         {k: np.asarray(v) for k, v in state.items()}, trained.names, trained.config.model,

@@ -29,6 +29,7 @@ def prepare(task: str, model: str, **changes: Any) -> run.Run:
     config = configs.defaults(task)
     with config.unlocked(), config.ignore_type():
         config.model, config.devices, config.steps = model, 1, 1000
+        config.dtype = "float32"
         config.lr.warmup_epochs = 0.0
         config.update_from_flattened_dict(
             {field.replace("__", "."): value for field, value in changes.items()}

@@ -5,11 +5,22 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
-from jaxaccum.accumulate import Geometry, Recipe, Window, engine, equivalence, make_engine, packing
+from jaxaccum.accumulate import (
+    Geometry,
+    Recipe,
+    Window,
+    batchnorm,
+    engine,
+    equivalence,
+    fsdp,
+    make_engine,
+    packing,
+)
 from jaxaccum.accumulate.usual_rule import UsualObjective
 
 NBS = 11
@@ -22,13 +33,40 @@ def trace(geometry, updates=3):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("geometry", [Geometry(4), Geometry(12), Geometry(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "geometry", [Geometry(4), Geometry(12), Geometry(2, 2), Geometry(2, 4, fsdp=2)], ids=str
+)
 def test_the_update_is_the_same(x64, monkeypatch, geometry):
+    monkeypatch.setattr(fsdp, "SMALLEST", 1)
     traced = trace(geometry)
     monkeypatch.setattr(engine, "GPUS", ("cpu",))
     known = trace(geometry)
     for part in ("gradient", "params", "stats"):
         assert equivalence.distance(getattr(known, part), getattr(traced, part)) < 1e-13
+
+
+def test_batch_norm_reads_again_and_finds_the_same(x64, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, probe = rng.normal(2.0, 3.0, (2, 6, 5, 4))
+    weight = np.array([1.0, 1, 1, 1, 1, 0])
+
+    def gradient(x, scale, bias):
+        def loss(x, scale, bias):
+            y = batchnorm.normalise(x, scale, bias, weight, 3, 1e-3, True)[0]
+            return jnp.sum(y * probe * weight[:, None, None])
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)
+
+    wanted = gradient(x, np.ones(4), np.zeros(4))
+    asked = []
+
+    def on_cuda(*args, cuda, **others):
+        asked.append(others.keys())
+        return cuda(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_cuda)
+    found = gradient(x, np.ones(4), np.zeros(4))
+    assert len(asked) == 1 and equivalence.distance(found, wanted) < 1e-15
 
 
 def length_of_the_loop(geometry, objective=None):

@@ -111,7 +111,7 @@ def test_the_same_terms():
 
 def test_the_recipe_that_is_run():
     sizes = usual_rule.window_sizes(10, 4, 40, 0, lambda updates: None)
-    assert [sizes[i] for i in range(len(sizes))] == [8] * 5  # round(10 / 4) batches of 4
+    assert [sizes.of(i) for i in range(sizes.updates)] == [8] * 5  # round(10 / 4) batches of 4
     run = usual_rule.recipe(Recipe(10, 2, {"seed": 1}), sizes, 4)
     assert run == Recipe(8, 4, {"seed": 1})
     assert usual_rule.recipe(Recipe(10, "frozen"), sizes, 4) == Recipe(8, "frozen")
@@ -120,7 +120,7 @@ def test_the_recipe_that_is_run():
 def test_the_ramp_says_how_many_updates_there_are():
     asked = []
     sizes = usual_rule.window_sizes(16, 4, 64, 8, asked.append)
-    assert sizes[0] == 4 and sizes[len(sizes) - 1] == 16
-    assert asked[-1] == len(sizes) and max(asked) == len(sizes)
+    assert sizes.of(0) == 4 and sizes.of(sizes.updates - 1) == 16
+    assert asked[-1] == sizes.updates and max(asked) == sizes.updates
     assert sizes.ramp.tolist() == [4, 4, 8, 12, 16]  # 11 batches, the last begun in the warm-up
-    assert (sizes.each, len(sizes)) == (16, 7)
+    assert (sizes.each, sizes.updates) == (16, 7)

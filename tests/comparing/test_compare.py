@@ -279,6 +279,16 @@ def test_a_plan_is_made_once(cell, tmp_path, monkeypatch):
         planning.plan(cell.model, "1MiB", 64, folder)
 
 
+@pytest.mark.parametrize("planned", ["bfloat16", None])
+def test_the_dtype_is_that_of_the_device_that_trains(model, tmp_path, monkeypatch, planned):
+    """Of the plan, which was made there: here no accelerator is seen. Older plans had float32."""
+    monkeypatch.setattr(planning, "ask_plan", fake_plan)
+    plan = planning.plan(model, "1GiB", 64, tmp_path) | ({"dtype": planned} if planned else {})
+    cell = runs.make_cell(model, plan, 8, 0, tmp_path)
+    assert cell.overrides["dtype"] == cell.run.config.dtype == (planned or "float32")
+    assert cell.run.recipe.as_dict()["dtype"] == cell.run.config.dtype
+
+
 def test_a_run_that_fails_shows_the_end_of_its_log(cell):
     wrong = dataclasses.replace(cell, overrides={"nsb": "8"})
     with pytest.raises(TrainingError, match=r'(?s)-nbs8-seed0 failed \(1\).*Did you mean "nbs"'):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -296,7 +295,7 @@ def test_geometries_of_a_calibration():
 
 def test_the_table_and_the_json_agree():
     choice = choose(Straight(0, 10_000, nbs=20, bn_group=4), 100_000, margin=0.0)
-    text, told = table(choice), as_json(choice, target(), 100_000)
+    text, told = table(choice), as_json(choice, target(), 100_000, "float32")
     assert len(text) == 1 + len(told["rows"]) and sum("chosen" in line for line in text) == 1
     assert told["choice"] in told["rows"]
     for row in told["rows"]:
@@ -336,11 +335,16 @@ def test_a_plan_is_what_is_used():
         assert 0.9 * float(planned) < float(used) < float(planned) + 40, name
 
 
-def test_auto_is_the_dtype_of_what_is_planned_for(monkeypatch):
-    """And not of the machine that plans."""
-    gpu = types.SimpleNamespace(platform="cuda", compute_capability="9.0")
-    monkeypatch.setattr(targets.Target, "devices", lambda self, number: [gpu])
-    made = Planner(tiny_config(), names=["a"], samples=9, target=targets.find("h100"))
-    assert made.config.dtype == "bfloat16"
-    monkeypatch.undo()
-    assert small().config.dtype == "float32"
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("h100", "bfloat16"), ("rtx4090", "bfloat16"), ("t4", "float32"), ("v5e", "bfloat16")],
+)
+def test_auto_is_the_dtype_of_what_is_planned_for(monkeypatch, name, wanted):
+    """And not of the machine that plans, which need not be able to compile for it."""
+    monkeypatch.setattr(targets.Target, "devices", lambda self, number: [None])
+    made = Planner(tiny_config(), names=["a"], samples=9, target=targets.find(name))
+    assert made.config.dtype == wanted
+
+
+def test_auto_is_the_dtype_of_the_device_at_hand():
+    assert small().config.dtype == "float32" and small(dtype="tf32").config.dtype == "tf32"

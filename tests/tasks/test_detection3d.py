@@ -223,7 +223,7 @@ def trace(geometry, x64=True, **changes):
     this = run.prepare(config, names=source.names, samples=len(source), identity={})
 
     def batches():
-        sizes = [this.sizes[0]] * 2
+        sizes = [this.sizes.of(0)] * 2
         return run.make_stream(this, source).windows(0, sizes, backend="threads")
 
     return equivalence.trace(

@@ -127,13 +127,14 @@ def test_functions_of_the_count_are_the_tables(x64, decay, ramp, warmup_epochs):
     config.lr.update(decay=decay, warmup_epochs=warmup_epochs, warmup_bias=0.1, final=0.02)
     sizes = WindowSizes(16, 90, np.asarray(ramp, int))
     counts = np.arange(95)
-    wanted = tables(config, [sizes[i] for i in range(90)], 100)
+    wanted = tables(config, [sizes.of(i) for i in range(90)], 100)
     made = optim.make_schedule(config, sizes, 100)
     for table, f in zip(
         wanted, (made.lr, made.bias_lr, made.momentum, made.bn_momentum), strict=True
     ):
         table = np.append(table, [table[-1]] * 5)  # and stays at its end
         np.testing.assert_allclose(f(counts), table, rtol=1e-12)
+        assert f(counts).shape == jax.jit(f)(counts).shape == table.shape
         assert f(7) == pytest.approx(table[7], rel=1e-12)
         np.testing.assert_allclose(jax.jit(f)(counts.astype(np.int32)), table, rtol=1e-12)
     assert made.peak() == pytest.approx(wanted[0].max(), rel=1e-12)

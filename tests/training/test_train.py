@@ -24,9 +24,10 @@ from jaxaccum.accumulate import Recipe
 from jaxaccum.errors import TrainingError
 from jaxaccum.metrics import detection as detection_metrics
 from jaxaccum.tasks.detection.evaluator import Evaluator
-from jaxaccum.training import checkpoint, inference, preemption, run
+from jaxaccum.training import checkpoint, inference, preemption, restart, run
 from jaxaccum.training import loop as training
 from jaxaccum.training.cadence import Cadence
+from jaxaccum.weights import initial
 from jaxaccum.weights import transfer as weights_module
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,46 @@ def test_auto_keeps_the_dtype_that_the_run_began_with(tmp_path, capsys):
         train.train(tiny_config(dtype="float32", **changes), tmp_path)
     loaded = inference.load(tmp_path)
     assert loaded.config.dtype == "bfloat16" and loaded.task.model.dtype == np.float32
-    assert "computed in float32 here, bfloat16 where" in capsys.readouterr().err
+    assert "computed in float32, trained in bfloat16" in capsys.readouterr().err
+
+
+def test_the_dtype_of_a_run_whose_newest_state_is_damaged(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step, dtype in ((1, "float32"), (2, "bfloat16"), (3, "bfloat16")):
+            meta = {"recipe": {"dtype": dtype}}
+            checkpoints.save(step, {"a": np.zeros(2, np.float32)}, meta)
+    assert restart.kept_dtype(tmp_path / "none") is None
+    for path in (tmp_path / "last" / "3" / "meta").iterdir():
+        path.write_bytes(b"")
+    assert restart.kept_dtype(tmp_path) == "bfloat16"
+    for path in (tmp_path / "last" / "2" / "meta").iterdir():
+        path.unlink()
+    assert restart.kept_dtype(tmp_path) == "float32"
+
+
+@pytest.mark.parametrize("own", ["auto", "float32", "bfloat16"])
+def test_every_process_asks_for_the_dtype_of_the_first(tmp_path, own):
+    """Also one that was told another, or those that ask would wait for it."""
+    asked = []
+
+    class Second:
+        first = False
+
+        def from_first(self, name, value):
+            asked.append(name)
+            return "bfloat16"
+
+    config = training._with_dtype(tiny_config(dtype=own), tmp_path, Second())
+    assert asked == ["dtype"] and config.dtype == ("bfloat16" if own == "auto" else own)
+
+
+def test_weights_of_another_dtype_leave_the_precision_alone(tmp_path, monkeypatch):
+    """Of products: it is of the process, and of the run that starts from them."""
+    run.compute_dtype(tiny_config(dtype="bfloat16"))
+    monkeypatch.setattr(initial, "load", lambda path, computes: pytest.fail(str(computes)))
+    with pytest.raises(pytest.fail.Exception, match="False"):
+        initial.read(tmp_path)
+    assert jax.config.jax_default_matmul_precision is None
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):

@@ -59,7 +59,7 @@ def test_overrides(file):
             configs.validate(config)
             if config.microbatch != "auto" and config.task != "completion":
                 sizes = run._sizes(config, 1, 1000)
-                assert 1 <= len(sizes) <= configs.MOST_UPDATES
+                assert 1 <= sizes.updates <= configs.MOST_UPDATES
         except (configs.ConfigError, GeometryError) as error:
             outcomes["refused"] += 1
             said = str(error)

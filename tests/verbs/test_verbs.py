@@ -324,10 +324,10 @@ def test_the_ramp_of_compat_is_what_it_was(seed):
     )  # fmt: skip
     samples = int(rng.integers(1, 500))
     sizes, wanted = run._sizes(config, 1, samples), sizes_one_by_one(config, samples)
-    assert [sizes[i] for i in range(len(sizes))] == wanted
+    assert [sizes.of(i) for i in range(sizes.updates)] == wanted
     assert sizes.total == sum(wanted) and sizes.extremes == (min(wanted), max(wanted))
-    assert [sizes.before(i) for i in range(len(sizes))] == [0, *np.cumsum(wanted)[:-1]]
-    assert sizes.before(len(sizes) + 3) == sum(wanted) + 3 * wanted[-1]
+    assert [sizes.before(i) for i in range(sizes.updates)] == [0, *np.cumsum(wanted)[:-1]]
+    assert sizes.before(sizes.updates + 3) == sum(wanted) + 3 * wanted[-1]
 
 
 def test_a_ramp_to_a_huge_batch_takes_no_time():
@@ -337,7 +337,7 @@ def test_a_ramp_to_a_huge_batch_takes_no_time():
     config.update_from_flattened_dict({"nbs": configs.MOST_SAMPLES, "microbatch": 1, "epochs": 1e4})
     start = time.monotonic()
     sizes = run._sizes(config, 1, 1000)
-    assert sizes[len(sizes)] == configs.MOST_SAMPLES and sizes.total >= 1e7
+    assert sizes.of(sizes.updates) == configs.MOST_SAMPLES and sizes.total >= 1e7
     assert time.monotonic() - start < 5
 
 
