@@ -91,7 +91,8 @@ def make_schedule(
     def from_to(start: float, end: Callable[[_Place, Any], Any]) -> Hyperparameter:
         def value(at: _Place, xp: Any) -> Any:
             risen = xp.minimum(at.end / warmup, 1.0) if warmup > 0 else 1.0
-            return start + (end(at, xp) - start) * risen
+            # Not start + (end - start) * risen, which is off by start's rounding ever after.
+            return start * (1 - risen) + end(at, xp) * risen
 
         return _hyperparameter(sizes, value)
 
