@@ -14,6 +14,7 @@ import jax
 import ml_collections
 from ml_collections import config_dict
 
+from jaxaccum.accumulate.engine import GPUS
 from jaxaccum.data.texts import shown
 from jaxaccum.errors import UserError
 
@@ -329,7 +330,7 @@ def best_dtype(device: Any) -> str:
     """bfloat16 on TPUs, and on GPUs whose matrix units have it (NVIDIA's since Ampere, 8.0)."""
     if device.platform == "tpu":
         return "bfloat16"
-    if device.platform not in ("gpu", "cuda", "rocm"):
+    if device.platform not in GPUS:
         return "float32"
     number = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
     return "bfloat16" if number is None or int(number[1]) >= 8 else "float32"

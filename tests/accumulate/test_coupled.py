@@ -19,6 +19,7 @@ from jaxaccum.accumulate import (
     Recipe,
     Term,
     UpdateRule,
+    engine,
     equivalence,
     fsdp,
     sample_keys,
@@ -94,6 +95,15 @@ def run(geometry, bn_group=4, terms="both", updates=3, dtype=np.float64):
         forward, make_rule(TERMS[terms]), recipe, geometry, *initial(dtype),
         lambda: batches(dtype), updates,
     )  # fmt: skip
+
+
+def test_the_forms_of_gpus_are_the_same_update(x64, monkeypatch):
+    """Both passes over a window of known length, on one device and on two."""
+    traced = run(Geometry(4))
+    monkeypatch.setattr(engine, "GPUS", ("cpu",))
+    for geometry in (Geometry(4), Geometry(4, 2)):
+        found = equivalence.differences(run(geometry), traced)
+        assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
 def in_one_pass(bn_group, terms):
