@@ -9,11 +9,12 @@ import sys
 from typing import Any
 
 from jaxaccum import start
-from jaxaccum.machine import xla_flags
+from jaxaccum.machine import host_memory, xla_flags
 
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # so it is while `python -m jaxaccum.VERB` imports this package
+    host_memory.restart("jaxaccum")
     start.prepare()
 
 xla_flags.set_needed(os.environ)

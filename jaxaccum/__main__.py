@@ -7,6 +7,7 @@ import sys
 from difflib import get_close_matches
 
 import jaxaccum
+from jaxaccum.machine import host_memory
 
 VERBS = {
     "train": "trains a model from a config, and continues it",
@@ -43,6 +44,7 @@ def main() -> None:
     elif word in ("", "-h", "-help", "--help", "help", "--helpfull"):
         print(usage())
     elif word in VERBS:
+        host_memory.restart("jaxaccum")
         del sys.argv[1]
         runpy.run_module(f"jaxaccum.{word.replace('-', '_')}", run_name="__main__", alter_sys=True)
         return

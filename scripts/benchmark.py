@@ -1,7 +1,7 @@
 """Speed and memory, measured in one run and written down: see docs/benchmarks.md.
 
 python scripts/benchmark.py --out=docs/benchmarks.md [--results=FOLDER] [--only=update,memory,...]
-    [--quick] [--again] [--torch=DIR] [--list]
+    [--quick] [--again] [--torch=DIR] [--torch_python=PYTHON] [--list]
 
 Measures on what JAX computes on here, a CPU or one GPU. Every part of a measure runs in a process
 of its own; its result is kept in FOLDER (by default beside the document) as soon as it is there, so
@@ -11,6 +11,7 @@ there is measured anew with --again. The document is made from all results, afte
 --quick uses tiny sizes: to see that everything works, not to know how fast it is.
 --torch names the folder of a PyTorch that this Python does not find by itself:
     python -m pip install --target=DIR torch==2.13.0
+--torch_python is the Python to run it with, where it is not for this one.
 Without PyTorch the comparisons with it are skipped, and listed as skipped.
 """
 
@@ -36,6 +37,9 @@ ONLY = flags.DEFINE_list("only", [], "measures or parts; all if empty")
 QUICK = flags.DEFINE_bool("quick", False, "tiny sizes: to see that everything works")
 AGAIN = flags.DEFINE_bool("again", False, "measure what has been measured before")
 TORCH = flags.DEFINE_string("torch", "", "folder that PyTorch is installed in")
+TORCH_PYTHON = flags.DEFINE_string(
+    "torch_python", "", "Python that runs PyTorch; this one if empty"
+)
 LIST = flags.DEFINE_bool("list", False, "print the measures and end")
 INSIDE = flags.DEFINE_string("inside", "", "used by this script itself: the part to measure here")
 WARM = flags.DEFINE_bool("warm", False, "with --inside: only compile, to fill the caches")
@@ -57,7 +61,7 @@ def main(_) -> int:
     unknown = set(ONLY.value) - {m.name for m in MEASURES} - {k for m in MEASURES for k in m.keys}
     if unknown:
         raise app.UsageError(f"no measure {', '.join(sorted(unknown))}; see --list")
-    context = harness.Context(here, QUICK.value, TORCH.value)
+    context = harness.Context(here, QUICK.value, TORCH.value, TORCH_PYTHON.value)
     failed = []
     for key in wanted:
         if not AGAIN.value and harness.is_done(results, key, context):
@@ -109,7 +113,8 @@ def measure_here(results: Path, key: str) -> None:
     run.use_compilation_cache()
     backend = jax.default_backend()
     context = harness.Context(
-        "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, WARM.value, results
+        "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, TORCH_PYTHON.value,
+        WARM.value, results,
     )  # fmt: skip
     name, _, part = key.partition(".")
     measure = next(m for m in MEASURES if m.name == name)

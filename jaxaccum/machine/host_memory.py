@@ -2,7 +2,8 @@
 
 XLA takes the memory of an update's temporaries anew for each update on a CPU. In pages of 4 KiB the
 system then maps and clears them one by one: up to a third of a small detector's update. glibc asks
-for pages of 2 MiB if a variable says so before the process starts: `setting`, `advice`.
+for pages of 2 MiB if a variable says so before the process starts: `setting`, `advice`; the verbs
+start themselves once more with it: `restart`.
 
 Images come and go, and glibc gives the memory of each back to the system, to take it again for the
 next: up to a quarter of the time of making a sample. `keep_freed` has it kept.
@@ -14,7 +15,8 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
@@ -46,6 +48,23 @@ def setting(environment: Mapping[str, str], mode: Path = _MODE) -> dict[str, str
     except OSError:
         asked_for = False
     return {VARIABLE: f"{given}:{SETTING}" if given else SETTING} if asked_for else {}
+
+
+def restart(package: str, words: Sequence[str] = tuple(sys.orig_argv)) -> None:
+    """Starts this process once more, with huge pages, if it began as a verb of the package.
+
+    Its number, its streams and all that it was told stay. Does nothing where `setting` has nothing
+    to add, as in the process that it starts.
+
+    Args:
+      words: of the command: PYTHON [OPTIONS] -m PACKAGE[.VERB] ..., or PYTHON .../PACKAGE VERB ...
+    """
+    added = setting(os.environ)
+    own = [i for i, word in enumerate(words) if word.partition(".")[0] == package]
+    by_module = any(words[i - 1] == "-m" for i in own if i)
+    by_script = len(words) > 1 and Path(words[1]).name == package
+    if added and sys.executable and (by_module or by_script):
+        os.execve(sys.executable, [sys.executable, *words[1:]], os.environ | added)
 
 
 def advice() -> list[str]:

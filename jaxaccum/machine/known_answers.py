@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxaccum.accumulate import batchnorm
 from jaxaccum.errors import UserError
-from jaxaccum.machine import user_cache, xla_flags
+from jaxaccum.machine import onednn, user_cache, xla_flags
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import ops
 
@@ -360,7 +360,7 @@ def _dtypes(device: jax.Device) -> Sequence[Any]:
 def _circumstances(device: jax.Device) -> dict[str, Any]:
     """All that an answer may depend on."""
     code = hashlib.sha256()
-    for module in (__file__, batchnorm.__file__, ops.__file__):
+    for module in (__file__, batchnorm.__file__, ops.__file__, onednn.__file__, onednn.SOURCE):
         code.update(Path(module).read_bytes())
     return {
         "jaxlib": jaxlib.__version__,
@@ -369,6 +369,7 @@ def _circumstances(device: jax.Device) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "runtime": device.client.platform_version,
+        "onednn": onednn.version() if device.platform == "cpu" else "",
         "machine": [platform.node(), platform.machine(), _processor(), os.cpu_count()],
         "dtypes": [np.dtype(dtype).name for dtype in _dtypes(device)],
         "environment": {

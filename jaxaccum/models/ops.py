@@ -2,8 +2,9 @@
 
 XLA's CPU backend rewrites convolutions into a fast form only outside of loops; the gradients
 of a plain convolution inside of `scan` run 8 to 12 times slower than they should. Here the
-gradients are written in the form that needs no rewriting. The choice is made when a program is
-lowered (`jax.lax.platform_dependent`), so GPU and TPU programs are the plain ones.
+gradients are written in the form that needs no rewriting, or left to oneDNN where that is installed
+(machine.onednn). The choice is made when a program is lowered (`jax.lax.platform_dependent`), so
+GPU and TPU programs are the plain ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxaccum.machine import onednn
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -41,8 +44,7 @@ def conv_general_dilated(
         return _conv(lhs, rhs, strides, pads, precision)
     if groups == lhs.shape[-1] == rhs.shape[-1]:
         return _depthwise(lhs, rhs, strides, pads, precision)
-    parts = zip(jnp.split(lhs, groups, axis=-1), jnp.split(rhs, groups, axis=-1), strict=True)
-    return jnp.concatenate([_conv(x, w, strides, pads, precision) for x, w in parts], axis=-1)
+    return _grouped(lhs, rhs, strides, pads, precision, groups)
 
 
 def _plain(x, w, strides, pads, precision, groups=1):
@@ -55,6 +57,8 @@ def _plain(x, w, strides, pads, precision, groups=1):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x, w, strides, pads, precision):
     def cpu(x, w):
+        if onednn.takes(x, w, strides):
+            return _library(x, w, strides, pads, 1)
         if w.shape[:2] == (1, 1) and strides == (1, 1):
             return jnp.dot(x, w[0, 0], precision=precision)
         return _plain(x, w, strides, pads, precision)
@@ -73,6 +77,8 @@ def _conv_backward(strides, pads, precision, residuals, dy):
         return jax.vjp(lambda x, w: _plain(x, w, strides, pads, precision), x, w)[1](dy)
 
     def cpu(x, w, dy):
+        if onednn.takes(x, w, strides):
+            return _library_backward(strides, pads, 1, (x, w), dy)
         if w.shape[:2] == (1, 1) and strides == (1, 1):
             kernel = w[0, 0]
             flat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
@@ -107,6 +113,29 @@ def _conv_backward(strides, pads, precision, residuals, dy):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _library(x, w, strides, pads, groups):
+    """A convolution by oneDNN."""
+    like = jax.eval_shape(lambda x, w: _plain(x, w, strides, pads, None, groups), x, w)
+    return onednn.forward(like, x, w, strides, pads, groups)
+
+
+def _library_forward(x, w, strides, pads, groups):
+    return _library(x, w, strides, pads, groups), (x, w)
+
+
+def _library_backward(strides, pads, groups, residuals, dy):
+    def plain(x, w, dy):
+        return jax.vjp(lambda x, w: _plain(x, w, strides, pads, None, groups), x, w)[1](dy)
+
+    x, w = residuals
+    like = jax.eval_shape(plain, x, w, dy)
+    return onednn.gradients(like, x, w, dy, strides, pads, groups)
+
+
+_library.defvjp(_library_forward, _library_backward)
+
+
 def _computed_once(value):
     """value, which XLA's CPU backend then computes once, and not in each place that uses it.
 
@@ -118,14 +147,32 @@ def _computed_once(value):
 
 
 def _depthwise(x, w, strides, pads, precision):
-    """One kernel per channel. On CPU as shifted multiply-adds."""
+    """One kernel per channel. On CPU by oneDNN or as shifted multiply-adds."""
+
+    def cpu(x, w):
+        if onednn.takes(x, w, strides):
+            return _library(x, w, strides, pads, x.shape[-1])
+        return _shifted(x, w, strides, pads)
 
     def default(x, w):
         return _plain(x, w, strides, pads, precision, groups=x.shape[-1])
 
-    return lax.platform_dependent(
-        x, w, cpu=lambda x, w: _shifted(x, w, strides, pads), default=default
-    )
+    return lax.platform_dependent(x, w, cpu=cpu, default=default)
+
+
+def _grouped(x, w, strides, pads, precision, groups):
+    """Some channels to a kernel."""
+
+    def cpu(x, w):
+        if onednn.takes(x, w, strides):
+            return _library(x, w, strides, pads, groups)
+        return default(x, w)
+
+    def default(x, w):
+        parts = zip(jnp.split(x, groups, axis=-1), jnp.split(w, groups, axis=-1), strict=True)
+        return jnp.concatenate([_conv(x, w, strides, pads, precision) for x, w in parts], axis=-1)
+
+    return lax.platform_dependent(x, w, cpu=cpu, default=default)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -173,6 +220,19 @@ def _shifts(padded, w, strides):
                 j,
                 padded[:, i : i + last[0] + 1 : strides[0], j : j + last[1] + 1 : strides[1]],
             )
+
+
+def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A linear map of channels, (..., C) and (C, features) to (..., features)."""
+
+    def cpu(x, w):
+        rows, kernel = x.reshape(1, -1, 1, x.shape[-1]), w[None, None]
+        if not onednn.takes(rows, kernel, (1, 1)):
+            return x @ w
+        y = _library(rows, kernel, (1, 1), ((0, 0), (0, 0)), 1)
+        return y.reshape(*x.shape[:-1], w.shape[-1])
+
+    return lax.platform_dependent(x, w, cpu=cpu, default=lambda x, w: x @ w)
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:

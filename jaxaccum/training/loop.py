@@ -15,7 +15,7 @@ from jaxaccum.accumulate import State, make_engine
 from jaxaccum.data.check import signature
 from jaxaccum.data.texts import shown_path
 from jaxaccum.errors import TrainingError
-from jaxaccum.machine import host_memory
+from jaxaccum.machine import host_memory, onednn
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models.init import count
 from jaxaccum.training import freezing, run
@@ -311,7 +311,9 @@ def describe(this: run.Run, source: tasks.Source, parameters: int, workdir: Path
             f"compat: the usual accumulation; effective batches of {smallest} to {largest} "
             "samples, every microbatch normalised by itself"
         )
-    advice = host_memory.advice() if jax.default_backend() == "cpu" else []
-    for line in [*this.task.notes(config, source, this.sizes.total), *advice]:
+    of_cpu: list[str] = []
+    if jax.default_backend() == "cpu":
+        of_cpu = [*filter(None, [onednn.note()]), *host_memory.advice()]
+    for line in [*this.task.notes(config, source, this.sizes.total), *of_cpu]:
         print(line)
     print(f"workdir {workdir}", flush=True)

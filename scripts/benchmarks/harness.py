@@ -43,6 +43,7 @@ class Context:
       platform: what JAX computes on.
       quick: at tiny sizes, to see that it works; the figures mean nothing.
       torch: folder that PyTorch is installed in; "" if it is where this Python finds it.
+      torch_python: the Python that runs it; "" for this one.
       warm: only compile, so that what is measured later finds its programs in the caches.
       keep: folder for more than figures, such as the text of a program; None to keep nothing.
     """
@@ -50,6 +51,7 @@ class Context:
     platform: Platform
     quick: bool = False
     torch: str = ""
+    torch_python: str = ""
     warm: bool = False
     keep: Path | None = None
 
@@ -279,7 +281,9 @@ class Peer:
         if not torch_version(context.torch):
             raise SkippedError(HOW_TORCH)
         self._process = subprocess.Popen(
-            [sys.executable, str(PEER), context.torch, str(cores()), context.platform],
+            [
+                context.torch_python or sys.executable, str(PEER), context.torch, str(cores()), context.platform,
+            ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,67 @@ def test_freed_memory_is_used_again():
 def test_other_libraries_are_left_alone(glibc):
     glibc("", "")
     assert host_memory.keep_freed() is False
+
+
+# --- Verbs start themselves once more, with huge pages. ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python", "-m", "jaxaccum.train", "--config=a.py"],
+        ["python", "-X", "dev", "-m", "jaxaccum", "predict", "-m"],
+        ["python", "/usr/bin/jaxaccum", "train"],
+    ],
+)
+def test_a_verb_starts_itself_once_more(words, monkeypatch):
+    began = []
+    monkeypatch.setattr(host_memory.os, "execve", lambda *given: began.append(given))
+    monkeypatch.setattr(host_memory, "setting", lambda environment: {"GLIBC_TUNABLES": "wanted"})
+    host_memory.restart("jaxaccum", words)
+    ((program, arguments, environment),) = began
+    assert program == sys.executable
+    assert arguments == [sys.executable, *words[1:]]
+    assert environment == os.environ | {"GLIBC_TUNABLES": "wanted"}
+    monkeypatch.setattr(host_memory, "setting", lambda environment: {})
+    host_memory.restart("jaxaccum", words)
+    assert len(began) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python"],
+        ["python", "-c", "import jaxaccum.train"],
+        ["python", "train.py", "jaxaccum"],
+        ["python", "-m", "pytest", "jaxaccum"],
+        ["python", "-m", "jaxaccumulate.train"],
+    ],
+)
+def test_other_programs_are_left_alone(words, monkeypatch):
+    monkeypatch.setattr(host_memory.os, "execve", lambda *given: pytest.fail(str(given)))
+    monkeypatch.setattr(host_memory, "setting", lambda environment: {"GLIBC_TUNABLES": "wanted"})
+    host_memory.restart("jaxaccum", words)
+
+
+def test_the_second_start_has_huge_pages(tmp_path):
+    """Told by a module that every Python imports at its start."""
+    environment = {k: v for k, v in os.environ.items() if k != host_memory.VARIABLE}
+    added = host_memory.setting(environment)
+    if not added:
+        pytest.skip("there is nothing to gain from huge pages here")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        f"with open({str(tmp_path / 'starts')!r}, 'a') as file:\n"
+        f"    print(os.getpid(), os.environ.get({host_memory.VARIABLE!r}), file=file)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxaccum", "--version"], cwd=Path(__file__).parents[2],
+        env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("jaxaccum ")
+    first, second = (tmp_path / "starts").read_text().splitlines()
+    number = first.split()[0]
+    assert first == f"{number} None"
+    assert second == f"{number} {added[host_memory.VARIABLE]}"

@@ -24,7 +24,7 @@ def listed(file: str) -> list[str]:
 def test_the_extras_are_the_requirement_files():
     extras = PROJECT["project"]["optional-dependencies"]
     base = PROJECT["project"]["dependencies"]
-    assert sorted(base + extras["all"]) == sorted(listed("requirements-cpu.txt"))
+    assert sorted(base + extras["all"] + extras["cpu"]) == sorted(listed("requirements-cpu.txt"))
     with_cuda = [line.replace("jax>", "jax[cuda12]>") for line in base + extras["all"]]
     assert sorted(with_cuda) == sorted(listed("requirements.txt"))
     assert extras["test"] == ["jaxaccum[all]", *listed("requirements-test.txt")]
@@ -131,6 +131,7 @@ def test_a_config_of_the_wheel_is_found_by_its_name(wheel, tmp_path):
     here.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    assert (site / "jaxaccum" / "machine" / "onednn.cc").exists()
     assert not (site / "tests").exists() and (site / "jaxaccum" / "configs" / "yolo_s.py").exists()
     environment = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
 
