@@ -51,7 +51,7 @@ class Model:
           source: a file, a folder, a pattern as "photos/**/*.jpg", an array (H, W, 3) uint8 RGB or
             (points, 3), an image of Pillow, or a list or generator of these. Videos,
             animations and TIFFs of several pages give a result for each frame.
-          options: those of the verb: conf and iou of a detector, also calib in 3D; format,
+          options: those of the verb: conf, iou and end_to_end of a detector, calib in 3D; format,
             normalise and caption of a completion network.
         Returns:
           `tasks.detection.predict.Detected` and its like: with arrays, `plot()`, `to_json()`,

@@ -1,5 +1,5 @@
 """python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--split=SPLIT] [--precise_bn=N]
-    [--references=PATH] [--drawn=FILE] [--pictures=4] [--predictions=FILE]
+    [--references=PATH] [--drawn=FILE] [--pictures=4] [--predictions=FILE] [--end_to_end]
 
 Evaluates the best weights of a run on its val split; of completion, on the test split and the
 unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
@@ -16,7 +16,7 @@ from absl import flags
 
 from jaxaccum.machine import known_answers
 from jaxaccum.training import run
-from jaxaccum.training.inference import WEIGHTS_HELP, load
+from jaxaccum.training.inference import END_TO_END_HELP, WEIGHTS_HELP, load
 from jaxaccum.training.measuring import measure
 
 
@@ -42,6 +42,7 @@ if __name__ == "__main__":
     )
     _SPLIT = flags.DEFINE_string("split", "", "of the data set: train, val, test, ...")
     _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
+    _ONCE = flags.DEFINE_bool("end_to_end", None, END_TO_END_HELP)
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples",
         0, 10**9,
@@ -62,6 +63,7 @@ if __name__ == "__main__":
             Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, split=_SPLIT.value,
             precise_bn=_PRECISE.value, references=_REFERENCES.value, drawn=drawn,
             pictures=_PICTURES.value, predictions=_PREDICTIONS.value or None,
+            end_to_end=_ONCE.value,
         )  # fmt: skip
         print(json.dumps(found))
         return 0

@@ -1,5 +1,5 @@
 """python -m jaxaccum.export --workdir=DIR --out=FILE [--format=stablehlo|onnx]
-    [--platforms=cpu,cuda,tpu] [--batch=N]
+    [--platforms=cpu,cuda,tpu] [--batch=N] [--end_to_end]
 
 Writes a run's best weights and its network as one program: StableHLO, which `load_exported`, or any
 runtime of StableHLO, runs without this package's models; or ONNX, of a detector. The suffix of FILE
@@ -17,7 +17,7 @@ from absl import flags
 
 from jaxaccum import programs
 from jaxaccum.programs import FORMATS, PLATFORMS, load_exported
-from jaxaccum.training.inference import WEIGHTS_HELP, load, require_run
+from jaxaccum.training.inference import END_TO_END_HELP, WEIGHTS_HELP, load, require_run
 
 __all__ = ["export", "load_exported"]
 
@@ -29,12 +29,14 @@ def export(
     batch: int = 0,
     format: str = "",
     weights: str = "",
+    end_to_end: bool | None = None,
 ) -> dict[str, Any]:
     """Writes FILE, the program, and FILE.json, what it takes and gives; see `programs.write`.
 
     Args:
       workdir: of the run.
       weights: as of `inference.load`.
+      end_to_end: as of `programs.write`.
     Raises:
       CheckpointError: the workdir holds no weights, or the file cannot be written.
       ConfigError: the program cannot be had in this form.
@@ -42,7 +44,7 @@ def export(
     require_run(workdir)
     programs.format_of(file, format)
     programs.make_folder(file)
-    return programs.write(load(workdir, weights), file, platforms, batch, format)
+    return programs.write(load(workdir, weights), file, platforms, batch, format, end_to_end)
 
 
 if __name__ == "__main__":
@@ -55,6 +57,7 @@ if __name__ == "__main__":
         "format", "", ["", *FORMATS], "of the program; by the suffix of --out if not given"
     )
     _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "where a StableHLO program runs")
+    _ONCE = flags.DEFINE_bool("end_to_end", None, END_TO_END_HELP)
     _BATCH = flags.DEFINE_integer("batch", 0, "samples per call; 0 for any number", 0, 65536)
 
     def main() -> int:
@@ -65,6 +68,7 @@ if __name__ == "__main__":
             _BATCH.value,
             _FORMAT.value,
             _WEIGHTS.value,
+            _ONCE.value,
         )
         print(json.dumps(facts))
         return 0

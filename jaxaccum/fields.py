@@ -28,7 +28,10 @@ NOT_LEARNED = (
 
 # Fields of the recipe that came later. Where they hold this a run is what it was before, and its
 # recipe does not name them: it has the fingerprint that it had, and may be continued.
-LATER: Mapping[str, Any] = {"freeze": (0, ""), "data.fraction": (1.0,), "data.single_cls": (False,)}
+LATER: Mapping[str, Any] = {
+    "freeze": (0, ""), "data.fraction": (1.0,), "data.single_cls": (False,),
+    "loss.one_to_many": (0.8,), "loss.one_to_many_final": (0.1,),
+}  # fmt: skip
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
 

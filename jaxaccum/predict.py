@@ -20,7 +20,7 @@ from jaxaccum.config import ConfigError
 from jaxaccum.machine import known_answers
 from jaxaccum.tasks.predicting import predict_files
 from jaxaccum.training import run
-from jaxaccum.training.inference import WEIGHTS_HELP, load, require_run
+from jaxaccum.training.inference import END_TO_END_HELP, WEIGHTS_HELP, load, require_run
 
 if __name__ == "__main__":
     from jaxaccum import command_line
@@ -38,6 +38,7 @@ if __name__ == "__main__":
     )
     _MAX_DET = flags.DEFINE_integer("max_det", 300, "objects in an image at most", 1, 10**5)
     _AGNOSTIC = flags.DEFINE_bool("agnostic", False, "drop lesser boxes whatever their class")
+    _ONCE = flags.DEFINE_bool("end_to_end", None, END_TO_END_HELP)
     _TXT = flags.DEFINE_bool("save_txt", False, "also write labels/NAME.txt, as YOLO has labels")
     _CROP = flags.DEFINE_bool("save_crop", False, "also write what is in each box, crops/CLASS/")
     _FORMAT = flags.DEFINE_enum("format", "ply", ["ply", "npy"], "of completed clouds")
@@ -54,6 +55,7 @@ if __name__ == "__main__":
         _CLASSES,
         _MAX_DET,
         _AGNOSTIC,
+        _ONCE,
         _TXT,
         _CROP,
         _FORMAT,
@@ -101,7 +103,8 @@ if __name__ == "__main__":
                     f"--{flag.name} means nothing to the task {task.name} of this run, which "
                     f"takes {taken}"
                 )
-        return {flag.name: flag.value for flag in _OF_TASKS if flag.name in task.predict_flags}
+        own = [flag for flag in _OF_TASKS if flag.name in task.predict_flags]
+        return {flag.name: flag.value for flag in own if flag.value is not None}
 
     command_line.run_verb(
         main,

@@ -15,6 +15,7 @@ from jax import export as jax_export
 
 from jaxaccum.config import ConfigError
 from jaxaccum.data.texts import shown_path
+from jaxaccum.machine import onednn
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models import blocks
 from jaxaccum.tasks import Trained
@@ -35,11 +36,13 @@ def write(
     platforms: Sequence[str] = PLATFORMS,
     batch: int = 0,
     format: str = "",
+    end_to_end: bool | None = None,
 ) -> dict[str, Any]:
     """Writes FILE, the program, and FILE.json, what it takes and gives.
 
     The program of a detector maps images (N, S, S, 3) uint8 RGB to boxes (N, A, 4), x1 y1 x2 y2 in
-    pixels, and class probabilities (N, A, classes), before non-maximum suppression; of a 3D
+    pixels, and class probabilities (N, A, classes), before non-maximum suppression; end to end to
+    boxes (N, K, 4), scores (N, K) and classes (N, K), which need none. The program of a 3D
     detector images and cameras (N, 3, 4) to these and locations (N, A, 3), sizes (N, A, 3) and
     yaw (N, A). That of a completion network maps partial clouds (N, 2048, 3) float32, and
     vectors of captions (N, T) if it takes them, to complete clouds (N, P, 3). The weights are in
@@ -53,16 +56,18 @@ def write(
       format: "stablehlo"; or "onnx", in float32 and with the names that the task gives (`images`,
         `boxes` and `probabilities` of a detector), which needs the package jax2onnx; "" goes by the
         suffix of the file, and is StableHLO for a file without one.
+      end_to_end: by the one-to-one branch, or not; None: as its config says.
     Returns:
       what FILE.json holds.
     Raises:
       CheckpointError: the file cannot be written.
-      ConfigError: an unknown platform, format or suffix, a format that the suffix contradicts, or
-        ONNX without its package or of no detector.
+      ConfigError: an unknown platform, format or suffix, a format that the suffix contradicts,
+        ONNX without its package or of no detector, or there is no such branch.
     """
     if not platforms or not set(platforms) <= set(_KNOWN):
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
     format = format_of(file, format)
+    trained = trained.with_end_to_end(end_to_end)
     make_folder(file)
     with waiting("exporting"):
         program, facts = (onnx if format == "onnx" else stablehlo)(trained, batch, platforms)
@@ -138,9 +143,10 @@ def stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
         outputs = jax.tree.leaves(task.predict(params, stats, *inputs))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    exported = jax_export.export(jax.jit(program), platforms=tuple(platforms))(
-        *(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples)
-    )
+    with onednn.without():  # it runs elsewhere
+        exported = jax_export.export(jax.jit(program), platforms=tuple(platforms))(
+            *(jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in samples)
+        )
     facts = {"platforms": list(exported.platforms), "dtype": np.dtype(dtype).name}
     return exported.serialize(), facts
 
@@ -167,7 +173,7 @@ def onnx(trained: Trained, batch: int, platforms: Sequence[str]):
         config.update(dtype="float32", remat=False)
     task = type(trained.task).create(config, trained.names, jnp.float32)
     params, stats = jax.device_get((trained.params, trained.stats))
-    with blocks.portable():
+    with blocks.portable(), onednn.without():
         program = jax2onnx.to_onnx(
             lambda *inputs: task.predict(params, stats, *inputs),
             [jax.ShapeDtypeStruct((batch or "n", *s.shape), s.dtype) for s in interface.inputs],

@@ -19,7 +19,7 @@ selection=(
   tests/data/test_data_{loader,augment,sources}.py
   tests/data/test_scenes.py
   # what else leans on JAX and Orbax
-  tests/machine/test_{known_answers,jax_stand_ins}.py tests/training/test_checkpoint.py
+  tests/machine/test_{known_answers,jax_stand_ins,onednn}.py tests/training/test_checkpoint.py
 )
 
 # shellcheck source=scripts/setup_env.sh

@@ -22,10 +22,11 @@ import json
 import re
 import sys
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,7 @@ from jaxaccum.losses import detection
 from jaxaccum.losses.chamfer import chamfer_l1, chamfer_l2
 from jaxaccum.machine import known_answers
 from jaxaccum.models import blocks, boxes3d, completion, init, points, yolo
+from jaxaccum.tasks.detection import DetectionTask
 from jaxaccum.weights import transfer as weights
 
 Numbers = dict[str, np.ndarray]
@@ -160,16 +162,21 @@ class Fixture:
     GIVEN = re.compile(
         "seed|target_seed|partial|denoise_noise|boxes|scores|strides|image_hw"
         "|(target_)?(batch_idx|cls|bboxes)|target_(location_3d|dimensions_3d|rotation_y)"
+        "|(boxes|scores)_(o2m|o2o)|epoch_epochs"
     )
 
     def state(self) -> Numbers:
         """The weights by the rule, and off by `jitter` of each."""
         rng = np.random.default_rng(self.draw)
         return {
-            key: rule_weight(key, shape).astype(np.float32)
+            key: self.weight(key, shape).astype(np.float32)
             * (1 + self.jitter * rng.standard_normal(shape))
             for key, shape in self.facts["state"].items()
         }
+
+    def weight(self, key: str, shape: list[int]) -> np.ndarray:
+        """The weight of that key."""
+        return rule_weight(key, shape)
 
     def numbers(self, dtype: Any) -> Numbers:
         """Ours by the fixture's names, and `decisions`, which rounding can turn."""
@@ -465,6 +472,11 @@ class LossFixture(Fixture):
         }
 
 
+def channels_first(a: Any, step: int) -> np.ndarray:
+    """(N, C, every step-th anchor), of (N, A, C)."""
+    return np.swapaxes(a, 1, 2)[..., ::step]
+
+
 def decisions_of(assignment: detection.Assignment) -> np.ndarray:
     """(N, A) the object that each anchor is to predict, -1 for none."""
     return np.where(assignment.foreground, assignment.object, -1)
@@ -478,9 +490,9 @@ def _detector_loss(out, strides, targets, enlarge_small, targets3d):
 class DetectorFixture(Fixture):
     """A whole detector: evaluation, training forward, loss, gradients, statistics."""
 
-    def numbers(self, dtype) -> Numbers:
-        facts, data = self.facts, self.data
-        seed = int(data["seed"])
+    def network(self, dtype) -> tuple[yolo.Yolo, Any, Any, Numbers]:
+        """Model, parameters and statistics, and how many parameters there are."""
+        facts = self.facts
         model = models.create(facts["variant"], num_classes=facts["nc"], dtype=dtype)
         example = jax.ShapeDtypeStruct((1, 64, 64, 3), dtype)
         shapes = jax.tree.map(
@@ -488,22 +500,26 @@ class DetectorFixture(Fixture):
             jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example),
         )
         trees = shapes["params"], shapes["batch_stats"]
-        bins = f"model.{len(yolo.parse(facts['variant'])[0].rows) - 1}.dfl.conv.weight"
+        family, _ = yolo.parse(facts["variant"])
+        bins = family.bins if family.bins > 1 else 0  # fixed weights of the reference
+        fixed = [f"model.{len(family.rows) - 1}.dfl.conv.weight"] if bins else []
         require_tensors(
-            facts, weights.reference_shapes(trees[0]) | weights.reference_shapes(trees[1]), [bins]
+            facts, weights.reference_shapes(trees[0]) | weights.reference_shapes(trees[1]), fixed
         )
         params, stats = weights.from_reference(self.state(), *trees)
-        found: Numbers = {"parameters": np.asarray(init.count(params) + yolo.REG_MAX)}
+        return model, params, stats, {"parameters": np.asarray(init.count(params) + bins)}
 
-        def draw(offset, *shape):
-            values = np.random.default_rng(seed + offset).random(shape, np.float32)
-            return jnp.asarray(np.transpose(values, (0, 2, 3, 1)), dtype)
+    def images(self, dtype, offset, *shape) -> jax.Array:
+        """Images (N, H, W, 3) that follow from the seed."""
+        values = np.random.default_rng(int(self.data["seed"]) + offset).random(shape, np.float32)
+        return jnp.asarray(np.transpose(values, (0, 2, 3, 1)), dtype)
 
-        def channels_first(a, step):
-            return np.swapaxes(a, 1, 2)[..., ::step]
-
+    def numbers(self, dtype) -> Numbers:
+        facts, data = self.facts, self.data
+        model, params, stats, found = self.network(dtype)
+        images = self.images(dtype, 1, 1, 3, 64, 96)
         with by_units():
-            out = model.apply({"params": params, "batch_stats": stats}, draw(1, 1, 3, 64, 96))
+            out = model.apply({"params": params, "batch_stats": stats}, images)
         boxes, scores = yolo.decode(out, yolo.anchors(64, 96, model.strides))
         channels = [(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2], scores]
         if out.boxes3d is not None:
@@ -513,7 +529,7 @@ class DetectorFixture(Fixture):
         found["eval_boxes"] = channels_first(out.boxes, 3)
         found["eval_scores"] = channels_first(out.scores, 3)
 
-        images = draw(2, 2, 3, 128, 128)
+        images = self.images(dtype, 2, 2, 3, 128, 128)
         # Fixtures of the older trainer name their targets so, and know no enlarged small objects.
         older = "target_cls" in data
         flat = (data[f"target_{k}" if older else k] for k in ("batch_idx", "cls", "bboxes"))
@@ -580,6 +596,199 @@ class DetectorFixture(Fixture):
         if "stat_norm" in fixed:
             add("stat_norm", "stat_norm", scale=fixed["stat_norm"])
         return found
+
+
+BRANCHES = ("o2m", "o2o")  # one-to-many and one-to-one, in names of arrays
+
+
+def branch_weights(epoch: int, epochs: int) -> tuple[float, float]:
+    """Weights of one-to-many and of one-to-one in an epoch, as a run has them by default."""
+    task = DetectionTask(models.create("yolo26-n", num_classes=1), 32)
+    schedule: Any = types.SimpleNamespace(epoch=lambda count: count, epochs=epochs)
+    weights_ = task.weights(schedule)
+    many, one = (weights_[name](epoch) for name in (detection.ONE_TO_MANY, detection.ONE_TO_ONE))
+    return many, one
+
+
+def loss_of_two(predictions, anchors, targets, shares):
+    """Samples times the sum of both branches' items by their shares, and everything else."""
+    numerators, denominators, assigned = detection.loss_of_two(predictions, anchors, targets)
+    values = [
+        t.gain * numerators[t.name] / jnp.maximum(denominators[t.denominator], 1)
+        for t in detection.terms_of_two()
+    ]
+    many, one = jnp.stack(values[:3]), jnp.stack(values[3:])
+    vector = len(targets.weight) * (shares[0] * many + shares[1] * one)
+    found = {"loss_items_o2m": many, "loss_items_o2o": one, "loss_vector": vector}
+    for branch, own, total in zip(BRANCHES, assigned, denominators.values(), strict=True):
+        found[f"target_sum_{branch}"] = total
+        found[f"target_weight_{branch}"] = own.score
+        found[f"target_gt_{branch}"] = jnp.where(own.score > 0, own.object, -1)
+    return jnp.sum(vector), found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _loss_of_two(out, strides, size, targets, shares):
+    return loss_of_two(out, yolo.anchors(*size, strides), targets, shares)
+
+
+def end_to_end(out, anchors, most: int, agnostic: bool = False) -> np.ndarray:
+    """(N, most, 6): corners, score, class of what the one-to-one branch finds."""
+    boxes, scores, classes = yolo.surest(out, anchors, most, agnostic)
+    return np.concatenate([boxes, scores[..., None], classes[..., None]], axis=-1)
+
+
+def loss_of_two_distances(fixed, ours, theirs) -> dict[str, float]:
+    """Of what `loss_of_two` finds."""
+    found = {}
+    for name in ("loss_items_o2m", "loss_items_o2o", "loss_vector", "branch_weights"):
+        found[name] = distance(ours[name], theirs[name], np.abs(fixed[name]))
+    for branch in BRANCHES:
+        total, weight, object_ = (f"target_{k}_{branch}" for k in ("sum", "weight", "gt"))
+        found[total] = distance(ours[total], theirs[total], max(fixed[total], 1))
+        found[weight] = distance(ours[weight], theirs[weight], 1.0)
+        other = np.asarray(ours[object_]) != np.asarray(theirs[object_])
+        found[object_] = float(np.sum(other))  # anchors
+    return found
+
+
+def two_of(data, dtype) -> yolo.Predictions:
+    """Given outputs of both branches."""
+    many, one = (
+        yolo.Predictions(
+            *(jnp.asarray(np.swapaxes(data[f"{k}_{branch}"], 1, 2), dtype)
+              for k in ("boxes", "scores"))
+        )
+        for branch in BRANCHES
+    )  # fmt: skip
+    return many._replace(one_to_one=one)
+
+
+class TwoBranchLossFixture(Fixture):
+    """The loss of both branches on given outputs, and what the second finds in its own."""
+
+    def numbers(self, dtype) -> Numbers:
+        data = self.data
+        size = tuple(int(v) for v in data["image_hw"])
+        strides = tuple(int(s) for s in data["strides"])
+        out = two_of(data, dtype)
+        targets = padded_targets(
+            data["batch_idx"], data["cls"], data["bboxes"], len(data["boxes_o2m"]), *size
+        )
+        shares = branch_weights(*(int(v) for v in data["epoch_epochs"]))
+        (_, found), gradient = jax.value_and_grad(_loss_of_two, has_aux=True)(
+            out, strides, size, targets, shares
+        )
+        found = {k: np.asarray(v) for k, v in found.items()}
+        for branch, own in zip(BRANCHES, (gradient, gradient.one_to_one), strict=True):
+            found[f"grad_boxes_{branch}"] = np.swapaxes(own.boxes, 1, 2)
+            found[f"grad_scores_{branch}"] = np.swapaxes(own.scores, 1, 2)
+        return found | {
+            "branch_weights": np.asarray(shares),
+            "e2e_max50": end_to_end(out, yolo.anchors(*size, strides), 50),
+            "decisions": np.stack([found[f"target_gt_{branch}"] for branch in BRANCHES]),
+        }
+
+    def distances(self, ours, theirs) -> dict[str, float]:
+        found = loss_of_two_distances(self.data, ours, theirs)
+        parts = {"boxes": np.s_[..., :4], "scores": np.s_[..., 4], "classes": np.s_[..., 5]}
+        for name, part in parts.items():
+            found[f"e2e_{name}"] = distance(ours["e2e_max50"][part], theirs["e2e_max50"][part])
+        for key in (f"grad_{k}_{branch}" for k in ("boxes", "scores") for branch in BRANCHES):
+            found[key] = distance(ours[key], theirs[key], np.abs(self.data[key]).max())
+        return found
+
+
+class TwoBranchFixture(DetectorFixture):
+    """A whole detector whose head has both branches."""
+
+    FOUND: ClassVar[dict[str, tuple[int, bool]]] = {
+        "eval_e2e": (300, False),
+        "eval_e2e_max20": (20, False),
+        "eval_e2e_max20_agnostic": (20, True),
+    }
+
+    def weight(self, key, shape):
+        shifted = re.search(r"cv2\.\d+\.2\.bias$", key)  # sides of boxes: else they have no size
+        return (2 if shifted else 0) + rule_weight(key, shape)
+
+    def numbers(self, dtype) -> Numbers:
+        facts, data = self.facts, self.data
+        model, params, stats, found = self.network(dtype)
+        images = self.images(dtype, 1, 1, 3, 64, 96)
+        with by_units():
+            out = model.apply({"params": params, "batch_stats": stats}, images)
+        anchors = yolo.anchors(64, 96, model.strides)
+        boxes, scores = yolo.decode(out, anchors)
+        middle, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+        found["eval_decoded_o2m"] = channels_first(np.concatenate([middle, size, scores], -1), 3)
+        for key, (most, agnostic) in self.FOUND.items():
+            found[key] = end_to_end(out, anchors, most, agnostic)
+        images, groups = self.images(dtype, 2, 2, 3, 128, 128), Groups(2, jnp.ones(2, dtype))
+        targets = padded_targets(data["batch_idx"], data["cls"], data["bboxes"], 2, 128, 128)
+        shares = branch_weights(0, 100)
+
+        def train_loss(params):
+            with by_units():
+                out, moments = model.apply(
+                    {"params": params, "batch_stats": stats}, images, groups, mutable=["moments"]
+                )
+            loss, values = _loss_of_two(out, model.strides, (128, 128), targets, shares)
+            return loss, (out, moments["moments"], values)
+
+        (_, (trained, moments, values)), gradient = jax.value_and_grad(train_loss, has_aux=True)(
+            params
+        )
+        for stage, made, step in (("eval", out, 3), ("train", trained, 7)):
+            for branch, own in zip(BRANCHES, (made, made.one_to_one), strict=True):
+                found[f"{stage}_boxes_{branch}"] = channels_first(own.boxes, step)
+                found[f"{stage}_scores_{branch}"] = channels_first(own.scores, step)
+        moved = weights.to_reference(batchnorm.move_statistics(stats, moments, 0.03))
+        values = {k: np.asarray(v) for k, v in values.items()}
+        return found | gradient_numbers(gradient, facts) | values | {
+            "branch_weights": np.asarray(shares),
+            "stat_norm": np.asarray([np.linalg.norm(moved[k]) for k in facts["stat_names"]]),
+            "decisions": np.stack([values[f"target_gt_{branch}"] for branch in BRANCHES]),
+        }  # fmt: skip
+
+    def distances(self, ours, theirs) -> dict[str, float]:
+        fixed = self.data
+        total = np.asarray(theirs.get("parameters", self.facts["parameters"]))
+        found = {"parameters": distance(ours["parameters"], total, 1e-12)}
+        for name, part in (("boxes", np.s_[:, :4]), ("scores", np.s_[:, 4:])):
+            a, b = (values["eval_decoded_o2m"][part] for values in (ours, theirs))
+            scale = np.abs(fixed["eval_decoded_o2m"][part]).max()
+            found[f"eval_decoded_{name}"] = distance(a, b, scale)
+        for key in (f"{k}_{branch}" for k in ("boxes", "scores") for branch in BRANCHES):
+            size = np.abs(fixed[f"eval_{key}"]).max()
+            found[f"eval_{key}"] = distance(ours[f"eval_{key}"], theirs[f"eval_{key}"], size)
+            name = f"train_{key}"
+            for word, how in (("max", np.max), ("rms", rms)):
+                scale = np.abs(fixed[name]).max()
+                found[f"{name}_{word}"] = distance(ours[name], theirs[name], scale, how)
+        for key in self.FOUND:
+            found[f"{key}_scores"] = distance(ours[key][..., 4], theirs[key][..., 4])
+            found[f"{key}_rows"] = rows_apart(ours[key], theirs[key])
+        found |= loss_of_two_distances(fixed, ours, theirs)
+        found["stat_norm"] = distance(ours["stat_norm"], theirs["stat_norm"], fixed["stat_norm"])
+        return found | gradient_distances(fixed, ours, theirs)
+
+
+def rows_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How far each row of theirs is from the nearest of ours of its class and image, at most.
+
+    By the corners, relative to the largest of theirs. Scores lie close, so rows may change places,
+    and the last may be others: those that are no surer than that are not asked for.
+    """
+    far, size = 0.0, np.abs(theirs[..., :4]).max()
+    for own, other in zip(np.asarray(ours), np.asarray(theirs), strict=True):
+        sure = other[other[:, 4] > (1 + TOLERANCE) * other[-1, 4]]
+        if not len(sure):
+            raise ValueError("all rows have one score: there is nothing to compare")
+        apart = np.abs(sure[:, None, :4] - own[None, :, :4]).max(-1) / size
+        apart = np.where(sure[:, None, 5] == own[None, :, 5], apart, np.inf)
+        far = max(far, float(apart.min(1).max()))
+    return far
 
 
 def gradient_numbers(gradient, facts) -> Numbers:
@@ -863,6 +1072,8 @@ def load(path: Path) -> Fixture:
     data = dict(np.load(numbers))
     if path.stem.startswith("loss_"):
         branches = sorted(k.removeprefix("boxes_") for k in data if k.startswith("boxes_"))
+        if branches == sorted(BRANCHES):
+            return TwoBranchLossFixture({}, data)
         if "boxes" not in data and branches:
             raise UnknownFamily(f"no such family yet: a loss of branches {', '.join(branches)}")
         return LossFixture({}, data)
@@ -874,7 +1085,8 @@ def load(path: Path) -> Fixture:
     variant = facts["variant"]
     if variant.rpartition("-")[0] not in yolo.FAMILIES:
         raise UnknownFamily(f"no such family yet: {variant}")
-    return DetectorFixture(facts, data)
+    family, _ = yolo.parse(variant)
+    return (TwoBranchFixture if family.one_to_one else DetectorFixture)(facts, data)
 
 
 def check(path: Path, x64: bool = False) -> Comparison:

@@ -29,6 +29,20 @@ yolo.FAMILIES["tiny"] = yolo.Family(
 yolo.FAMILIES["tiny-3d"] = dataclasses.replace(
     yolo.FAMILIES["tiny"], rows=(*yolo.FAMILIES["tiny"].rows[:-1], ((3, 4), 1, "Detect3D", ()))
 )
+# As YOLO26 is built: distances without bins, two sets of branches, attention in a C3k2.
+yolo.FAMILIES["tiny-26"] = dataclasses.replace(
+    yolo.FAMILIES["tiny"],
+    depthwise_head=True,
+    bins=1,
+    one_to_one=True,
+    rows=(
+        *yolo.FAMILIES["tiny"].rows[:3],
+        (-1, 1, "C3k2", (64, True, 0.5, True)),
+        (-1, 1, "Conv", (64, 3, 2)),  # 4, stride 16
+        (-1, 1, "SPPF", (64, 5, True)),
+        ((3, 5), 1, "Detect", ()),
+    ),
+)
 
 
 def predicted(trained, source, out, **options):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from jaxaccum.accumulate import owners
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.terms import Forward, Grouped, Objective, Output
 
@@ -97,8 +98,8 @@ def check(
 ) -> None:
     """Refuses what would make the update depend on the geometry, or fail far from its cause.
 
-    Traces a directional derivative of `forward` and looks for paths in it; compiles and computes
-    nothing.
+    Traces a directional derivative of `forward`, and with owners its backward pass, and looks for
+    paths in them; compiles and computes nothing.
 
     Args:
       forward: as `Forward`, its groups given.
@@ -156,6 +157,42 @@ def check(
             "on the microbatch. Use accumulate.GroupBatchNorm with the groups that forward is "
             "given and return its moments, or normalise by the running statistics"
         )
+    if objective.owner is not None:
+        _check_owners(forward, objective, params, stats, batch)
+
+
+def _check_owners(forward: Grouped, objective: Objective, params, stats, batch) -> None:
+    """Refuses owners of which a parameter learns from the terms of another denominator."""
+    assert objective.owner is not None
+    names = list(objective.floors)
+    paths = [owners.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    owned = [objective.owner(path) for path in paths]
+    for path, name in zip(paths, owned, strict=True):
+        if name not in names:
+            raise ContractError(
+                f"owner gives {name!r} for the parameter {path}; expected one of the objective's "
+                f"denominators, {_listed(names)}"
+            )
+
+    def pulled(params, stats, batch, cotangents):
+        totals, pull_back, _ = objective.pullback(forward, params, stats, batch)
+        return pull_back({k: cotangents[k].astype(v.dtype) for k, v in totals.items()})
+
+    cotangents = dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
+    jaxpr = jax.make_jaxpr(pulled)(params, stats, batch, cotangents)
+    own = {name: 1 << i for i, name in enumerate(names)}
+    others = len(jaxpr.jaxpr.invars) - len(names)
+    marks = owners.reached(jaxpr.jaxpr, [0] * others + [own[name] for name in sorted(names)])
+    for path, name, mark in zip(paths, owned, marks, strict=True):
+        foreign = [other for other in names if mark & own[other] & ~own[name]]
+        if foreign:
+            raise ContractError(
+                f"the parameter {path} belongs to the denominator {name!r}, but the backward pass "
+                f"of the terms over {foreign[0]!r} leads to it, too: with owners a parameter "
+                "learns from the terms of one denominator. Put jax.lax.stop_gradient around what "
+                "those terms are to leave alone, give it another owner, or leave owner out: then "
+                "every denominator has an accumulator and a backward pass of its own"
+            )
 
 
 def _check_output(out: Any, objective: Objective, samples: int) -> None:

@@ -201,10 +201,8 @@ class BaseEngine(abc.ABC):
 
     def _gradient_specs(self, params: PyTree) -> dict[str, PyTree]:
         """How a window's gradients lie over the mesh once they are summed: as the parameters do."""
-        objective = self.rule.objective
-        return dict.fromkeys(
-            ["loss"] if objective.coupled else objective.floors, self.specs(params)
-        )
+        owned = self.rule.objective.owned(params)
+        return {name: self.specs(tree) for name, tree in owned.items()}
 
     @functools.cached_property
     def _sums(self) -> Callable[..., Sums]:

@@ -17,7 +17,14 @@ from jax.sharding import NamedSharding
 from jaxaccum.accumulate.coupled import Coupling
 from jaxaccum.accumulate.engine import AXES, LAID, PER_DEVICE, REPLICATED, BaseEngine, varying
 from jaxaccum.accumulate.terms import Sums, add
-from jaxaccum.accumulate.update import Closed, State, advance, all_finite, close_window
+from jaxaccum.accumulate.update import (
+    Closed,
+    State,
+    UpdateRule,
+    advance,
+    all_finite,
+    close_window,
+)
 
 PyTree = Any
 
@@ -177,7 +184,7 @@ class MultiStepsEngine(BaseEngine):
             own = whole._replace(pulls=pulls) if coupling is not None else None
             sums = self._sums(varying(state.params), varying(state.stats), microbatch, own)
             sums = _without_bad(sums)
-            inner = _reduced(close_window(self.rule), whole) if closing else keep
+            inner = _reduced(self.rule, whole, state.step) if closing else keep
             multi = optax.MultiSteps(
                 inner,
                 every_k_schedule=lambda _: steps,
@@ -202,11 +209,13 @@ class MultiStepsEngine(BaseEngine):
         return advance(self.rule, state, Closed(*closed), opt_state), accumulator
 
 
-def _reduced(inner: optax.GradientTransformation, coupling) -> optax.GradientTransformation:
-    """`inner` on the sums of all devices: the one reduction of an update."""
+def _reduced(rule: UpdateRule, coupling, step: jax.Array) -> optax.GradientTransformation:
+    """`close_window` on the sums of all devices: the one reduction of an update."""
+    inner = close_window(rule)
 
     def update(sums, opt_state, params):
         whole = jax.lax.psum(sums, AXES)._replace(coupling=coupling)
+        whole = rule.objective.weighted(whole, step)
         return inner.update(whole, opt_state, params)
 
     return optax.GradientTransformation(inner.init, update)

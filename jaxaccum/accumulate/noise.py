@@ -26,13 +26,19 @@ import jax.numpy as jnp
 PyTree = Any
 
 
-def products(gradients: Mapping[str, PyTree], samples: jax.Array) -> dict[str, Any]:
-    """What one microbatch adds: inner products of its gradients, and its samples squared."""
-    names = sorted(gradients)
+def products(
+    gradients: Mapping[str, PyTree], samples: jax.Array, disjoint: bool = False
+) -> dict[str, Any]:
+    """What one microbatch adds: inner products of its gradients, and its samples squared.
+
+    Args:
+      disjoint: the gradients are of different parameters (accumulate.owners): their products with
+        one another are zero, and left out.
+    """
+    pairs = itertools.combinations_with_replacement(sorted(gradients), 2)
     return {
         "pairs": {
-            (a, b): _inner(gradients[a], gradients[b])
-            for a, b in itertools.combinations_with_replacement(names, 2)
+            (a, b): _inner(gradients[a], gradients[b]) for a, b in pairs if a == b or not disjoint
         },
         "samples": jnp.square(samples),
     }

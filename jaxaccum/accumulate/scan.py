@@ -81,6 +81,7 @@ class ScanEngine(BaseEngine):
         sums, stats = self._accumulate(
             state.params, state.stats, rate, microbatches, steps, coupling
         )
+        sums = self.rule.objective.weighted(sums, state.step)
         end = close_window(self.rule, fsdp.norm(self.mesh, self.specs(state.params)))
         closed, opt_state = end.update(sums, state.opt_state, state.params)
         return advance(self.rule, state, closed, opt_state, stats)

@@ -8,7 +8,8 @@ and the division happens once, at the update.
 
 A loss that couples samples (accumulate.coupled) takes a pass of its own over the window, which
 learns the denominators on the way: then the division is known beforehand, and one accumulator and
-one backward pass do for all terms.
+one backward pass do for all terms. So they do where every parameter learns from the terms of one
+denominator (accumulate.owners).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.accumulate import noise
+from jaxaccum.accumulate import noise, owners
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.coupled import Coupled, Coupling, couple
 
@@ -68,14 +69,16 @@ class Sums(NamedTuple):
     """What an update is made of; adds up over microbatches and over devices.
 
     Attributes:
-      gradients: denominator name -> gradient of the sum of gain * numerator over its terms; with
-        coupled terms "loss" -> gradient of scale * loss.
+      gradients: denominator name -> gradient of the sum of gain * numerator over its terms, with
+        owners None for what it does not own; with coupled terms "loss" -> gradient of scale * loss.
       numerators, denominators, moments: as in `Output`.
       samples: real samples, sum of the weights.
       bad: microbatches whose sums were not finite (counted by the multisteps engine, which must
         not let them into its accumulator).
       coupling: of the window's coupled terms, once the sums are complete.
       products: for the noise scale (accumulate.noise), if the objective asks for it.
+      weights: denominator name -> weight of its terms at this update, of those that have one, once
+        the sums are complete (`Objective.weighted`).
     """
 
     gradients: Mapping[str, PyTree]
@@ -86,6 +89,7 @@ class Sums(NamedTuple):
     bad: jax.Array
     coupling: Coupling | tuple[()] = ()
     products: PyTree = ()
+    weights: Mapping[str, jax.Array] | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,11 @@ class Objective:
         recipes use the effective batch here, so that clipping acts on a sum over images.
       coupled: terms that couple the samples of the effective batch.
       noise: whether to estimate the gradient noise scale.
+      owner: path of a parameter ("a/b/kernel") -> the denominator whose terms alone it learns from,
+        where that is so of all parameters: one accumulator and one backward pass then do for all
+        denominators (accumulate.owners). None: nothing is known.
+      weights: denominator name -> weight of its terms, a function of the updates done before, ()
+        int32. It is a factor at the update and the same for its whole window. 1 for others.
     """
 
     terms: tuple[Term, ...]
@@ -106,11 +115,38 @@ class Objective:
     scale: float = 1.0
     coupled: tuple[Coupled, ...] = ()
     noise: bool = False
+    owner: Callable[[str], str] | None = None
+    weights: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         missing = {t.denominator for t in self.terms} - set(self.floors)
         if missing:
             raise ValueError(f"no floor given for the denominators {sorted(missing)}")
+        if unknown := set(self.weights) - set(self.floors):
+            raise ValueError(
+                f"weights are given for {sorted(unknown)}; the denominators are "
+                f"{sorted(self.floors)}"
+            )
+        if self.coupled and (self.owner or self.weights):
+            raise ValueError(
+                "with coupled terms all others are divided before they are summed, have one "
+                "accumulator anyway, and no weights that change: leave out owner and weights"
+            )
+
+    @property
+    def accumulators(self) -> int:
+        """Trees like the parameters that a window's gradients are summed in."""
+        return 1 if self.coupled or self.owner else len(self.floors)
+
+    def owned(self, tree: PyTree) -> dict[str, PyTree]:
+        """What of a tree of the parameters each of `Sums.gradients` is like, by their names."""
+        if self.coupled:
+            return {"loss": tree}
+        if self.owner is None:
+            return dict.fromkeys(self.floors, tree)
+        return owners.split(tree, self.owner, self.floors)
 
     def divisor(self, name: str, denominators: Mapping[str, jax.Array]) -> jax.Array:
         """The denominator `name`, floored."""
@@ -153,21 +189,32 @@ class Objective:
         if coupling is not None:
             return self._coupled_sums(forward, params, stats, batch, coupling)
 
-        def weighted(params):
-            out = forward(params, stats, batch)
-            totals = {
-                name: sum(t.gain * out.numerators[t.name] for t in self._sharing(name))
-                for name in self.floors
-            }
-            return totals, out
-
-        totals, pull_back, out = jax.vjp(weighted, params, has_aux=True)
+        totals, pull_back, out = self.pullback(forward, params, stats, batch)
+        if self.owner is not None:
+            (both,) = pull_back(jax.tree.map(jnp.ones_like, totals))
+            return self._with_products(_sums(self.owned(both), out, batch))
         gradients = {}
         for name in self.floors:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
         return self._with_products(_sums(gradients, out, batch))
+
+    def pullback(
+        self, forward: Grouped, params: PyTree, stats: PyTree, batch: PyTree
+    ) -> tuple[dict[str, Any], Callable[[PyTree], tuple[PyTree]], Output]:
+        """Denominator name -> sum of gain * numerator over its terms, of one microbatch; the
+        function from the cotangents of these to the gradient; and all that forward returned."""
+
+        def totals(params):
+            out = forward(params, stats, batch)
+            sums = {
+                name: sum(t.gain * out.numerators[t.name] for t in self._sharing(name))
+                for name in self.floors
+            }
+            return sums, out
+
+        return jax.vjp(totals, params, has_aux=True)
 
     def _coupled_sums(self, forward, params, stats, batch, coupling: Coupling) -> Sums:
         """Sums whose gradient is that of `scale * loss`, coupled terms included, in one pass."""
@@ -187,7 +234,20 @@ class Objective:
     def _with_products(self, sums: Sums) -> Sums:
         if not self.noise:
             return sums
-        return sums._replace(products=noise.products(sums.gradients, sums.samples))
+        disjoint = self.owner is not None
+        return sums._replace(products=noise.products(sums.gradients, sums.samples, disjoint))
+
+    def weighted(self, sums: Sums, step: jax.Array) -> Sums:
+        """A window's complete sums with the weights of this update.
+
+        Args:
+          step: updates done before, () int32.
+        """
+        if not self.weights:
+            return sums
+        dtype = sums.samples.dtype
+        weights = {name: jnp.asarray(of(step), dtype) for name, of in self.weights.items()}
+        return sums._replace(weights=weights)
 
     def gradient(self, sums: Sums) -> PyTree:
         """The gradient of `scale * loss` over the effective batch."""
@@ -198,13 +258,25 @@ class Objective:
             jax.tree.map(lambda g, f=factors[name]: g * f, sums.gradients[name])
             for name in self.floors
         ]
+        if self.owner is not None:
+            return owners.merged(parts)
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
 
     def _factors(self, sums: Sums) -> dict[str, Any]:
         """What the accumulated gradients are multiplied by at the update."""
         if isinstance(sums.coupling, Coupling):
             return {"loss": 1.0}
-        return {n: self.scale / self.divisor(n, sums.denominators) for n in self.floors}
+        return {name: self._weigh(self._share(name, sums), name, sums) for name in self.floors}
+
+    def _share(self, name: str, sums: Sums) -> Any:
+        """The factor of a denominator's gradient, but for its weight."""
+        return self.scale / self.divisor(name, sums.denominators)
+
+    @staticmethod
+    def _weigh(value: Any, name: str, sums: Sums) -> Any:
+        """A value of a denominator's terms times the weight that they have at this update."""
+        weights = dict(sums.weights)
+        return value * weights[name] if name in weights else value
 
     def _logged_over(self, term: Term, sums: Sums) -> jax.Array:
         """What a window's numerator is divided by for the log."""
@@ -217,17 +289,19 @@ class Objective:
         return noise.estimate(sums.products, self._factors(sums), norm, sums.samples, self.scale)
 
     def log(self, sums: Sums) -> dict[str, jax.Array]:
-        """The loss of the effective batch, its terms, gains included, as "loss/NAME", and what
-        coupled terms watch as "metrics/NAME"."""
+        """The loss of the effective batch, its terms as "loss/NAME", gains included and weights
+        not, and what coupled terms watch as "metrics/NAME"."""
         values = {
             f"loss/{t.name}": t.gain * sums.numerators[t.name] / self._logged_over(t, sums)
             for t in self.terms
         }
+        parts = [self._weigh(values[f"loss/{t.name}"], t.denominator, sums) for t in self.terms]
         watched = {}
         if isinstance(sums.coupling, Coupling):
             values |= {f"loss/{name}": value for name, value in sums.coupling.values.items()}
+            parts += sums.coupling.values.values()
             watched = {f"metrics/{name}": value for name, value in sums.coupling.watched.items()}
-        return {"loss": jnp.sum(jnp.stack(list(values.values()))), **values, **watched}
+        return {"loss": jnp.sum(jnp.stack(parts)), **values, **watched}
 
     def _sharing(self, denominator: str) -> list[Term]:
         return [t for t in self.terms if t.denominator == denominator]

@@ -109,7 +109,7 @@ def close_window(
     Division by the denominators, then clipping, then the finite check, then the optimizer. A
     window with anything not finite leaves the optimizer's state as it was.
 
-        g = scale * sum_d G_d / max(D_d, floor_d);   g <- g * min(1, clip / |g|)
+        g = scale * sum_d weight_d G_d / max(D_d, floor_d);   g <- g * min(1, clip / |g|)
 
     Args:
       norm_of: the norm of a gradient, for one that lies on several devices.
@@ -182,6 +182,7 @@ def advance(
         "windows": new.windows,
         "skipped_in_row": new.skipped_in_row,
         **{f"sums/{name}": value for name, value in closed.sums.denominators.items()},
+        **{f"weight/{name}": value for name, value in dict(closed.sums.weights).items()},
         **rule.objective.noise_of(closed.sums, closed.norm),
     }
     return new, log

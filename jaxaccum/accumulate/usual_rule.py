@@ -66,8 +66,8 @@ class UsualObjective(Objective):
             numerators={t.name: sums.numerators[t.name] * by[t.denominator] for t in self.terms},
         )
 
-    def _factors(self, sums: Sums) -> dict[str, Any]:
-        return dict.fromkeys(self.floors, 1.0)  # they are divided already
+    def _share(self, name: str, sums: Sums) -> Any:
+        return 1.0  # they are divided already
 
     def _logged_over(self, term: Term, sums: Sums) -> jax.Array:
         return sums.samples  # they are divided already, and weighted by samples

@@ -12,7 +12,6 @@ version 3, one that divides its work by OpenMP.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import ctypes
 import functools
 import hashlib
@@ -42,7 +41,7 @@ _COMPILE_SECONDS = 300
 _OPERATIONS = ("forward", "data", "kernel")
 _PIECES = 0  # that a convolution is cut into; 0 for one to a thread, or one in all if it is small
 
-_wanted = contextvars.ContextVar("onednn_wanted", default=True)
+_wanted = jax.make_user_context(default_value=True)  # what was traced is remembered with it
 _lock = threading.Lock()
 
 
@@ -72,12 +71,9 @@ def note() -> str | None:
 
 @contextlib.contextmanager
 def without() -> Iterator[None]:
-    """Programs that are traced within have none of it: they may go where it is not."""
-    token = _wanted.set(False)
-    try:
+    """Programs that are traced within have none of it: they go elsewhere, or are to be counted."""
+    with _wanted(False):
         yield
-    finally:
-        _wanted.reset(token)
 
 
 def takes(x: Any, w: Any, strides: Sequence[int]) -> bool:
@@ -87,7 +83,7 @@ def takes(x: Any, w: Any, strides: Sequence[int]) -> bool:
       x: (N, H, W, C). w: (kh, kw, C // groups, features). Arrays or shapes.
       strides: of the two axes; a kernel shorter than its stride is left to XLA.
     """
-    if not (x.dtype == w.dtype == np.float32 and _wanted.get()):
+    if not (x.dtype == w.dtype == np.float32 and _wanted.value):
         return False
     fits = all(k >= s for k, s in zip(w.shape[:2], strides, strict=True))
     return fits and all(n > 0 for n in (*x.shape, *w.shape)) and bool(version())

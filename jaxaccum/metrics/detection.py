@@ -1,6 +1,7 @@
 """Detection metrics: from raw network outputs of one image to COCO mAP over a data set.
 
-Three steps, each on its own: `nms` keeps the best boxes of one image, `unletterbox` moves them to
+Three steps, each on its own: `nms` keeps the best boxes of one image (or `surest`, of a network
+that makes no doubles), `unletterbox` moves them to
 the original image's pixels, and `DetectionMetrics` scores them against the ground truth with
 hotcoco, whose figures are pycocotools' to the last digit (tests/metrics/test_metrics.py). Boxes are
 (n, 4) in pixels, xyxy: left, top, right, bottom.
@@ -101,6 +102,34 @@ def nms(
     boxes, scores, classes = boxes[anchor], scores[anchor, label], label.astype(np.int32)
     kept = _greedy(boxes, scores, 0 * classes if agnostic else classes, iou, max_det)
     return Detections(boxes[kept], scores[kept], classes[kept], anchor[kept])
+
+
+def surest(
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    classes: ArrayLike,
+    *,
+    conf: float,
+    max_det: int = 300,
+    wanted: NDArray[np.bool_] | None = None,
+) -> Detections:
+    """The detections of one image that a network made end to end, without any suppression.
+
+    Args:
+      boxes: (k, 4) xyxy pixels, scores: (k,), classes: (k,) integers; by descending score, see
+        `models.yolo.surest`. Boxes that are not finite or have no area are dropped, as by `nms`.
+      conf: keep scores strictly above this.
+      max_det: detections to return at most.
+      wanted: (classes,) which classes to keep; None for all.
+    """
+    boxes, scores = np.asarray(boxes, np.float32), np.asarray(scores, np.float32)
+    classes = np.asarray(classes, np.int32)
+    usable = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    keep = usable & (scores > conf)
+    if wanted is not None:
+        keep &= wanted[classes]
+    kept = np.flatnonzero(keep)[:max_det]
+    return Detections(boxes[kept], scores[kept], classes[kept], kept)
 
 
 def _greedy(

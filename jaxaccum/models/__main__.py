@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum import models
+from jaxaccum.machine import onednn
 from jaxaccum.models import completion, init
 from jaxaccum.models.listing import KNOWN
 
@@ -21,7 +22,8 @@ CLASSES, SIZE = 80, 640
 def gigaflops(model, example: jax.ShapeDtypeStruct) -> float:
     """Operations of one forward pass, from XLA's count; nothing is compiled."""
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)
-    cost = jax.jit(model.apply).lower(variables, example).cost_analysis()
+    with onednn.without():  # whose operations XLA does not see
+        cost = jax.jit(model.apply).lower(variables, example).cost_analysis()
     if cost is None:
         raise RuntimeError("XLA counts no operations on this platform; set JAX_PLATFORMS=cpu")
     return cost["flops"] / 1e9

@@ -168,7 +168,7 @@ class C2f(nn.Module):
     expansion: float = 0.5
     dtype: Dtype = jnp.float32
 
-    def inner(self, hidden: int, name: str) -> nn.Module:
+    def inner(self, hidden: int, name: str) -> Callable[[jax.Array, Groups | None], jax.Array]:
         """A block of the chain."""
         return Bottleneck(hidden, self.shortcut, (3, 3), 1.0, self.dtype, name=name)
 
@@ -184,31 +184,50 @@ class C2f(nn.Module):
 
 
 class C3k2(C2f):
-    """C2f whose blocks are C3k, or bottlenecks with half the hidden width."""
+    """C2f whose blocks are C3k, or bottlenecks with half the hidden width.
+
+    Attributes:
+      c3k: they are C3k.
+      attention: they are bottlenecks, and attention over the whole image behind each; whatever
+        `c3k` says.
+    """
 
     shortcut: bool = True
     c3k: bool = False
+    attention: bool = False
 
-    def inner(self, hidden: int, name: str) -> nn.Module:
+    def inner(self, hidden: int, name: str) -> Callable[[jax.Array, Groups | None], jax.Array]:
+        if self.attention:
+            near = Bottleneck(hidden, self.shortcut, (3, 3), 0.5, self.dtype, name=f"{name}.0")
+            far = PSABlock(max(hidden // 64, 1), self.dtype, name=f"{name}.1")
+            return lambda x, groups: far(near(x, groups), groups)
         if self.c3k:
             return C3k(hidden, 2, self.shortcut, self.dtype, name=name)
         return Bottleneck(hidden, self.shortcut, (3, 3), 0.5, self.dtype, name=name)
 
 
 class SPPF(nn.Module):
-    """Three max pools in a row, every stage concatenated."""
+    """Three max pools in a row, every stage concatenated.
+
+    Attributes:
+      residual: YOLO26's form: no SiLU before the pools, and the input added. Its parameters are
+        named and shaped like those of the other form.
+    """
 
     features: int
     size: int = 5
+    residual: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, groups: Groups | None) -> jax.Array:
-        stages = [Conv(x.shape[-1] // 2, dtype=self.dtype, name="cv1")(x, groups)]
+        first = Conv(x.shape[-1] // 2, silu=not self.residual, dtype=self.dtype, name="cv1")
+        stages = [first(x, groups)]
         for _ in range(3):
             stages.append(max_pool(stages[-1], self.size))
-        x = jnp.concatenate(stages, axis=-1)
-        return Conv(self.features, dtype=self.dtype, name="cv2")(x, groups)
+        y = jnp.concatenate(stages, axis=-1)
+        y = Conv(self.features, dtype=self.dtype, name="cv2")(y, groups)
+        return x + y if self.residual and x.shape[-1] == self.features else y
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ def initialise(
     constants: Mapping[str, float] | None = None,
     deviation: Callable[[str], float | Literal["xavier"] | None] = lambda path: None,
     dtype: Any = np.float32,
+    twin: Callable[[str], str] = lambda path: path,
 ) -> tuple[PyTree, PyTree]:
     """Initial parameters and running statistics.
 
@@ -40,6 +41,8 @@ def initialise(
       deviation: parameter path -> standard deviation, for kernels and biases that start normal
         instead (0: at zero); "xavier" for sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010).
       dtype: of the parameters and statistics.
+      twin: parameter path -> the path that its values are drawn by; of another parameter of its
+        shape where both start the same.
     Returns:
       (params, stats), nested dicts of numpy arrays.
     Raises:
@@ -63,7 +66,7 @@ def initialise(
         else:
             kernel = flat[(*path[:-1], "kernel")].shape
             bound = 1 / np.sqrt(np.prod(kernel[:-1]))
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            rng = np.random.default_rng([seed, zlib.crc32(twin(name).encode())])
             sigma = deviation(name)
             if sigma == "xavier":
                 sigma = np.sqrt(2 / (np.prod(kernel[:-2]) * (kernel[-2] + kernel[-1])))

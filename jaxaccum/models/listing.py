@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # Name -> parameters, GFLOPs of one image of 640 px or one cloud, strides or points in -> out; of
-# detectors with 80 classes. tests/models/test_listing.py keeps it true.
+# detectors with 80 classes, of YOLO26 with both sets of branches. tests/models/test_listing.py
+# keeps it true.
 KNOWN: dict[str, tuple[int, float, str]] = {
     "yolov8-n": (3_157_184, 8.65, "8/16/32"),
     "yolov8-s": (11_166_544, 28.18, "8/16/32"),
@@ -20,6 +21,11 @@ KNOWN: dict[str, tuple[int, float, str]] = {
     "yolo12-m": (20_199_152, 70.61, "8/16/32"),
     "yolo12-l": (26_450_768, 95.36, "8/16/32"),
     "yolo12-x": (59_210_768, 208.05, "8/16/32"),
+    "yolo26-n": (2_572_280, 6.15, "8/16/32"),
+    "yolo26-s": (10_009_784, 22.75, "8/16/32"),
+    "yolo26-m": (21_896_248, 74.65, "8/16/32"),
+    "yolo26-l": (26_299_704, 92.85, "8/16/32"),
+    "yolo26-x": (58_993_368, 207.23, "8/16/32"),
     "yolov8-p2-n": (3_354_128, 17.14, "4/8/16/32"),
     "yolov8-p2-s": (10_884_320, 38.98, "4/8/16/32"),
     "yolov8-p2-m": (25_082_480, 97.15, "4/8/16/32"),
@@ -35,6 +41,11 @@ KNOWN: dict[str, tuple[int, float, str]] = {
     "yolo12-p2-m": (20_593_408, 89.79, "4/8/16/32"),
     "yolo12-p2-l": (27_112_800, 120.00, "4/8/16/32"),
     "yolo12-p2-x": (59_909_344, 254.51, "4/8/16/32"),
+    "yolo26-p2-n": (2_662_400, 9.52, "4/8/16/32"),
+    "yolo26-p2-s": (9_765_856, 27.67, "4/8/16/32"),
+    "yolo26-p2-m": (21_144_288, 90.54, "4/8/16/32"),
+    "yolo26-p2-l": (25_815_520, 114.20, "4/8/16/32"),
+    "yolo26-p2-x": (57_935_232, 254.33, "4/8/16/32"),
     "yolov12-turbo-n": (2_553_888, 7.04, "8/16/32"),
     "yolov12-turbo-s": (9_127_408, 21.46, "8/16/32"),
     "yolov12-turbo-m": (19_670_768, 63.02, "8/16/32"),

@@ -1,18 +1,13 @@
-"""The YOLO families as tables, and the one network that reads them.
+"""The one network that reads the tables of the YOLO families, its head, and what its output means.
 
-A family is data: a depth, a width and a channel cap per scale, and rows of
-(from, repeats, block, arguments). `from` is the previous row (-1), a row's number, or several.
-Sources: YOLOv8 and YOLO11 (Ultralytics 2023, 2024), YOLO12 (Tian et al. 2025, arXiv:2502.12524),
-in the tables of their public model descriptions; the P2 variants of 11 and 12 by analogy.
+The tables are in `models.families`, and known here by the same names.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,219 +17,45 @@ import numpy as np
 
 from jaxaccum.accumulate import Groups
 from jaxaccum.models import blocks, boxes3d, ops
+from jaxaccum.models.families import FAMILIES, REG_MAX, Family, names, parse
 
-REG_MAX = 16
-Row = tuple[Any, int, str, tuple]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A family of networks.
-
-    Attributes:
-      depth, width, max_channels: by scale letter.
-      rows: the network; the last row is the head.
-      depthwise_head: the class branch of the head is made of depthwise convolutions.
-      turbo: area attention in the form of the authors' later code.
-      large_mlp_ratio: of the area blocks at scales l and x; 2 at the others.
-    """
-
-    depth: Mapping[str, float]
-    width: Mapping[str, float]
-    max_channels: Mapping[str, int]
-    rows: tuple[Row, ...]
-    depthwise_head: bool = False
-    turbo: bool = False
-    large_mlp_ratio: float = 1.2
-
-    @property
-    def scales(self) -> tuple[str, ...]:
-        return tuple(self.depth)
-
-
-def _scales(*values):
-    return dict(zip("nsmlx", values, strict=True))
-
-
-_V8_BODY: tuple[Row, ...] = (
-    (-1, 1, "Conv", (64, 3, 2)),  # 0, stride 2
-    (-1, 1, "Conv", (128, 3, 2)),  # 1, stride 4
-    (-1, 3, "C2f", (128, True)),
-    (-1, 1, "Conv", (256, 3, 2)),  # 3, stride 8
-    (-1, 6, "C2f", (256, True)),
-    (-1, 1, "Conv", (512, 3, 2)),  # 5, stride 16
-    (-1, 6, "C2f", (512, True)),
-    (-1, 1, "Conv", (1024, 3, 2)),  # 7, stride 32
-    (-1, 3, "C2f", (1024, True)),
-    (-1, 1, "SPPF", (1024, 5)),
-    (-1, 1, "Upsample", ()),  # 10, the way up
-    ((-1, 6), 1, "Concat", ()),
-    (-1, 3, "C2f", (512, False)),
-    (-1, 1, "Upsample", ()),
-    ((-1, 4), 1, "Concat", ()),
-    (-1, 3, "C2f", (256, False)),  # 15
-)
-
-_V11_BODY: tuple[Row, ...] = (
-    (-1, 1, "Conv", (64, 3, 2)),  # 0, stride 2
-    (-1, 1, "Conv", (128, 3, 2)),  # 1, stride 4
-    (-1, 2, "C3k2", (256, False, 0.25)),
-    (-1, 1, "Conv", (256, 3, 2)),  # 3, stride 8
-    (-1, 2, "C3k2", (512, False, 0.25)),
-    (-1, 1, "Conv", (512, 3, 2)),  # 5, stride 16
-    (-1, 2, "C3k2", (512, True)),
-    (-1, 1, "Conv", (1024, 3, 2)),  # 7, stride 32
-    (-1, 2, "C3k2", (1024, True)),
-    (-1, 1, "SPPF", (1024, 5)),
-    (-1, 2, "C2PSA", (1024,)),  # 10
-    (-1, 1, "Upsample", ()),  # the way up
-    ((-1, 6), 1, "Concat", ()),
-    (-1, 2, "C3k2", (512, False)),
-    (-1, 1, "Upsample", ()),
-    ((-1, 4), 1, "Concat", ()),
-    (-1, 2, "C3k2", (256, False)),  # 16
-)
-
-_V12_BODY: tuple[Row, ...] = (
-    (-1, 1, "Conv", (64, 3, 2)),  # 0, stride 2
-    (-1, 1, "Conv", (128, 3, 2)),  # 1, stride 4
-    (-1, 2, "C3k2", (256, False, 0.25)),
-    (-1, 1, "Conv", (256, 3, 2)),  # 3, stride 8
-    (-1, 2, "C3k2", (512, False, 0.25)),
-    (-1, 1, "Conv", (512, 3, 2)),  # 5, stride 16
-    (-1, 4, "A2C2f", (512, 4)),  # four stripes
-    (-1, 1, "Conv", (1024, 3, 2)),  # 7, stride 32
-    (-1, 4, "A2C2f", (1024, 1)),
-    (-1, 1, "Upsample", ()),  # 9, the way up
-    ((-1, 6), 1, "Concat", ()),
-    (-1, 2, "A2C2f", (512, 0)),  # without attention
-    (-1, 1, "Upsample", ()),
-    ((-1, 4), 1, "Concat", ()),
-    (-1, 2, "A2C2f", (256, 0)),  # 14
-)
-
-_V11_SIZES: dict[str, Any] = {
-    "depth": _scales(0.5, 0.5, 0.5, 1.0, 1.0),
-    "width": _scales(0.25, 0.5, 1.0, 1.0, 1.5),
-    "max_channels": _scales(1024, 1024, 512, 512, 512),
-    "depthwise_head": True,
-}
-
-
-def _down(skips: tuple[int, ...], outputs: tuple[tuple, ...]) -> tuple[Row, ...]:
-    """The way down: a strided convolution, a skip and a block, for each output after the first."""
-    rows: list[Row] = []
-    width = outputs[0]
-    for skip, block in zip(skips, outputs[1:], strict=True):
-        rows += [(-1, 1, "Conv", (width[2][0], 3, 2)), ((-1, skip), 1, "Concat", ()), (-1, *block)]
-        width = block
-    return tuple(rows)
-
-
-def _p2(block: tuple, skip: int = 2) -> tuple[Row, ...]:
-    """One more step of the way up, to stride 4."""
-    return ((-1, 1, "Upsample", ()), ((-1, skip), 1, "Concat", ()), (-1, *block))
-
-
-_V8 = ((3, "C2f", (256, False)), (3, "C2f", (512, False)), (3, "C2f", (1024, False)))
-_V11 = ((2, "C3k2", (256, False)), (2, "C3k2", (512, False)), (2, "C3k2", (1024, True)))
-_V12 = ((2, "A2C2f", (256, 0)), (2, "A2C2f", (512, 0)), (2, "C3k2", (1024, True)))
-_V8_P2, _V11_P2 = (3, "C2f", (128, False)), (2, "C3k2", (128, False))
-
-FAMILIES: dict[str, Family] = {
-    "yolov8": Family(
-        depth=_scales(0.33, 0.33, 0.67, 1.0, 1.0),
-        width=_scales(0.25, 0.5, 0.75, 1.0, 1.25),
-        max_channels=_scales(1024, 1024, 768, 512, 512),
-        rows=(*_V8_BODY, *_down((12, 9), _V8), ((15, 18, 21), 1, "Detect", ())),
-    ),
-    "yolo11": Family(
-        **_V11_SIZES,
-        rows=(*_V11_BODY, *_down((13, 10), _V11), ((16, 19, 22), 1, "Detect", ())),
-    ),
-    "yolo12": Family(
-        **_V11_SIZES,
-        rows=(*_V12_BODY, *_down((11, 8), _V12), ((14, 17, 20), 1, "Detect", ())),
-    ),
-}
-FAMILIES["yolov8-p2"] = dataclasses.replace(
-    FAMILIES["yolov8"],
-    rows=(
-        *_V8_BODY,
-        *_p2(_V8_P2),
-        *_down((15, 12, 9), (_V8_P2, *_V8)),
-        ((18, 21, 24, 27), 1, "Detect", ()),
-    ),
-)
-FAMILIES["yolo11-p2"] = dataclasses.replace(
-    FAMILIES["yolo11"],
-    rows=(
-        *_V11_BODY,
-        *_p2(_V11_P2),
-        *_down((16, 13, 10), (_V11_P2, *_V11)),
-        ((19, 22, 25, 28), 1, "Detect", ()),
-    ),
-)
-FAMILIES["yolo12-p2"] = dataclasses.replace(
-    FAMILIES["yolo12"],
-    rows=(
-        *_V12_BODY,
-        *_p2(_V11_P2),
-        *_down((14, 11, 8), (_V11_P2, *_V12)),
-        ((17, 20, 23, 26), 1, "Detect", ()),
-    ),
-)
-# The authors' later form: grouped convolutions in the stem, and area attention of its own.
-FAMILIES["yolov12-turbo"] = dataclasses.replace(
-    FAMILIES["yolo12"],
-    turbo=True,
-    large_mlp_ratio=1.5,
-    rows=tuple(
-        {1: (-1, 1, "Conv", (128, 3, 2, 2)), 3: (-1, 1, "Conv", (256, 3, 2, 4))}.get(i, row)
-        for i, row in enumerate(FAMILIES["yolo12"].rows)
-    ),
-)
-FAMILIES["yolov12-3d"] = dataclasses.replace(
-    FAMILIES["yolov12-turbo"],
-    rows=(*FAMILIES["yolov12-turbo"].rows[:-1], ((14, 17, 20), 1, "Detect3D", ())),
-)
-
-
-def names(in_space: bool = False) -> list[str]:
-    """Every model name, "family-scale": those that find boxes in the image, or also in space."""
-    return [
-        f"{name}-{scale}"
-        for name, family in FAMILIES.items()
-        for scale in family.scales
-        if (family.rows[-1][2] == "Detect3D") == in_space
-    ]
-
-
-def parse(name: str) -> tuple[Family, str]:
-    """The family and the scale letter of a model name such as "yolov8-p2-m"."""
-    family, _, scale = name.rpartition("-")
-    if family not in FAMILIES or scale not in FAMILIES[family].scales:
-        known = names() + names(in_space=True)
-        close = get_close_matches(name, known, n=3, cutoff=0.4)
-        raise ValueError(
-            f"no model named {name!r}; a name is family-scale"
-            + (f": did you mean {', '.join(close)}?" if close else f", one of {', '.join(known)}")
-        )
-    return FAMILIES[family], scale
+__all__ = [
+    "FAMILIES",
+    "REG_MAX",
+    "Anchors",
+    "Detect",
+    "Family",
+    "Found",
+    "Predictions",
+    "Yolo",
+    "anchors",
+    "decode",
+    "decode_boxes",
+    "initial_constants",
+    "initial_deviation",
+    "initial_twin",
+    "names",
+    "parse",
+    "surest",
+]
 
 
 class Predictions(NamedTuple):
     """The raw output of a detector, anchors of all levels in one axis, fine to coarse, row-major.
 
     Attributes:
-      boxes: (N, A, 4 * 16) logits of the distances left, top, right, bottom, side-major.
+      boxes: (N, A, 4 * 16) logits of the distances left, top, right, bottom, side-major; or
+        (N, A, 4) the distances themselves in cells, of any sign (YOLO26).
       scores: (N, A, classes) class logits.
       boxes3d: (N, A, outputs) logits of 3D boxes, see `models.boxes3d`; None of a 2D detector.
+      one_to_one: of the branch that is trained to find every object once and needs no NMS; the
+        other arrays are then of the branch that finds it many times. None without that branch.
     """
 
     boxes: jax.Array
     scores: jax.Array
     boxes3d: jax.Array | None = None
+    one_to_one: Predictions | None = None
 
 
 class Anchors(NamedTuple):
@@ -262,14 +83,17 @@ def anchors(height: int, width: int, strides: tuple[int, ...]) -> Anchors:
 
 
 def decode_boxes(boxes: jax.Array, anchors: Anchors) -> jax.Array:
-    """Distance logits (..., A, 64) to boxes (..., A, 4), x1 y1 x2 y2 in cells of each level.
+    """Raw boxes of `Predictions` to boxes (..., A, 4), x1 y1 x2 y2 in cells of each level.
 
-    The distance to a side is the expectation over its 16 bins (Li et al. 2020,
-    arXiv:2006.04388).
+    Of (..., A, 64) logits the distance to a side is the expectation over its 16 bins (Li et al.
+    2020, arXiv:2006.04388). Distances (..., A, 4) are taken as they are: a negative one is no
+    error, and may turn a box inside out.
     """
-    logits = boxes.reshape(*boxes.shape[:-1], 4, REG_MAX)
-    bins = jnp.arange(REG_MAX, dtype=boxes.dtype)
-    distances = jnp.sum(jax.nn.softmax(logits, axis=-1) * bins, axis=-1)
+    distances = boxes
+    if boxes.shape[-1] != 4:
+        logits = boxes.reshape(*boxes.shape[:-1], 4, REG_MAX)
+        bins = jnp.arange(REG_MAX, dtype=boxes.dtype)
+        distances = jnp.sum(jax.nn.softmax(logits, axis=-1) * bins, axis=-1)
     centres = jnp.asarray(anchors.centres, boxes.dtype)
     return jnp.concatenate([centres - distances[..., :2], centres + distances[..., 2:]], axis=-1)
 
@@ -278,52 +102,74 @@ class Detect(nn.Module):
     """The head: a box branch and a class branch per level. Widths depend on the finest level.
 
     Attributes:
+      bins: see `Family`.
       outputs3d: outputs of a third branch, for 3D boxes; 0 for none.
+      one_to_one: a second set of box and class branches. It reads the features as they are given:
+        its gradient goes no further than to its own parameters.
     """
 
     classes: int
     depthwise: bool = False
     dtype: Any = jnp.float32
     outputs3d: int = 0
+    bins: int = REG_MAX
+    one_to_one: bool = False
 
     @nn.compact
     def __call__(self, levels: list[jax.Array], groups: Groups | None) -> Predictions:
-        # Class logits start near -10, where bfloat16 knows steps of 1/16.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        found = self._branches(levels, groups, "")
+        if self.outputs3d:
+            found = found._replace(boxes3d=self._in_space(levels, groups))
+        if self.one_to_one:
+            given = [jax.lax.stop_gradient(level) for level in levels]
+            found = found._replace(one_to_one=self._branches(given, groups, "one2one_"))
+        return found
+
+    def _branches(self, levels: list[jax.Array], groups: Groups | None, prefix: str) -> Predictions:
+        """Boxes and classes by the modules of that prefix."""
         finest = levels[0].shape[-1]
-        box = max(16, finest // 4, 4 * REG_MAX)
+        box = max(16, finest // 4, 4 * self.bins)
         hidden = max(finest, min(self.classes, 100))
-        deep = max(finest // 4, min(self.outputs3d, 512))
-        boxes, scores, more = [], [], []
+        boxes, scores = [], []
         for i, level in enumerate(levels):
-            x = self._conv(box, 3, f"cv2.{i}.0")(level, groups)
-            x = self._conv(box, 3, f"cv2.{i}.1")(x, groups)
-            x = blocks.conv2d(4 * REG_MAX, 1, dtype=wide, name=f"cv2.{i}.2")(x)
-            boxes.append(x.reshape(x.shape[0], -1, 4 * REG_MAX))
-            x = level
+            name = f"{prefix}cv2.{i}"
+            x = self._conv(box, 3, f"{name}.0")(level, groups)
+            x = self._conv(box, 3, f"{name}.1")(x, groups)
+            boxes.append(self._last(4 * self.bins, f"{name}.2")(x))
+            x, name = level, f"{prefix}cv3.{i}"
             for j in range(2):
                 if self.depthwise:
-                    x = self._conv(x.shape[-1], 3, f"cv3.{i}.{j}.0", x.shape[-1])(x, groups)
-                    x = self._conv(hidden, 1, f"cv3.{i}.{j}.1")(x, groups)
+                    x = self._conv(x.shape[-1], 3, f"{name}.{j}.0", x.shape[-1])(x, groups)
+                    x = self._conv(hidden, 1, f"{name}.{j}.1")(x, groups)
                 else:
-                    x = self._conv(hidden, 3, f"cv3.{i}.{j}")(x, groups)
-            x = blocks.conv2d(self.classes, 1, dtype=wide, name=f"cv3.{i}.2")(x)
-            scores.append(x.reshape(x.shape[0], -1, self.classes))
-            if self.outputs3d:
-                x = self._conv(deep, 3, f"cv4.{i}.0")(level, groups)
-                x = self._conv(deep, 3, f"cv4.{i}.1")(x, groups)
-                x = blocks.conv2d(self.outputs3d, 1, dtype=wide, name=f"cv4.{i}.2")(x)
-                more.append(x.reshape(x.shape[0], -1, self.outputs3d))
-        return Predictions(
-            jnp.concatenate(boxes, axis=1),
-            jnp.concatenate(scores, axis=1),
-            jnp.concatenate(more, axis=1) if more else None,
-        )
+                    x = self._conv(hidden, 3, f"{name}.{j}")(x, groups)
+            scores.append(self._last(self.classes, f"{name}.2")(x))
+        return Predictions(_joined(boxes), _joined(scores))
+
+    def _in_space(self, levels: list[jax.Array], groups: Groups | None) -> jax.Array:
+        """Logits of boxes in space."""
+        deep = max(levels[0].shape[-1] // 4, min(self.outputs3d, 512))
+        found = []
+        for i, level in enumerate(levels):
+            x = self._conv(deep, 3, f"cv4.{i}.0")(level, groups)
+            x = self._conv(deep, 3, f"cv4.{i}.1")(x, groups)
+            found.append(self._last(self.outputs3d, f"cv4.{i}.2")(x))
+        return _joined(found)
+
+    def _last(self, features, name):
+        # Class logits start near -10, where bfloat16 knows steps of 1/16.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return blocks.conv2d(features, 1, dtype=wide, name=name)
 
     def _conv(self, features, kernel, name, channel_groups=1):
         return blocks.Conv(
             features, kernel, channel_groups=channel_groups, dtype=self.dtype, name=name
         )
+
+
+def _joined(levels: list[jax.Array]) -> jax.Array:
+    """(N, H, W, C) of each level as (N, A, C) of all."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1)
 
 
 class Yolo(nn.Module):
@@ -407,12 +253,12 @@ class Yolo(nn.Module):
             return lambda x, groups: ops.upsample(x)
         if kind == "Concat":
             return lambda x, groups: jnp.concatenate(x, axis=-1)
-        if kind == "Detect":
-            return Detect(self.classes, family.depthwise_head, self.dtype, name=name)
-        if kind == "Detect3D":
+        if kind in ("Detect", "Detect3D"):
             return Detect(
-                self.classes, family.depthwise_head, self.dtype, self.outputs3d, name=name
-            )
+                self.classes, family.depthwise_head, self.dtype,
+                self.outputs3d if kind == "Detect3D" else 0, family.bins, family.one_to_one,
+                name=name,
+            )  # fmt: skip
         cap, width = family.max_channels[scale], family.width[scale]
         features = math.ceil(min(args[0], cap) * width / 8) * 8
         depth = max(round(repeats * family.depth[scale]), 1)
@@ -424,8 +270,9 @@ class Yolo(nn.Module):
         if kind == "C2f":
             return blocks.C2f(features, depth, *args[1:], **options)
         if kind == "C3k2":
-            c3k, expansion = args[1] or scale in "mlx", args[2] if len(args) > 2 else 0.5
-            return blocks.C3k2(features, depth, c3k=c3k, expansion=expansion, **options)
+            options |= dict(zip(("c3k", "expansion", "attention"), args[1:], strict=False))
+            options["c3k"] |= scale in "mlx"
+            return blocks.C3k2(features, depth, **options)
         if kind == "C2PSA":
             return blocks.C2PSA(features, depth, **options)
         if kind == "A2C2f":
@@ -442,12 +289,23 @@ def _settled(x: Any) -> Any:
     return type(x)(map(_settled, x)) if isinstance(x, list | tuple) else x
 
 
-def initial_deviation(path: str) -> float | None:
-    """Standard deviation of kernels that start from a normal distribution, else None.
+def initial_deviation(model: Yolo) -> Callable[[str], float | None]:
+    """Parameter path -> standard deviation of kernels that start from a normal distribution, else
+    None. Those of the area blocks do."""
+    family, _ = parse(model.model)
+    area = "|".join(str(i) for i, row in enumerate(family.rows) if row[2] == "A2C2f")
+    block = re.compile(rf"model\.({area})/m\.\d+\.\d+/(attn/|mlp\.).*/kernel")
 
-    Those of the area blocks do.
-    """
-    return 0.02 if re.search(r"/m\.\d+\.\d+/(attn/|mlp\.).*/kernel$", path) else None
+    def deviation(path: str) -> float | None:
+        return 0.02 if block.fullmatch(path) else None
+
+    return deviation
+
+
+def initial_twin(path: str) -> str:
+    """Path of the parameter that one starts as a copy of: in the one-to-one branches, of the
+    others; else its own."""
+    return path.replace("/one2one_", "/")
 
 
 def initial_constants(model: Yolo) -> dict[str, float]:
@@ -460,8 +318,10 @@ def initial_constants(model: Yolo) -> dict[str, float]:
     head = f"model.{len(family.rows) - 1}"
     priors = {}
     for i, stride in enumerate(model.strides):
-        priors[f"{head}/cv2.{i}.2/bias"] = 2.0
-        priors[f"{head}/cv3.{i}.2/bias"] = math.log(5 / model.classes / (640 / stride) ** 2)
+        for prefix in ("", "one2one_") if family.one_to_one else ("",):
+            priors[f"{head}/{prefix}cv2.{i}.2/bias"] = 2.0
+            rare = math.log(5 / model.classes / (640 / stride) ** 2)
+            priors[f"{head}/{prefix}cv3.{i}.2/bias"] = rare
     if scale in "lx":
         priors |= {f"model.{i}/gamma": 0.01 for i, row in enumerate(family.rows)
                    if row[2] == "A2C2f" and row[3][1]}  # fmt: skip
@@ -474,3 +334,45 @@ def decode(predictions: Predictions, anchors: Anchors) -> tuple[jax.Array, jax.A
     boxes = decode_boxes(predictions.boxes.astype(dtype), anchors)
     strides = jnp.asarray(anchors.strides, dtype)[:, None]
     return boxes * strides, jax.nn.sigmoid(predictions.scores.astype(dtype))
+
+
+class Found(NamedTuple):
+    """The surest detections of each image, by descending score; nothing is suppressed.
+
+    Attributes:
+      boxes: (N, k, 4) x1 y1 x2 y2 in pixels.
+      scores: (N, k) 0 to 1.
+      classes: (N, k) int32.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    classes: jax.Array
+
+
+def surest(predictions: Predictions, anchors: Anchors, most: int, agnostic: bool = False) -> Found:
+    """What the one-to-one branch finds: no doubles are dropped, as it learns to make none.
+
+    In two stages: the `most` anchors whose best class is surest, and of their classes the `most`
+    surest. So an anchor can be there several times, with different classes. Of equal scores the
+    first anchor, and the first class, comes first.
+
+    Args:
+      predictions: with that branch.
+      most: detections of an image; k is that or the number of anchors, if there are fewer.
+      agnostic: each anchor's best class alone.
+    """
+    if predictions.one_to_one is None:
+        raise ValueError("the network has no one-to-one branch; use `decode` and suppress doubles")
+    boxes, scores = decode(predictions.one_to_one, anchors)
+    k = min(most, scores.shape[1])
+    best, anchor = jax.lax.top_k(jnp.max(scores, axis=-1), k)
+    scores = jnp.take_along_axis(scores, anchor[..., None], axis=1)
+    if agnostic:
+        label = jnp.argmax(scores, axis=-1)
+    else:
+        best, place = jax.lax.top_k(scores.reshape(scores.shape[0], -1), k)
+        anchor = jnp.take_along_axis(anchor, place // scores.shape[-1], axis=1)
+        label = place % scores.shape[-1]
+    boxes = jnp.take_along_axis(boxes, anchor[..., None], axis=1)
+    return Found(boxes, best, label.astype(jnp.int32))

@@ -26,7 +26,7 @@ import numpy as np
 from jaxaccum import config as configs
 from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
 from jaxaccum.accumulate.recipe import Engine
-from jaxaccum.machine import user_cache
+from jaxaccum.machine import onednn, user_cache
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.plan.targets import PlanError, Target
 from jaxaccum.training import run
@@ -236,7 +236,8 @@ class Planner:
         passes = [lambda *a: objective.sums(this.grouped, *a)]
         if this.rule.objective.coupled:
             passes.append(lambda *a: objective.features(this.grouped, *a))
-        costs = [jax.jit(f).lower(*arguments).cost_analysis() or {} for f in passes]
+        with onednn.without():
+            costs = [jax.jit(f).lower(*arguments).cost_analysis() or {} for f in passes]
         return sum(float(cost.get("flops", 0.0)) for cost in costs) / self.unit
 
     def _samples_of(self, geometry: Geometry, steps: int) -> int:
@@ -246,9 +247,7 @@ class Planner:
         """Bytes of what multisteps keeps between microbatches; scan's are temporary."""
         if this.window.geometry.engine == "scan":
             return 0
-        objective = this.rule.objective
-        trees = 1 if objective.coupled else len(objective.floors)
-        return trees * _bytes(state.params)
+        return this.rule.objective.accumulators * _bytes(state.params)
 
     def _seconds(self, steps: int, flops: float, traffic: float, state: float) -> float:
         """Roofline: microbatches one after the other, then the optimizer over the state."""

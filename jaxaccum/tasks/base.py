@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import ml_collections
@@ -16,6 +16,9 @@ from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.tasks.results import Predictor, Sample
 from jaxaccum.weights.transfer import Weights
+
+if TYPE_CHECKING:
+    from jaxaccum.training.optim import Hyperparameter, Schedule
 
 PyTree = Any
 Batch = dict[str, np.ndarray]
@@ -84,6 +87,34 @@ class Trained:
     step: int
     fingerprint: str
     facts: dict[str, Any]
+
+    def with_end_to_end(self, chosen: bool | None) -> Trained:
+        """The same, to be used as `eval.end_to_end` of its config says if that is `chosen`.
+
+        Args:
+          chosen: by the one-to-one branch and without NMS, or not; None: as it is.
+        Raises:
+          ConfigError: the network has no such branch, or the file that it is from had none.
+        """
+        options = self.config.eval
+        if chosen is None or chosen == options.get("end_to_end", False):
+            return self
+        if "end_to_end" not in options:
+            raise ConfigError(
+                f"end_to_end is for detectors with a one-to-one branch; {self.config.model} is "
+                f"none, but one of the task {self.task.name}"
+            )
+        absent = self.facts.get("absent_branch")
+        if absent == ("one-to-one" if chosen else "one-to-many"):
+            raise ConfigError(
+                f"end_to_end={chosen}: these weights are of a file without the {absent} branch: "
+                f"use end_to_end={not chosen}, or train from them, which trains both"
+            )
+        config = self.config.copy_and_resolve_references()
+        config.eval.end_to_end = chosen
+        type(self.task).fields.check(config)
+        task = type(self.task).create(config, self.names, self.task.model.dtype)
+        return dataclasses.replace(self, task=task, config=config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +234,12 @@ class Task(abc.ABC):
     def objective(self, nbs: int) -> Objective:
         """The loss as terms over sums."""
 
+    def weights(self, schedule: Schedule) -> dict[str, Hyperparameter]:
+        """Weights of the terms that change during a run (`Objective.weights`): name of a
+        denominator -> function of the updates done before, made of those of the schedule."""
+        del schedule
+        return {}
+
     @abc.abstractmethod
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
@@ -307,6 +344,10 @@ class Task(abc.ABC):
         return {}
 
     # --- use ---
+
+    def choices(self) -> dict[str, Any]:
+        """How the network is used, where there is more than one way: what results say of it."""
+        return {}
 
     @abc.abstractmethod
     def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array) -> Any:

@@ -49,6 +49,7 @@ _KINDS: Mapping[str, _Kind] = {
     "classes": _Kind("a list of names or numbers of classes", _are_classes),
     "max_det": _number(1, 10**5, whole=True),
     "agnostic": _TRUTH,
+    "end_to_end": _TRUTH,
     "save_txt": _TRUTH,
     "save_crop": _TRUTH,
     "calib": _Kind("the path of a folder", lambda value: isinstance(value, str | os.PathLike)),

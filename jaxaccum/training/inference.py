@@ -22,6 +22,11 @@ WEIGHTS_HELP = (
     "there are no best ones yet"
 )
 
+END_TO_END_HELP = (
+    "of a detector with a one-to-one branch (YOLO26): by that, without non-maximum suppression, or "
+    "by the other; as eval.end_to_end of the run says by default"
+)
+
 
 def load(workdir: Path, weights: str = "", *, computes: bool = True) -> Trained:
     """The best weights of a run; the newest, which is said, if it has not evaluated yet.

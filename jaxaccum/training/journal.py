@@ -150,7 +150,7 @@ class Journal:
             **{k: v for k, v in log.items() if k.startswith(("loss", "metrics/"))},
             "lr": float(this.schedule.lr(step - 1)),
             "grad_norm": log["grad_norm"],
-            **{k: v for k, v in log.items() if k.startswith("sums/")},
+            **{k: v for k, v in log.items() if k.startswith(("sums/", "weight/"))},
             **self._noise.record(this.recipe.group),
             "samples": int(log["samples"]),
             "skipped": int(log["windows"]) - step,
@@ -166,7 +166,7 @@ class Journal:
         shown = {
             mean + k if k in means else k: means.get(k, v)
             for k, v in record.items()
-            if not k.startswith(("samples", "skipped", "sums/"))
+            if not k.startswith(("samples", "skipped", "sums/", "weight/"))
         }
         self.line(format_line(step, this.steps, shown | more))
         if self._board:

@@ -27,6 +27,7 @@ def measure(
     drawn: str | os.PathLike[str] | None = None,
     pictures: int = 4,
     predictions: str | os.PathLike[str] | None = None,
+    end_to_end: bool | None = None,
 ) -> dict[str, Any]:
     """Metrics of weights, on everything that their data set has for the purpose.
 
@@ -42,9 +43,11 @@ def measure(
       pictures: samples in it, of each set that is evaluated.
       predictions: a file for what is found, as COCO's tools read results; where the data set is no
         COCO json, NAME.truth.json beside it is the data set as one.
+      end_to_end: by the one-to-one branch and without NMS, or not; None: as its config says.
     Raises:
-      ConfigError: references for a task that has no use for them.
+      ConfigError: references for a task that has no use for them, or there is no such branch.
     """
+    trained = trained.with_end_to_end(end_to_end)
     config = trained.config
     own = at_hand(config.copy_and_resolve_references())
     if references:
@@ -82,6 +85,7 @@ def measure(
         "model": config.model,
         "step": trained.step,
         "fingerprint": trained.fingerprint,
+        **trained.task.choices(),
         **{k: None if np.isnan(v) else v for k, v in metrics.items()},
     }
 

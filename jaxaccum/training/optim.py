@@ -30,14 +30,17 @@ class Schedule:
     Attributes:
       lr: learning rate of weights and norms. bias_lr: of biases. momentum: of SGD.
       bn_momentum: weight of the update's batch statistics in the running ones.
-      updates: of the run.
+      epoch: the epoch, from 0, that the first sample of the update is in; an exact integer.
+      updates, epochs: of the run; epochs that it begins.
     """
 
     lr: Hyperparameter
     bias_lr: Hyperparameter
     momentum: Hyperparameter
     bn_momentum: Hyperparameter
+    epoch: Hyperparameter
     updates: int
+    epochs: int
 
     def peak(self) -> float:
         """The largest learning rate; of a run of more than 10,000 updates as good as that."""
@@ -54,9 +57,7 @@ def scaled_lr(lr: ml_collections.ConfigDict, nbs: int) -> float:
     return lr.base * (nbs / lr.base_batch) ** power
 
 
-def make_schedule(
-    config: ml_collections.ConfigDict, sizes: WindowSizes, epoch_samples: float
-) -> Schedule:
+def make_schedule(config: ml_collections.ConfigDict, sizes: WindowSizes, samples: int) -> Schedule:
     """Warm-up, then linear, cosine or exponential decay to `lr.final` times the peak.
 
     With progress p = (samples before the update) / (samples of the run), e epochs before the
@@ -71,11 +72,11 @@ def make_schedule(
       config: with `lr`, `nbs`, `optimizer.momentum` and perhaps `bn_momentum`: then the weight
         of an update's batch statistics is max(start * decay ^ (e / epochs), final), else 0.03.
       sizes: samples of every update.
-      epoch_samples: samples of an epoch.
+      samples: of an epoch.
     """
-    lr = config.lr
+    lr, epoch = config.lr, _epoch(sizes, samples)
     # Floats: samples may be more than an integer of the device holds.
-    peak, total, epoch_samples = scaled_lr(lr, config.nbs), float(sizes.total), float(epoch_samples)
+    peak, total, epoch_samples = scaled_lr(lr, config.nbs), float(sizes.total), float(samples)
     most = max(total - epoch_samples, total / 2)
     warmup = min(lr.warmup_epochs * epoch_samples, most)
 
@@ -109,7 +110,9 @@ def make_schedule(
             lr.warmup_momentum, lambda at, xp: xp.full_like(at.end, config.optimizer.momentum)
         ),
         bn_momentum=_hyperparameter(sizes, statistics),
+        epoch=epoch,
         updates=sizes.updates,
+        epochs=int(epoch(sizes.updates)) + 1,
     )
 
 
@@ -153,6 +156,36 @@ def _hyperparameter(sizes: WindowSizes, value: Callable[[_Place, Any], Any]) -> 
     return of
 
 
+def _epoch(sizes: WindowSizes, epoch_samples: int) -> Hyperparameter:
+    """The epoch of an update's first sample, floor(samples before it / samples of an epoch).
+
+    Exact also in the 32 bits of a device, where the samples of a run overflow: an estimate is off
+    by few epochs, so that what it leaves over is known from its last bits, which are right.
+    """
+    ramp, starts = len(sizes.ramp), np.concatenate([[0], np.cumsum(sizes.ramp)]).astype(np.int64)
+
+    def estimate(at: _Place, xp: Any) -> Any:
+        return xp.floor(at.before / epoch_samples)
+
+    rough = _hyperparameter(sizes, estimate)
+
+    def of(count: Any) -> Any:
+        on_device = isinstance(count, jax.Array)
+        xp: Any = jnp if on_device else np
+        kind = np.int32 if on_device else np.int64
+        guess = rough(count)
+        count = xp.clip(xp.asarray(count), 0, sizes.updates - 1).astype(kind)
+        low = np.asarray([sizes.each, starts[-1], epoch_samples]).astype(kind)  # their last bits
+        before = low[1] + (count - ramp) * low[0]
+        if ramp:
+            table, row = xp.asarray(starts.astype(kind)), xp.minimum(count, ramp - 1)
+            before = xp.where(count < ramp, table[row], before)
+        left = before - guess.astype(kind) * low[2]
+        return (guess.astype(kind) + left // low[2]).astype(guess.dtype)
+
+    return of
+
+
 def kinds(params: PyTree) -> PyTree:
     """The kind of every parameter: "bias", "norm" (scales of norm layers) or "weight"."""
     names = {"bias": "bias", "scale": "norm"}
@@ -169,8 +202,8 @@ def make_optimizer(
     """SGD with Nesterov momentum (decay coupled), MuSGD or AdamW (decoupled), by `optimizer.name`.
 
     Decay acts on weights only, not on norms and biases; biases have their own warm-up. MuSGD adds
-    0.2 of the orthogonalised momentum to SGD's own step of kernels, and moves the class branch of
-    a detector three times as fast.
+    0.2 of the orthogonalised momentum to SGD's own step of kernels, and moves the class branches of
+    a detector three times as fast. Its decay is of the kernels as they are after the first part.
 
     Args:
       config: with `optimizer`, `nbs` and `lr`.
@@ -201,7 +234,7 @@ def make_optimizer(
         return optax.chain(sgd, descend)
     faster = optax.partition({True: optax.scale(3.0), False: optax.identity()}, _class_branch)
     muon = optax.chain(orthogonal_momentum(schedule.momentum), optax.scale(0.2))
-    return optax.chain(_sum_of(sgd, muon), faster, descend)
+    return _in_turn(muon, sgd, optax.chain(faster, descend))
 
 
 class OrthogonalMomentum(NamedTuple):
@@ -234,44 +267,100 @@ def orthogonal_momentum(
             return (mu * m + (1 - mu) * g).astype(g.dtype)
 
         momentum = jax.tree.map(mix, state.momentum, gradient)
-        direction = jax.tree.map(
-            lambda m, g: orthogonal(mix(m, g)) if g.ndim > 1 else jnp.zeros_like(g),
-            momentum, gradient,
-        )  # fmt: skip
+        direction = jax.tree.map(mix, momentum, gradient)
+        leaves, structure = jax.tree.flatten(direction)
+        kernels = iter(orthogonal_all([leaf for leaf in leaves if leaf.ndim > 1]))
+        leaves = [next(kernels) if leaf.ndim > 1 else jnp.zeros_like(leaf) for leaf in leaves]
+        direction = jax.tree.unflatten(structure, leaves)
         return direction, OrthogonalMomentum(state.updates + 1, momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+def orthogonal_all(kernels: list[jax.Array]) -> list[jax.Array]:
+    """`orthogonal` of each; those of one shape as a matrix, or transposed, together."""
+    matrices = [_wide(kernel) for kernel in kernels]
+    alike: dict[Any, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape, matrix.dtype), []).append(i)
+    for own in alike.values():
+        found = jax.vmap(_newton_schulz)(jnp.stack([matrices[i] for i in own]))
+        for i, matrix in zip(own, found, strict=True):
+            matrices[i] = matrix
+    return [_narrow(matrix, kernel) for matrix, kernel in zip(matrices, kernels, strict=True)]
 
 
 def orthogonal(kernel: jax.Array) -> jax.Array:
     """The nearest orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
 
     Newton-Schulz: X <- a X + (b XX^T + c (XX^T)^2) X, five times, from X = kernel / |kernel|.
+    A kernel of two axes, or with a window higher than wide, is longer by the root of its
+    outputs over its inputs, or of height over width, if that is more than 1.
     """
-    x = kernel.reshape(-1, kernel.shape[-1]).T
+    (found,) = orthogonal_all([kernel])
+    return found
+
+
+def _newton_schulz(x: jax.Array) -> jax.Array:
+    """Of a matrix with no more rows than columns."""
     x = x / (jnp.linalg.norm(x) + 1e-7)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T).T.reshape(kernel.shape)
+    return x
 
 
-def _sum_of(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Every part sees the gradient; their directions are added."""
+def _wide(kernel: jax.Array) -> jax.Array:
+    """A kernel (..., in, out) as the matrix (out, rest), or that transposed if it were tall."""
+    x = kernel.reshape(-1, kernel.shape[-1])
+    return x.T if x.shape[1] <= x.shape[0] else x
+
+
+def _narrow(matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel, of the shape of another, that became this matrix; of its length."""
+    inputs, outputs = kernel.size // kernel.shape[-1], kernel.shape[-1]
+    x = matrix.T if outputs <= inputs else matrix
+    # The last two axes of the reference's layout, (out, in) or (out, in, height, width).
+    longer = 1.0
+    if kernel.ndim in (2, 4):
+        of, over = kernel.shape[:2] if kernel.ndim == 4 else (outputs, inputs)
+        longer = (of / over) ** 0.5
+    x = x.reshape(kernel.shape)
+    return x * longer if longer > 1 else x
+
+
+def _in_turn(
+    first: optax.GradientTransformation,
+    second: optax.GradientTransformation,
+    step: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Two directions of one gradient, the second seen from where the first led to.
+
+    Args:
+      step: from a direction to what is added to the parameters; one chain for both.
+    """
+
+    def init(params):
+        return (second.init(params), first.init(params)), *step.init(params)
 
     def update(gradient, states, params=None):
-        done = [p.update(gradient, s, params) for p, s in zip(parts, states, strict=True)]
-        return optax.tree.add(*(d for d, _ in done)), tuple(s for _, s in done)
+        (of_second, of_first), *of_step = states
+        direction, of_first = first.update(gradient, of_first, params)
+        moved, _ = step.update(direction, tuple(of_step), params)
+        direction, of_second = second.update(
+            gradient, of_second, optax.apply_updates(params, moved)
+        )
+        more, new = step.update(direction, tuple(of_step), params)
+        return optax.tree.add(moved, more), ((of_second, of_first), *new)
 
-    return optax.GradientTransformation(lambda params: tuple(p.init(params) for p in parts), update)
+    return optax.GradientTransformation(init, update)
 
 
 def _class_branch(params: PyTree) -> PyTree:
-    """Whether a parameter is of the class branch of a detection head."""
+    """Whether a parameter is of a class branch of a detection head."""
+    names = ("cv3.", "one2one_cv3.")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(str(key.key).startswith("cv3.") for key in path), params
+        lambda path, _: any(str(key.key).startswith(names) for key in path), params
     )
 
 

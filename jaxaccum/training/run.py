@@ -119,6 +119,7 @@ def prepare(
             f"smaller microbatch than {config.microbatch}, or more devices"
         )
     objective = task.objective(recipe.nbs)
+    objective = dataclasses.replace(objective, weights=task.weights(schedule))
     if usual:
         objective = usual_rule.UsualObjective.of(objective)
     frozen = freezing.modules(config.freeze)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -17,7 +18,7 @@ from jaxaccum.training.checkpoint import CheckpointError
 from jaxaccum.training.workdir import why_not_written
 from jaxaccum.weights import transfer as weights
 from jaxaccum.weights.initial import read
-from jaxaccum.weights.transfer import Transfer, Weights, WeightsError
+from jaxaccum.weights.transfer import Transfer, WeightsError
 
 
 def adopt(
@@ -41,7 +42,7 @@ def adopt(
     config, names = adopted.config, adopted.names
     task = kind.create(config, names, np.dtype(np.float32))
     params, stats = task.initialise(0)
-    source_weights = Weights(found.state, None, found.model, found.origin)
+    source_weights = dataclasses.replace(found, names=None)
     params, stats, report = weights.transfer(source_weights, task.model, params, stats, names)
     if not report.complete:
         raise WeightsError("\n".join([f"the file is not a whole {name}", *report.lines()]))

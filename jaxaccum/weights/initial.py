@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxaccum import config as configs
 from jaxaccum.tasks import of
 from jaxaccum.training.checkpoint import Checkpoints
 from jaxaccum.training.inference import load, require_run
-from jaxaccum.weights import torch_file
+from jaxaccum.weights import branches, torch_file
 from jaxaccum.weights import transfer as weights
 from jaxaccum.weights.transfer import Transfer, Weights, WeightsError
 
@@ -32,7 +33,9 @@ def read(path: Path) -> Weights:
             f"{path} does not exist: give a .pt, .pth or .safetensors file or a workdir"
         )
     if not path.is_dir():
-        return torch_file.read(path)
+        found = torch_file.read(path)
+        state = branches.unfolded(found.state)
+        return dataclasses.replace(found, state=state, folded=state is not found.state)
     trained = load(path, computes=False)
     state = weights.to_reference(trained.params) | weights.to_reference(trained.stats)
     return Weights(

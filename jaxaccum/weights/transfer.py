@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
@@ -22,11 +22,13 @@ import numpy as np
 
 from jaxaccum.errors import UserError
 from jaxaccum.models import completion, yolo
+from jaxaccum.models.families import has_one_to_one
+from jaxaccum.weights import branches
+from jaxaccum.weights.branches import State, last_row
 from jaxaccum.weights.transfer_report import TEXT_LAYER as _TEXT_LAYER
 from jaxaccum.weights.transfer_report import Transfer
 
 PyTree = Any
-State = dict[str, np.ndarray]
 Model = yolo.Yolo | completion.Completion
 # Of the values outside the class branch; below it a file is taken for another network's.
 _LEAST_SHARE = 0.4
@@ -102,6 +104,7 @@ class Weights:
       model: what its source calls the model; "" if it does not say.
       origin: where it is from, for people.
       image_size: side in pixels of the images it was trained on, None if unknown.
+      folded: batch norms were part of the convolutions; see `branches.unfolded`.
     """
 
     state: State
@@ -109,6 +112,7 @@ class Weights:
     model: str = ""
     origin: str = ""
     image_size: int | None = None
+    folded: bool = False
 
     @property
     def classes(self) -> int:
@@ -127,14 +131,18 @@ class Weights:
     @property
     def outputs3d(self) -> int:
         """Outputs of the 3D branch; 0 without one."""
-        bias = self.state.get(f"model.{_last_row(self.state)}.cv4.0.2.bias")
+        bias = self.state.get(f"model.{last_row(self.state)}.cv4.0.2.bias")
         return 0 if bias is None else len(bias)
 
     @property
     def class_layer(self) -> np.ndarray | None:
         """The last kernel of the class branch at the finest level, if there is one."""
-        kernel = self.state.get(f"model.{_last_row(self.state)}.cv3.0.2.weight")
-        return kernel if kernel is not None and kernel.ndim == 4 else None
+        row = last_row(self.state)
+        for branch in ("cv3", "one2one_cv3"):
+            kernel = self.state.get(f"model.{row}.{branch}.0.2.weight")
+            if kernel is not None:
+                return kernel if kernel.ndim == 4 else None
+        return None
 
     @property
     def known_names(self) -> tuple[str, ...] | None:
@@ -181,11 +189,6 @@ def _is_short(value: Any) -> bool:
     return isinstance(value, int) and abs(value) < 10**18
 
 
-def _last_row(keys: Iterable[str]) -> int:
-    rows = (re.match(r"model\.(\d{1,4})\.", key) for key in keys)
-    return max((int(row[1]) for row in rows if row), default=-1)
-
-
 @functools.lru_cache(maxsize=16)
 def shapes(name: str, classes: int = 0) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter and statistic of a model, under the reference's keys."""
@@ -205,7 +208,7 @@ def shapes(name: str, classes: int = 0) -> dict[str, tuple[int, ...]]:
 def _candidates(state: State) -> list[str]:
     """Models that a few of the shapes fit; tracing every model would take minutes."""
     found = []
-    last, stem = _last_row(state), state.get("model.0.conv.weight")
+    last, stem = last_row(state), state.get("model.0.conv.weight")
     every = [*yolo.names(), *yolo.names(in_space=True)]
     for name in every if stem is not None and stem.shape else []:
         family, scale = yolo.parse(name)
@@ -228,7 +231,10 @@ def fitting_models(weights: Weights) -> list[tuple[str, float]]:
         if detector and weights.class_layer is None:
             continue
         needed = shapes(name, weights.classes if detector else 0)
-        fits = sum(k in weights.state and weights.state[k].shape == s for k, s in needed.items())
+        state = weights.state
+        if has_one_to_one(name):
+            state = branches.completed(state)
+        fits = sum(k in state and state[k].shape == s for k, s in needed.items())
         found.append((name, fits / len(needed)))
     return sorted(found, key=lambda pair: -pair[1])
 
@@ -273,6 +279,9 @@ def transfer(
     width of the class branch can depend on the number of classes; where it differs, that branch
     stays at its initial values. A completion network knows no classes.
 
+    A head that has its branches twice, given weights with one set of them, starts with a copy of it
+    as the other.
+
     A network with captions that is given weights of one without starts as that: its layer for
     queries with captions is the other with zero columns for the caption.
 
@@ -287,6 +296,7 @@ def transfer(
     Raises:
       WeightsError: hardly anything fits, or a value is not finite.
     """
+    weights, absent = _with_both_branches(weights, model)
     classes, rows = _class_branch(model)
     row_of, layer = _rows_by_name(weights, names), weights.class_layer
     state = weights.state
@@ -329,9 +339,7 @@ def transfer(
         if not classes.match(key):
             sizes[key in values] += old.size
     share = sizes[True] / max(sum(sizes.values()), 1)
-    strange = any(not classes.match(key) for key in left)
-    better = [name for name, fit in fitting_models(weights) if fit == 1] if strange else []
-    hint = f"the file fits {better[0]} whole" if better and better[0] != model.model else ""
+    hint = _hint(weights, model) if any(not classes.match(key) for key in left) else ""
     if share < _LEAST_SHARE:
         raise WeightsError(
             f"{weights.origin}: only {share:.1%} of the values of {model.model} "
@@ -348,12 +356,29 @@ def transfer(
         sum(values[k].size for k in loaded) / max(_size(params) + _size(stats), 1),
         hint,
         tuple(wide),
+        absent,
+        weights.folded,
     )  # fmt: skip
 
     def fill(tree):
         return from_reference(to_reference(tree) | values, tree, {})[0]
 
     return fill(params), fill(stats), report
+
+
+def _hint(weights: Weights, model: Model) -> str:
+    """Which other model the weights fit whole, if any."""
+    better = [name for name, fit in fitting_models(weights) if fit == 1]
+    return f"the file fits {better[0]} whole" if better and better[0] != model.model else ""
+
+
+def _with_both_branches(weights: Weights, model: Model) -> tuple[Weights, str]:
+    """The weights with a set of branches that they do not have as a copy of the other, for a head
+    that has both; and which it was."""
+    if not isinstance(model, yolo.Yolo) or not has_one_to_one(model.model):
+        return weights, ""
+    absent = branches.absent(weights.state)
+    return dataclasses.replace(weights, state=branches.completed(weights.state)), absent
 
 
 def _rows_by_name(weights: Weights, names: Sequence[str]) -> list[int | None] | None:
@@ -418,7 +443,7 @@ def _class_branch(model: Model) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """What the keys of a model's class branch look like, and those of its last layer."""
     if not isinstance(model, yolo.Yolo):
         return re.compile(r"(?!)"), re.compile(r"(?!)")
-    branch = rf"model\.{len(yolo.parse(model.model)[0].rows) - 1}\.cv3\."
+    branch = rf"model\.{len(yolo.parse(model.model)[0].rows) - 1}\.(?:one2one_)?cv3\."
     return re.compile(branch), re.compile(branch + r"\d+\.2\.(weight|bias)")
 
 
@@ -437,7 +462,8 @@ def for_pytorch(model: Model, params: PyTree, stats: PyTree, updates: int = 0) -
     """The whole state dict of the reference's module, for its strict loading.
 
     Beside parameters and statistics it holds what never changes here: the number of batches that
-    each batch norm has seen (`updates`), and the bins of a detector's box distribution.
+    each batch norm has seen (`updates`), and the bins of a detector's box distribution, if it has
+    one.
     """
     state = to_reference(params) | to_reference(stats)
     whole: State = {}
@@ -448,6 +474,9 @@ def for_pytorch(model: Model, params: PyTree, stats: PyTree, updates: int = 0) -
             whole[tracked] = np.asarray(updates, np.int64)
     if not isinstance(model, yolo.Yolo):
         return whole
-    head = len(yolo.parse(model.model)[0].rows) - 1
+    family, _ = yolo.parse(model.model)
+    if family.bins == 1:
+        return whole
+    head = len(family.rows) - 1
     bins = np.arange(yolo.REG_MAX, dtype=np.float32).reshape(1, yolo.REG_MAX, 1, 1)
     return whole | {f"model.{head}.dfl.conv.weight": bins}

@@ -28,6 +28,9 @@ class Transfer:
       hint: what fits the weights better, if anything.
       widened: keys of the layer for queries with captions that start as those of the layer without,
         the columns of the caption at zero.
+      absent_branch: of the two that the head has, the set that the weights do not: "one-to-one" or
+        "one-to-many"; it starts as a copy of the other.
+      folded: see `Weights`.
     """
 
     origin: str
@@ -40,10 +43,13 @@ class Transfer:
     share: float
     hint: str = ""
     widened: tuple[str, ...] = ()
+    absent_branch: str = ""
+    folded: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor was copied whole."""
+        """Whether every tensor was copied whole; a set of branches that the weights do not have,
+        from the other."""
         return not self.left and not self.remapped and not self.widened
 
     def lines(self) -> list[str]:
@@ -75,6 +81,17 @@ class Transfer:
             lines.append(
                 "  the file brings its own caption encoder, parts of which its authors' code drew "
                 f"anew after loading CLIP: {TEXT_LAYER} knows its vectors, not those of CLIP"
+            )
+        if self.absent_branch:
+            lines.append(
+                f"  the file has no {self.absent_branch} branch: it starts as a copy of the other, "
+                "and is to be trained before it is used"
+            )
+        if self.folded:
+            lines.append(
+                "  batch norms were folded into the convolutions of the file: the network computes "
+                "what it did, but trained by batch statistics it starts elsewhere; bn_group=frozen "
+                "goes on from there"
             )
         if self.hint:
             lines.append(f"  {self.hint}")

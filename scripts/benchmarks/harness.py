@@ -282,7 +282,8 @@ class Peer:
             raise SkippedError(HOW_TORCH)
         self._process = subprocess.Popen(
             [
-                context.torch_python or sys.executable, str(PEER), context.torch, str(cores()), context.platform,
+                context.torch_python or sys.executable, str(PEER), context.torch, str(cores()),
+                context.platform,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip

@@ -50,11 +50,15 @@ class Step:
         inputs = self.batch()
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bfloat16"):
             losses = self._losses(self.network, *inputs)
-        (losses.sum() * self.scale()).backward()
+        (self.total(losses) * self.scale()).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
         self.sgd.step()
         if self._first is None:
             self._first = losses.detach().cpu().tolist()
+
+    def total(self, losses):
+        """What is learned from."""
+        return losses.sum()
 
     def scale(self) -> float:
         """What the gradient is multiplied by."""

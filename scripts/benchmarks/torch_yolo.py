@@ -18,7 +18,9 @@ from torch import nn
 from benchmarks.torch_steps import Step
 
 BINS = 16
-TOP_K, EPS = 10, 1e-9
+TOP_K, TOP_K_ONE, EPS = 10, 7, 1e-9
+GAINS = (7.5, 0.5, 1.5)
+SHARES = (0.8, 0.2)  # of one-to-many and one-to-one at the start
 
 
 class Conv(nn.Module):
@@ -60,7 +62,7 @@ class C3k(nn.Module):
 
 
 class C2f(nn.Module):
-    """C2f, or C3k2 with `inner` "c3k" or "half"."""
+    """C2f, or C3k2 with `inner` "c3k", "half" or "attention"."""
 
     def __init__(self, c1, c2, repeats, shortcut, expansion=0.5, inner="full"):
         super().__init__()
@@ -70,6 +72,8 @@ class C2f(nn.Module):
         def block():
             if inner == "c3k":
                 return C3k(c, c, 2, shortcut)
+            if inner == "attention":
+                return nn.Sequential(Bottleneck(c, c, shortcut), PSABlock(c, max(c // 64, 1)))
             return Bottleneck(c, c, shortcut, 1.0 if inner == "full" else 0.5)
 
         self.m = nn.ModuleList(block() for _ in range(repeats))
@@ -82,16 +86,18 @@ class C2f(nn.Module):
 
 
 class SPPF(nn.Module):
-    def __init__(self, c1, c2, kernel):
+    def __init__(self, c1, c2, kernel, residual=False):
         super().__init__()
-        self.cv1, self.cv2 = Conv(c1, c1 // 2), Conv(c1 // 2 * 4, c2)
+        self.cv1, self.cv2 = Conv(c1, c1 // 2, silu=not residual), Conv(c1 // 2 * 4, c2)
+        self.residual = residual
         self.pool = nn.MaxPool2d(kernel, 1, kernel // 2)
 
     def forward(self, x):
         stages = [self.cv1(x)]
         for _ in range(3):
             stages.append(self.pool(stages[-1]))
-        return self.cv2(torch.cat(stages, 1))
+        y = self.cv2(torch.cat(stages, 1))
+        return x + y if self.residual else y
 
 
 def attend(q, k, v):
@@ -191,29 +197,39 @@ class A2C2f(nn.Module):
 
 
 class Detect(nn.Module):
-    """Box logits (N, 64, A) and class logits (N, classes, A) of all levels."""
+    """Box logits (N, 64, A), or distances (N, 4, A), and class logits (N, classes, A) of all
+    levels; of a head of two sets of branches then those of the second."""
 
-    def __init__(self, channels, classes, depthwise):
+    def __init__(self, channels, classes, depthwise, bins, one_to_one):
         super().__init__()
-        box, hidden = max(16, channels[0] // 4, 4 * BINS), max(channels[0], min(classes, 100))
+        box, hidden = max(16, channels[0] // 4, 4 * bins), max(channels[0], min(classes, 100))
 
         def classify(c):
             if not depthwise:
                 return [Conv(c, hidden, 3), Conv(hidden, hidden, 3)]
             return [nn.Sequential(Conv(a, a, 3, groups=a), Conv(a, hidden)) for a in (c, hidden)]
 
-        self.cv2 = nn.ModuleList(
-            nn.Sequential(Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * BINS, 1))
-            for c in channels
-        )
-        self.cv3 = nn.ModuleList(
-            nn.Sequential(*classify(c), nn.Conv2d(hidden, classes, 1)) for c in channels
-        )
+        for prefix in ("", "one2one_") if one_to_one else ("",):
+            boxes = nn.ModuleList(
+                nn.Sequential(Conv(c, box, 3), Conv(box, box, 3), nn.Conv2d(box, 4 * bins, 1))
+                for c in channels
+            )
+            scores = nn.ModuleList(
+                nn.Sequential(*classify(c), nn.Conv2d(hidden, classes, 1)) for c in channels
+            )
+            setattr(self, f"{prefix}cv2", boxes)
+            setattr(self, f"{prefix}cv3", scores)
+        self.one_to_one = one_to_one
 
     def forward(self, levels):
-        boxes = [branch(x).flatten(2) for branch, x in zip(self.cv2, levels, strict=True)]
-        scores = [branch(x).flatten(2) for branch, x in zip(self.cv3, levels, strict=True)]
-        return torch.cat(boxes, 2), torch.cat(scores, 2)
+        def joined(branches, levels):
+            return torch.cat([b(x).flatten(2) for b, x in zip(branches, levels, strict=True)], 2)
+
+        found = joined(self.cv2, levels), joined(self.cv3, levels)
+        if not self.one_to_one:
+            return found
+        given = [x.detach() for x in levels]
+        return *found, joined(self.one2one_cv2, given), joined(self.one2one_cv3, given)
 
 
 class Yolo(nn.Module):
@@ -223,7 +239,9 @@ class Yolo(nn.Module):
       rows: (from, repeats, block, arguments). width, depth, cap: of the scale.
     """
 
-    def __init__(self, rows, width, depth, cap, scale, depthwise, classes):
+    def __init__(
+        self, rows, width, depth, cap, scale, depthwise, classes, bins=BINS, one_to_one=False
+    ):
         super().__init__()
         if scale not in "nsm":
             raise ValueError(f"scales l and x have layers that are not here; got {scale!r}")
@@ -242,9 +260,10 @@ class Yolo(nn.Module):
                 layer = C2f(c1, c2, count, args[1])
             elif kind == "C3k2":
                 inner = "c3k" if args[1] or scale == "m" else "half"
+                inner = "attention" if args[3:] == (True,) else inner
                 layer = C2f(c1, c2, count, True, args[2] if len(args) > 2 else 0.5, inner)
             elif kind == "SPPF":
-                layer = SPPF(c1, c2, args[1])
+                layer = SPPF(c1, c2, *args[1:])
             elif kind == "C2PSA":
                 layer = C2PSA(c1, c2, count)
             elif kind == "A2C2f":
@@ -254,7 +273,8 @@ class Yolo(nn.Module):
             elif kind == "Concat":
                 layer, c2 = nn.Identity(), sum(channels[i] for i in source)
             elif kind == "Detect":
-                layer = Detect([channels[i] for i in source], classes, depthwise)
+                inputs = [channels[i] for i in source]
+                layer = Detect(inputs, classes, depthwise, bins, one_to_one)
             else:
                 raise ValueError(f"no block {kind!r} here")
             layers.append(layer)
@@ -295,12 +315,13 @@ def complete_iou(a, b, eps=1e-7):
 
 
 @torch.no_grad()
-def assign(scores, boxes, centres, gt, classes, valid, smallest):
+def assign(scores, boxes, centres, gt, classes, valid, smallest, single=False):
     """Task-aligned assignment: (object, soft target) of every anchor, both (N, A).
 
     Args:
       scores: (N, A, C) logits. boxes: (N, A, 4) pixels. centres: (A, 2). gt: (N, M, 4).
       classes, valid: (N, M). smallest: pixels that shorter sides are taken as.
+      single: an object has one anchor at most.
     """
     middle = (gt[..., :2] + gt[..., 2:]) / 2
     half = (gt[..., 2:] - gt[..., :2]).clamp(min=smallest) / 2
@@ -311,32 +332,41 @@ def assign(scores, boxes, centres, gt, classes, valid, smallest):
     index = classes[..., None].expand(-1, -1, scores.shape[1])
     score = scores.transpose(1, 2).gather(1, index).sigmoid()
     alignment = score.sqrt() * overlap**6
-    best = alignment.topk(TOP_K, dim=-1).indices
+    best = alignment.topk(TOP_K_ONE if single else TOP_K, dim=-1).indices
     chosen = torch.zeros_like(inside).scatter_(2, best, True) & inside
     contested = chosen.sum(1, keepdim=True) > 1
     largest = F.one_hot(overlap.argmax(1), gt.shape[1]).transpose(1, 2).bool()
     chosen = torch.where(contested, largest, chosen)
+    if single:
+        best = (alignment * chosen).argmax(2, keepdim=True)
+        chosen = chosen & torch.zeros_like(chosen).scatter_(2, best, True)
     alignment, overlap = alignment * chosen, overlap * chosen
     scale = overlap.amax(2, keepdim=True) / (alignment.amax(2, keepdim=True) + EPS)
     return chosen.int().argmax(1), (alignment * scale).amax(1)
 
 
-def detection_loss(boxes, scores, centres, strides, gt, classes, valid, gains=(7.5, 0.5, 1.5)):
-    """The terms box, cls and dfl, (3,), gains included, over the sum of the soft targets.
+def detection_loss(
+    boxes, scores, centres, strides, gt, classes, valid, size, gains=GAINS, single=False
+):
+    """The terms box, cls and dfl or, of distances, l1, (3,), gains included, over the sum of the
+    soft targets.
 
     Args:
-      boxes: (N, 64, A). scores: (N, C, A). centres: (A, 2) in cells. strides: (A,) pixels a cell.
+      boxes: (N, 64 or 4, A). scores: (N, C, A). centres: (A, 2) in cells. strides: (A,) pixels a
+        cell. size: side of the input in pixels. single: an object has one anchor at most.
     """
-    boxes, scores = boxes.float(), scores.float().transpose(1, 2)
-    logits = boxes.transpose(1, 2).reshape(boxes.shape[0], -1, 4, BINS)
-    bins = torch.arange(BINS, device=boxes.device, dtype=logits.dtype)
-    distance = logits.softmax(-1) @ bins
+    boxes, scores = boxes.float().transpose(1, 2), scores.float().transpose(1, 2)
+    distance = boxes
+    if boxes.shape[-1] != 4:
+        logits = boxes.reshape(boxes.shape[0], -1, 4, BINS)
+        distance = logits.softmax(-1) @ torch.arange(BINS, device=boxes.device, dtype=logits.dtype)
     decoded = torch.cat([centres - distance[..., :2], centres + distance[..., 2:]], -1)
     pixels = strides[:, None]
     smallest = 16.0  # the second finest stride
     object_, weight = assign(
-        scores.detach(), decoded.detach() * pixels, centres * pixels, gt, classes, valid, smallest
-    )
+        scores.detach(), decoded.detach() * pixels, centres * pixels, gt, classes, valid, smallest,
+        single,
+    )  # fmt: skip
     total = weight.sum().clamp(min=1)
     wanted = gt.gather(1, object_[..., None].expand(-1, -1, 4)) / pixels
     box = (weight * (1 - complete_iou(decoded, wanted))).sum()
@@ -344,6 +374,9 @@ def detection_loss(boxes, scores, centres, strides, gt, classes, valid, gains=(7
     target = torch.zeros_like(scores).scatter_(2, label[..., None], weight[..., None])
     cls = F.binary_cross_entropy_with_logits(scores, target, reduction="sum")
     sides = torch.cat([centres - wanted[..., :2], wanted[..., 2:] - centres], -1)
+    if boxes.shape[-1] == 4:
+        l1 = (weight * ((distance - sides).abs() * pixels / size).mean(-1)).sum()
+        return torch.stack([box, cls, l1]) * torch.tensor(gains, device=boxes.device) / total
     sides = sides.clamp(0, BINS - 1 - 0.01)
     left = sides.long()
     right = left + 1
@@ -369,7 +402,7 @@ class Training(Step):
         family, scale = parse(model)
         network = Yolo(
             family.rows, family.width[scale], family.depth[scale], family.max_channels[scale],
-            scale, family.depthwise_head, classes,
+            scale, family.depthwise_head, classes, family.bins, family.one_to_one,
         )  # fmt: skip
         arrays = dict(np.load(file))
         self.images = torch.from_numpy(arrays["image"])
@@ -395,8 +428,18 @@ class Training(Step):
         return images, {k: v.to(self.device, non_blocking=True) for k, v in self.targets.items()}
 
     def losses(self, network, images, targets):
-        boxes, scores = network(images)
-        return detection_loss(boxes, scores, *self.anchors, **targets)
+        boxes, scores, *once = network(images)
+        options = {**targets, "size": images.shape[-1]}
+        found = detection_loss(boxes, scores, *self.anchors, **options)
+        if once:
+            found = torch.cat([found, detection_loss(*once, *self.anchors, **options, single=True)])
+        return found
+
+    def total(self, losses):
+        if len(losses) == len(GAINS):
+            return losses.sum()
+        many, one = losses.split(len(GAINS))
+        return SHARES[0] * many.sum() + SHARES[1] * one.sum()
 
     def scale(self):
         return self.samples

@@ -21,6 +21,7 @@ from jaxaccum.weights import transfer as weights
 
 MODELS = (
     "yolov8-n", "yolov8-s", "yolov8-m", "yolo11-n", "yolo11-s", "yolo11-m", "yolo12-n",
+    "yolo26-n",
 )  # fmt: skip
 # float32 on a CPU and bfloat16 on a GPU; there also with products that may be rounded.
 TF32 = tuple(f"{model}.tf32" for model in MODELS)
@@ -42,8 +43,9 @@ def yolo(context: Context, part: str) -> Found:
         )  # fmt: skip
         anchors = this.task.anchors
         arrays = {"centres": anchors.centres, "strides": anchors.strides}
+        terms = tuple(term.name for term in this.rule.objective.terms)
         found, more = _compare(
-            context, "yolo", this, arrays, ("box", "cls", "dfl"), precision, variants, rounds,
+            context, "yolo", this, arrays, terms, precision, variants, rounds,
             model=model, classes=runs.CLASSES,
         )  # fmt: skip
         rows += found

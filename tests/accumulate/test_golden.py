@@ -201,14 +201,19 @@ GOLDEN = {
 }
 
 
-def hashed(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight of a state-dict key, from a hash of each element's number."""
+def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers in -1..1 from a key, by a hash of each element's number."""
     number = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)
     h = number * 2654435761 + sum(key.encode()) % 1000 * 40503
     h &= 0xFFFFFFFF
     for shift, factor in ((15, 2246822519), (13, 3266489917), (16, 1)):
         h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor) & np.uint64(0xFFFFFFFF)
-    u = (2 * h.astype(np.float64) / 2**32 - 1).reshape(shape)
+    return (2 * h.astype(np.float64) / 2**32 - 1).reshape(shape)
+
+
+def hashed(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weight of a state-dict key."""
+    u = uniform(key, shape)
     if key.endswith("running_var"):
         return 1 + 0.2 * u
     if key.endswith(("running_mean", "bias")):

@@ -50,6 +50,19 @@ NETWORKS = {
         ),
         "depthwise_head": True,
     },
+    # YOLO26: residual pooling without an activation, attention in a C3k2, two sets of branches; of
+    # one level, as one-to-one may have no positive on another.
+    "twentysix-t": {
+        "rows": (
+            *STEM,
+            (-1, 1, "SPPF", (32, 5, True)),
+            (-1, 1, "C3k2", (64, True, 0.5, True)),
+            ((4,), 1, "Detect", ()),
+        ),
+        "depthwise_head": True,
+        "bins": 1,
+        "one_to_one": True,
+    },
     # The authors' later form: grouped convolutions, another attention.
     "turbo-t": {
         "rows": (

@@ -180,6 +180,21 @@ def test_what_it_is_not_asked_for(x64):
         assert "jaxaccum_onednn" not in text(jnp.float32)
 
 
+@needed
+def test_a_program_that_was_traced_before_is_traced_anew():
+    """Plans count operations without it, and what they trace is no part of training."""
+    inner = jax.jit(lambda x, w: ops.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1))))
+    x, w = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 4, 4))
+
+    def text():
+        return jax.jit(lambda x, w: inner(x, w)).lower(x, w).as_text()
+
+    assert "jaxaccum_onednn" in text()
+    with onednn.without():
+        assert "jaxaccum_onednn" not in text()
+    assert "jaxaccum_onednn" in text()
+
+
 # --- Where it is not, or cannot be used. ---
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from accumulate.test_golden import uniform
 
 from jaxaccum import config as configs
 from jaxaccum.accumulate.usual_rule import WindowSizes
@@ -189,37 +191,120 @@ def test_musgd_by_hand(x64):
     rng = np.random.default_rng(1)
     params = {
         "model.1": {"conv": {"kernel": rng.normal(size=(1, 1, 4, 3))}, "bn": {"bias": np.ones(3)}},
-        "model.2": {"cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)}},
+        "model.2": {
+            "cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)},
+            "one2one_cv3.1.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)},
+        },
     }
     gradient = {
         "model.1": {"conv": {"kernel": rng.normal(size=(1, 1, 4, 3))}, "bn": {"bias": np.ones(3)}},
-        "model.2": {"cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)}},
+        "model.2": {
+            "cv3.0.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)},
+            "one2one_cv3.1.2": {"kernel": rng.normal(size=(1, 1, 4, 2)), "bias": np.ones(2)},
+        },
     }
     state = optimizer.init(params)
     first, state = optimizer.update(gradient, state, params)
     second, _ = optimizer.update(gradient, state, params)
 
-    def kernel_step(p, g, u, momentum, buffer):
+    def kernel_step(p, g, rate, u, momentum, buffer):
         mu = schedule.momentum(u)
         momentum = mu * momentum + (1 - mu) * g
         muon = np.asarray(optim.orthogonal(jnp.asarray(mu * momentum + (1 - mu) * g)))
-        decayed = g + 5e-4 * p
+        decayed = g + 5e-4 * (p - rate * 0.2 * muon)
         buffer = mu * buffer + decayed
-        return 0.2 * muon + decayed + mu * buffer, momentum, buffer
+        return -rate * (0.2 * muon + decayed + mu * buffer), momentum, buffer
 
-    for layer, name, factor in (("model.1", "conv", 1), ("model.2", "cv3.0.2", 3)):
+    for layer, name, factor in (
+        ("model.1", "conv", 1), ("model.2", "cv3.0.2", 3), ("model.2", "one2one_cv3.1.2", 3),
+    ):  # fmt: skip
         p, g = params[layer][name]["kernel"], gradient[layer][name]["kernel"]
         momentum = buffer = np.zeros_like(g)
         for u, found in enumerate((first, second)):
-            step, momentum, buffer = kernel_step(p, g, u, momentum, buffer)
-            np.testing.assert_allclose(
-                found[layer][name]["kernel"], -factor * schedule.lr(u) * step, rtol=1e-9
-            )
+            rate = factor * schedule.lr(u)
+            step, momentum, buffer = kernel_step(p, g, rate, u, momentum, buffer)
+            np.testing.assert_allclose(found[layer][name]["kernel"], step, rtol=1e-12)
     mu = schedule.momentum(0)
     np.testing.assert_allclose(first["model.1"]["bn"]["bias"], -schedule.bias_lr(0) * (1 + mu))
     np.testing.assert_allclose(
         first["model.2"]["cv3.0.2"]["bias"], -3 * schedule.bias_lr(0) * (1 + mu)
     )
+
+
+def by_rule():
+    """Two updates of MuSGD at a constant rate, of tensors that follow from keys: the reference's
+    unit values. Kernels in the reference's layout, (out, in, height, width)."""
+
+    def laid(a):
+        return np.transpose(a, (2, 3, 1, 0)) if a.ndim == 4 else a
+
+    def back(a):
+        return np.transpose(a, (3, 2, 0, 1)) if a.ndim == 4 else np.asarray(a)
+
+    config, _ = make(**{"optimizer.name": "musgd"})
+    rates = {"lr": 0.01, "bias_lr": 0.01, "momentum": 0.9, "bn_momentum": 0.03, "epoch": 0.0}
+    constants = {k: lambda count, v=v: jnp.full(jnp.shape(count), v) for k, v in rates.items()}
+    optimizer = optim.make_optimizer(config, optim.Schedule(**constants, updates=2, epochs=1))
+    shapes = {"w": (4, 2, 3, 3), "tall": (24, 2, 1, 1), "dw": (3, 1, 3, 3), "b": (4,)}
+    leaf = {key: "bias" if key == "b" else "kernel" for key in shapes}
+
+    def tree(suffix=""):
+        return {k: {leaf[k]: jnp.asarray(laid(uniform(k + suffix, s)))} for k, s in shapes.items()}
+
+    params, seen = tree(), []
+    state = optimizer.init(params)
+    for number in (1, 2):
+        updates, state = optimizer.update(tree(f".grad{number}"), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append({k: back(params[k][leaf[k]]) for k in shapes})
+    probes = {k: [np.sum((one[k] - uniform(k, s)) * uniform(f"{k}.probe", s)) for one in seen]
+              for k, s in shapes.items()}  # fmt: skip
+    return probes, seen[1]
+
+
+def test_musgd_has_the_references_unit_values(x64):
+    """Of the rule in float64; the package itself rounds to bfloat16 on the way, 2e-5 of it."""
+    probes, last = by_rule()
+    for key, first, second, element in (
+        ("w", -0.059450, -0.043438, 0.0416321),
+        ("tall", -0.030807, 0.0045387, 0.7178526),
+        ("dw", -0.0011634, 0.0048690, 0.4937291),
+    ):
+        assert probes[key] == pytest.approx([first, second], abs=6e-7)
+        assert last[key].ravel()[0] == pytest.approx(element, abs=6e-8)
+    np.testing.assert_allclose(last["b"], [-0.57004, -0.49487, 0.03333, 0.10569], atol=6e-6)
+
+
+def test_newton_schulz_has_the_references_unit_values(x64):
+    found = optim.orthogonal(jnp.asarray(uniform("ns", (3, 4)).T)).T
+    expected = [(0.094139, -0.326559, -0.055746, 0.785876), (-0.519346, 0.437558, 0.240921,
+                0.210083), (-0.434025, 0.097366, -0.728712, -0.203326)]  # fmt: skip
+    np.testing.assert_allclose(found, expected, atol=6e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "longer"),
+    [((6, 3), 1.0), ((3, 6), 2**0.5), ((4, 1, 2, 3), 2.0), ((1, 4, 2, 3), 1.0), ((2, 3, 4), 1.0)],
+)
+def test_kernels_that_are_not_square_are_longer(x64, shape, longer):
+    """By outputs over inputs of a dense layer, by height over width of a window."""
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+    whole = kernel.reshape(1, 1, -1, shape[-1])
+    found = optim.orthogonal(kernel).reshape(whole.shape)
+    np.testing.assert_allclose(found, longer * optim.orthogonal(whole), rtol=1e-12)
+
+
+def test_kernels_of_one_shape_are_made_orthogonal_together(x64):
+    """Each as by itself, in one product for all that are alike, also when laid on their side."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 3, 2, 5), (1, 1, 18, 5), (1, 1, 5, 18), (1, 1, 4, 4), (3, 3, 1, 8), (1, 1, 4, 4)]
+    kernels = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    found = optim.orthogonal_all(kernels)
+    for one, kernel in zip(found, kernels, strict=True):
+        np.testing.assert_allclose(one, optim.orthogonal(kernel), rtol=1e-12)
+    text = str(jax.make_jaxpr(optim.orthogonal_all)(kernels))
+    # Three matrices: 5 x 18, 4 x 4 and 8 x 9; three products in each of five turns.
+    assert text.count("dot_general") == 3 * 5 * 3
 
 
 def test_auto_is_the_references_choice():

@@ -51,7 +51,7 @@ def test_the_guides_recipes(spec, model, nbs, rate):
 def test_family_argument(scale):
     module = load(next(p for p in CONFIGS if p.stem == f"yolo_{scale}"))
     assert module.get_config().model == f"yolov8-{scale}"
-    for family in ("v8-p2", "11", "12", "11-p2", "12-p2", "v12-turbo"):
+    for family in ("v8-p2", "11", "12", "26", "11-p2", "12-p2", "26-p2", "v12-turbo"):
         config = module.get_config(family)
         assert config.model == f"yolo{family}-{scale}"
         configs.validate(config)

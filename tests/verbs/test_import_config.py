@@ -122,6 +122,7 @@ def test_what_has_no_counterpart_is_said(tmp_path, change, said):
     ("model", "name"),
     [
         ("yolov8s-p2.yaml", "yolov8-p2-s"), ("yolo12x.pt", "yolo12-x"), ("yolov8n", "yolov8-n"),
+        ("yolo26n.pt", "yolo26-n"), ("yolo26s-p2.yaml", "yolo26-p2-s"),
         ("runs/train/weights/best.pt", None), ("", None),
     ],
 )  # fmt: skip

@@ -24,14 +24,18 @@ def class_names(found: Weights, names: Sequence[str], source: Path) -> tuple[str
     return tuple(names) or tuple(in_file or map(str, range(classes)))
 
 
-def adopted(config: ml_collections.ConfigDict, names: tuple[str, ...], size: str) -> Adopted:
+def adopted(
+    config: ml_collections.ConfigDict, names: tuple[str, ...], size: str, absent_branch: str = ""
+) -> Adopted:
     """A detector with its config and classes.
 
     Args:
       size: of its images, in words.
+      absent_branch: of a detector that has its branches twice, see `weights.branches.absent`.
     """
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     hints = [f"images of {size}"]
     if all(name.isdecimal() for name in names):
         hints.insert(0, "the file does not name its classes: give --names=a,b,c to do so")
-    return Adopted(config, names, {}, f"{len(names)} classes: {shown}", tuple(hints))
+    facts = {"absent_branch": absent_branch} if absent_branch else {}
+    return Adopted(config, names, facts, f"{len(names)} classes: {shown}", tuple(hints))

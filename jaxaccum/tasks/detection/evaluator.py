@@ -62,14 +62,15 @@ class Evaluator:
         return result.compute(), drawn
 
     def _score(self, pool, result, order, drawn, pictures, batch, output):
-        boxes, scores = (np.asarray(a) for a in output)
-        options = self.options
+        arrays = [np.asarray(a) for a in output]
+        options, limits = self.options, {k: self.options[k] for k in ("conf", "max_det")}
 
         def detect(i):
-            found = metrics.nms(
-                boxes[i], scores[i], conf=options.conf, iou=options.iou, max_det=options.max_det,
-                multi_label=True,
-            )  # fmt: skip
+            one = [a[i] for a in arrays]
+            if self.task.end_to_end:
+                found = metrics.surest(*one, **limits)
+            else:
+                found = metrics.nms(*one, **limits, iou=options.iou, multi_label=True)
             original = metrics.unletterbox(
                 found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
             )

@@ -6,6 +6,7 @@ import ml_collections
 
 from jaxaccum import fields
 from jaxaccum.models import yolo
+from jaxaccum.models.families import FAMILIES, has_one_to_one
 
 
 def detection() -> ml_collections.ConfigDict:
@@ -15,7 +16,14 @@ def detection() -> ml_collections.ConfigDict:
     c.model = "yolov8-s"  # python -m jaxaccum.models
     fields.recipe(c)
     c.compat = False  # the usual trainers' accumulation instead of the exact one, to compare
-    c.loss = ml_collections.ConfigDict({"box": 7.5, "cls": 0.5, "dfl": 1.5})
+    c.loss = ml_collections.ConfigDict(
+        {
+            "box": 7.5, "cls": 0.5, "dfl": 1.5,  # dfl: of the sides' distances, YOLO26's L1 as well
+            # Of YOLO26: weight of the one-to-many branches in the first epoch and in the last,
+            # linear in between; that of the one-to-one branches is 1 minus it.
+            "one_to_many": 0.8, "one_to_many_final": 0.1,
+        }
+    )  # fmt: skip
     c.augment = ml_collections.ConfigDict(
         {
             "mosaic": 1.0, "mixup": 0.0, "degrees": 0.0, "translate": 0.1, "scale": 0.5,
@@ -44,11 +52,19 @@ def detection() -> ml_collections.ConfigDict:
     fields.geometry(c)
     fields.run(c)
     c.eval.update(conf=0.001, iou=0.7, max_det=300)
+    # Of YOLO26: by the branch that finds each object once, without NMS; or by the other, with it.
+    c.eval.end_to_end = False
     return c
 
 
 def _check(c: ml_collections.ConfigDict) -> None:
     fields.multiples_of_stride(c, "data.image_size")
+    if c.eval.end_to_end and c.model in yolo.names() and not has_one_to_one(c.model):
+        able = ", ".join(name for name, family in FAMILIES.items() if family.one_to_one)
+        raise fields.ConfigError(
+            f"end_to_end (eval.end_to_end) is for families with a one-to-one branch: {able}; got "
+            f"{c.model}: leave it False"
+        )
 
 
 UNIT = (0, 1)
@@ -67,6 +83,7 @@ FIELDS = fields.Fields(
         **LOSS, **IMAGES,
         "augment.close_mosaic": (0, 1e9), "augment.mosaic": UNIT, "augment.mixup": UNIT,
         "augment.degrees": (0, 180), "augment.shear": (0, 89), "augment.perspective": (0, 0.001),
+        "loss.one_to_many": UNIT, "loss.one_to_many_final": UNIT,
         "augment.flipud": UNIT, "data.image_size": (32, 16384), "data.fraction": (1e-6, 1),
     },
     not_learned=("data.val_path", "data.images"),

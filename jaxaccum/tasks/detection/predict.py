@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Detected(Result):
       highest: score of any box of the network, also of those that were left out.
       conf: smallest score that was asked for.
       also: what `save` writes beside the picture: "txt", "crop".
+      choices: how the network was used; see `Task.choices`.
     """
 
     sample: Sample
@@ -41,6 +42,7 @@ class Detected(Result):
     highest: float
     conf: float
     also: tuple[str, ...] = ()
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -76,11 +78,12 @@ class Detected(Result):
 
     def to_json(self) -> dict[str, Any]:
         """{"width", "height", "detections": [{"class", "name", "score", "box": [x1, y1, x2, y2] in
-        pixels}]}"""
+        pixels}]}; of networks with two sets of branches also "end_to_end"."""
         height, width = self.sample.value.shape[:2]
         return {
             "width": width,
             "height": height,
+            **self.choices,
             "detections": [
                 {
                     "class": int(c),
@@ -124,40 +127,51 @@ def predictor(
     agnostic: bool = False,
     save_txt: bool = False,
     save_crop: bool = False,
+    end_to_end: bool | None = None,
 ) -> Predictor:
     """Detects the objects of one image.
 
     Args:
       trained: a detector.
-      conf: smallest score. iou: overlap above which the lesser box is dropped.
+      conf: smallest score. iou: overlap above which the lesser box is dropped, but end to end.
       classes: names or numbers of those to look for; () for all.
       max_det: objects in an image at most.
-      agnostic: lesser boxes are dropped whatever their class.
+      agnostic: lesser boxes are dropped whatever their class; end to end those of one anchor.
       save_txt, save_crop: also write labels and parts of the image.
+      end_to_end: by the one-to-one branch and without NMS, or not; None: as its config says.
     Raises:
-      ConfigError: there is no such class.
+      ConfigError: there is no such class, or no such branch.
     """
     wanted = _numbers(classes, trained.names)
     also = ("txt",) * save_txt + ("crop",) * save_crop
+    trained = trained.with_end_to_end(end_to_end)
     task: Any = trained.task
+    if task.end_to_end:  # more than are asked for, so that classes are chosen before they are cut
+        task = dataclasses.replace(task, max_det=max(max_det, 300), agnostic=agnostic)
     forward = jax.jit(task.predict)
 
     def detect(sample: Sample) -> Detected:
         image = sample.value
         square, ratio, pad = data.letterbox(image, task.image_size)
-        boxes, scores = (np.asarray(a[0]) for a in forward(
+        boxes, scores, *labels = (np.asarray(a[0]) for a in forward(
             trained.params, trained.stats, square[None]
         ))  # fmt: skip
         if wanted is not None:
-            scores = np.where(wanted, scores, 0)
-        found = metrics.nms(
-            boxes, scores, conf=conf, iou=iou, max_det=max_det, multi_label=False,
-            agnostic=agnostic,
-        )  # fmt: skip
+            scores = np.where(wanted[labels[0]] if task.end_to_end else wanted, scores, 0)
+        if task.end_to_end:
+            found = metrics.surest(
+                boxes, scores, *labels, conf=conf, max_det=max_det, wanted=wanted
+            )
+        else:
+            found = metrics.nms(
+                boxes, scores, conf=conf, iou=iou, max_det=max_det, multi_label=False,
+                agnostic=agnostic,
+            )  # fmt: skip
         own = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
         return Detected(
-            sample, own, found.scores, found.classes, trained.names, float(scores.max()), conf, also
-        )
+            sample, own, found.scores, found.classes, trained.names, float(scores.max()), conf,
+            also, task.choices(),
+        )  # fmt: skip
 
     return detect
 

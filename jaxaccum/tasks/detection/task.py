@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,18 @@ from jaxaccum.draw import figures
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import detection
 from jaxaccum.models import yolo
+from jaxaccum.models.families import has_one_to_one
 from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt, predict
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.tasks.detection.fields import FIELDS
 from jaxaccum.tasks.results import Predictor, Sample
+from jaxaccum.weights import branches
 from jaxaccum.weights.transfer import Weights
+
+if TYPE_CHECKING:
+    from jaxaccum.training.optim import Hyperparameter, Schedule
 
 PyTree = Any
 
@@ -44,9 +49,14 @@ class DetectionTask(Task):
     Attributes:
       model: the network.
       image_size: side of the square input in pixels, a multiple of 32.
-      gains: of the terms box, cls, dfl.
+      gains: of the terms box, cls, dfl or l1.
       max_objects: room for objects in a training sample.
       names: of the classes.
+      one_to_many: weight of the one-to-many branches' terms in the first epoch and in the last, of
+        a network that has two sets.
+      end_to_end: use the one-to-one branch, and no NMS.
+      max_det: detections of an image that `predict` then gives at most; agnostic: of an anchor only
+        one.
     """
 
     name: ClassVar[str] = "detection"
@@ -55,6 +65,7 @@ class DetectionTask(Task):
     monitor: ClassVar[tuple[str, bool]] = ("map50_95", True)
     predict_flags: ClassVar[tuple[str, ...]] = (
         "conf", "iou", "classes", "max_det", "agnostic", "save_txt", "save_crop",
+        "end_to_end",
     )  # fmt: skip
     suffixes: ClassVar[frozenset[str]] = files.PICTURES
     results: ClassVar[str] = "detections.json"
@@ -64,6 +75,10 @@ class DetectionTask(Task):
     gains: tuple[float, float, float] = (7.5, 0.5, 1.5)
     max_objects: int = 300
     names: tuple[str, ...] = ()
+    one_to_many: tuple[float, float] = (0.8, 0.1)
+    end_to_end: bool = False
+    max_det: int = 300
+    agnostic: bool = False
 
     @classmethod
     def open(
@@ -107,7 +122,8 @@ class DetectionTask(Task):
         loss = config.loss
         return cls(
             model, config.data.image_size, (loss.box, loss.cls, loss.dfl),
-            config.data.max_objects, tuple(names),
+            config.data.max_objects, tuple(names), (loss.one_to_many, loss.one_to_many_final),
+            end_to_end=config.eval.end_to_end, max_det=config.eval.max_det,
         )  # fmt: skip
 
     @property
@@ -119,13 +135,32 @@ class DetectionTask(Task):
         size = self.image_size
         example = jax.ShapeDtypeStruct((1, size, size, 3), self.model.dtype)
         return models.initialise(
-            self.model, example, seed, yolo.initial_constants(self.model), yolo.initial_deviation,
-            dtype,
+            self.model, example, seed, yolo.initial_constants(self.model),
+            yolo.initial_deviation(self.model), dtype, yolo.initial_twin,
         )  # fmt: skip
 
     def objective(self, nbs: int) -> Objective:
         """The loss; its gradient is scaled by the effective batch, as the recipes expect."""
+        if has_one_to_one(self.model.model):
+            floors = {detection.ONE_TO_MANY: 1.0, detection.ONE_TO_ONE: 1.0}
+            terms = detection.terms_of_two(*self.gains)
+            return Objective(terms, floors, float(nbs), owner=detection.owner_of)
         return Objective(detection.terms(*self.gains), {detection.TARGET_SCORES: 1.0}, float(nbs))
+
+    def weights(self, schedule: Schedule) -> dict[str, Hyperparameter]:
+        """Of a network with two sets of branches: from the one to the other, by epochs.
+
+        A window has the weights of the epoch that its first sample is in.
+        """
+        if not has_one_to_one(self.model.model):
+            return {}
+        first, last = self.one_to_many
+
+        def many(count: Any) -> Any:
+            done = schedule.epoch(count) / max(schedule.epochs - 1, 1)
+            return first * (1 - done) + last * done
+
+        return {detection.ONE_TO_MANY: many, detection.ONE_TO_ONE: lambda count: 1 - many(count)}
 
     def forward(
         self, params: PyTree, stats: PyTree, batch: PyTree, groups: Groups | None
@@ -139,14 +174,33 @@ class DetectionTask(Task):
         # fuses them into, half as long again as the whole model.
         predictions = yolo.Predictions(*jax.lax.optimization_barrier(tuple(predictions)))
         targets = detection.Targets(batch["boxes"], batch["classes"], batch["valid"], weight)
-        numerators, denominators, _ = detection.detection_loss(predictions, self.anchors, targets)
+        two = predictions.one_to_one is not None
+        loss: Callable[..., Any] = detection.loss_of_two if two else detection.detection_loss
+        numerators, denominators, _ = loss(predictions, self.anchors, targets)
         return Output(numerators, denominators, changed.get("moments", {}))
+
+    def choices(self) -> dict[str, Any]:
+        """Of a network with two sets of branches, by which it finds."""
+        if has_one_to_one(self.model.model):
+            return {"end_to_end": self.end_to_end}
+        return {}
+
+    def _chosen(self) -> list[str]:
+        """The same as lines."""
+        if not self.choices():
+            return []
+        if self.end_to_end:
+            return ["objects are found by the one-to-one branch, without NMS (end_to_end)"]
+        return ["objects are found by the one-to-many branch and NMS (end_to_end would need none)"]
 
     def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array):
         """Boxes (N, A, 4) in pixels of the input and class probabilities (N, A, classes), of
-        images (N, S, S, 3)."""
+        images (N, S, S, 3). If `end_to_end` what is found: boxes (N, k, 4), scores (N, k) and
+        classes (N, k), see `yolo.surest`."""
         (images,) = inputs
         predictions: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
+        if self.end_to_end:
+            return yolo.surest(predictions, self.anchors, self.max_det, self.agnostic)
         return yolo.decode(predictions, self.anchors)
 
     def example(self, samples: int) -> PyTree:
@@ -205,9 +259,10 @@ class DetectionTask(Task):
     ) -> list[str]:
         """Lines to print at the start of a run of `samples` of a source."""
         if not (config.augment.mosaic or config.augment.mixup):
-            return []
+            return self._chosen()
         until = mosaic_until(config, samples, len(source)) // config.nbs
-        return [f"mosaic and mixup until update {until} (augment.close_mosaic)"]
+        lines = [f"mosaic and mixup until update {until} (augment.close_mosaic)"]
+        return [*lines, *self._chosen()]
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
         """COCO mAP on a source."""
@@ -218,7 +273,7 @@ class DetectionTask(Task):
     ) -> tuple[Evaluator, list[str]]:
         """COCO mAP on a split, and what that holds."""
         source = self.open(config, split or "val", self.names)
-        lines = source.report.lines()
+        lines = [*source.report.lines(), *self._chosen()]
         if not source.report.objects:
             of = f"split {split}" if split else "validation set"
             lines.append(f"no objects in the {of}: there is no mAP to measure")
@@ -308,16 +363,26 @@ class DetectionTask(Task):
         return predict.predictor(trained, **options)
 
     def interface(self, trained: Trained) -> Interface:
-        """Images to boxes and class probabilities."""
+        """Images to boxes and class probabilities, or end to end to detections."""
         del trained
         size = self.image_size
+        output = "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)"
+        names = ["boxes", "probabilities"]
+        if self.end_to_end:
+            names = ["boxes", "scores", "classes"]
+            output = (
+                "boxes (N, K, 4) x1 y1 x2 y2 in pixels, scores (N, K), the highest first, and "
+                f"classes (N, K) int32, K = {self.max_det} or the anchors if these are fewer; none "
+                "is a double of another: keep those whose score is high enough"
+            )
         facts = {
             "image_size": size,
             "input": "images (N, S, S, 3) uint8 RGB, letterboxed to S = image_size",
-            "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes)",
+            "output": output,
+            **self.choices(),
         }
         image = jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)
-        return Interface([image], facts, (["images"], ["boxes", "probabilities"]))
+        return Interface([image], facts, (["images"], names))
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
@@ -327,7 +392,9 @@ class DetectionTask(Task):
         if (size := found.image_size) and size > 0 and size % 32 == 0:
             config.data.image_size = size
         classes = adopt.class_names(found, names, source)
-        return adopt.adopted(config, classes, f"{config.data.image_size} px")
+        absent = branches.absent(found.state) if has_one_to_one(name) else ""
+        config.eval.end_to_end = absent == "one-to-many"
+        return adopt.adopted(config, classes, f"{config.data.image_size} px", absent)
 
     @classmethod
     def packed_split(

@@ -119,8 +119,8 @@ class Detection3DTask(Task):
         """Initial (params, stats), on the host."""
         example = jax.ShapeDtypeStruct((1, *self.size, 3), self.model.dtype)
         return models.initialise(
-            self.model, example, seed, yolo.initial_constants(self.model), yolo.initial_deviation,
-            dtype,
+            self.model, example, seed, yolo.initial_constants(self.model),
+            yolo.initial_deviation(self.model), dtype,
         )  # fmt: skip
 
     def objective(self, nbs: int) -> Objective:
