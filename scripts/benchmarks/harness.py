@@ -7,11 +7,13 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +79,7 @@ class Row:
 
     Attributes:
       label: what was measured; rows of two platforms with one label stand in one line.
-      value: the figure, a median if `low` and `high` are given: then the smallest and largest.
+      value: the figure, a median if `low` and `high` are given: then its `interval`.
       unit: of it, "" for a ratio.
       target: such as (">=", 1.0); None if there is none.
       note: what the figure is made of.
@@ -144,30 +146,150 @@ class Measure:
         return [k for k, part in pairs if platform == "gpu" or part not in self.gpu_only]
 
 
+class Took(float):
+    """Seconds that something took, and those of processors beside them.
+
+    Attributes:
+      cpu: seconds of processor time, of all threads; None where that is not known.
+    """
+
+    cpu: float | None = None
+
+    @classmethod
+    def of(cls, wall: float, cpu: float) -> Took:
+        took = cls(wall)
+        took.cpu = cpu
+        return took
+
+
+class Stopwatch:
+    """Takes the time of a block: `with Stopwatch() as watch: ...`, then `watch.took(steps)`."""
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end = time.perf_counter(), time.process_time()
+
+    def took(self, steps: int = 1) -> Took:
+        """Of one of so many steps."""
+        wall, cpu = (b - a for a, b in zip(self._start, self._end, strict=True))
+        return Took.of(wall / steps, cpu / steps)
+
+
+class Rounds(dict[str, list[float]]):
+    """Seconds of every call in every round that counts.
+
+    Attributes:
+      refused: rounds in which a neighbour took a processor.
+    """
+
+    refused: int = 0
+
+    def words(self) -> str:
+        """What must be known of them, for a note."""
+        said = [f"{len(next(iter(self.values())))} rounds"]
+        if self.refused:
+            said.append(f"{self.refused} more refused, as another program took a processor")
+        for name, times in self.items():
+            cpu = [t.cpu for t in times if isinstance(t, Took) and t.cpu is not None]
+            if cpu:
+                both = statistics.median(cpu) * 1e3, statistics.median(times) * 1e3
+                said.append(f"{name}: {both[0]:.0f} ms of processors in {both[1]:.0f}")
+        return "; ".join(said)
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+    calls: Mapping[str, Callable[[], float]],
+    rounds: int,
+    warmup: int = 1,
+    narrow: Callable[[Rounds], bool] = lambda _: True,
+    most: int | None = None,
+) -> Rounds:
     """Seconds of every call in every round, all calls in each, every other round backwards.
+
+    A round does not count in which a call that says its processor time (`Took`) had far fewer
+    processors than in its best round: less than half as many beside the first.
 
     Args:
       calls: each does its work once and returns how long it took.
+      rounds: that count, at least.
       warmup: rounds before the first that counts.
+      narrow: whether what was found is precise enough; asked after `rounds`, and from there again.
+      most: rounds to try in all; four times `rounds` if it is not given.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(-warmup, rounds):
-        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
-            took = calls[name]()
-            if number >= 0:
-                times[name].append(took)
-    return times
+    found: list[dict[str, float]] = []
+    most = 4 * rounds if most is None else most
+
+    def counted() -> Rounds:
+        used = {
+            name: [
+                t[name].cpu / t[name]
+                for t in found
+                if isinstance(t[name], Took) and t[name].cpu is not None
+            ]
+            for name in calls
+        }
+        best = {name: max(values, default=0.0) for name, values in used.items()}
+
+        def is_clean(times: dict[str, float]) -> bool:
+            return all(
+                not isinstance(t, Took)
+                or t.cpu is None
+                or t.cpu / t >= min(best[name], 1 + (best[name] - 1) / 2)
+                for name, t in times.items()
+            )
+
+        clean = [times for times in found if is_clean(times)]
+        result = Rounds({name: [times[name] for times in clean] for name in calls})
+        result.refused = len(found) - len(clean)
+        return result
+
+    for number in range(-warmup, most):
+        names = list(calls) if number % 2 == 0 else list(reversed(calls))
+        times = {name: calls[name]() for name in names}
+        if number < 0:
+            continue
+        found.append(times)
+        result = counted()
+        if len(next(iter(result.values()))) >= rounds and narrow(result):
+            break
+    return counted()
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of more rounds lies with 95 %, by the binomial distribution of its rank;
+    of fewer than six values the smallest and largest."""
+    ordered, count = sorted(values), len(values)
+    below, tail = 0, 0.5**count
+    while tail + math.comb(count, below + 1) * 0.5**count <= 0.025:
+        below += 1
+        tail += math.comb(count, below) * 0.5**count
+    return ordered[below], ordered[-1 - below]
+
+
+NARROW = 0.06  # of the median: an interval this wide is precise enough
+
+
+def is_narrow(top: str, bottom: str) -> Callable[[Rounds], bool]:
+    """Whether the interval of a ratio is, for `interleaved`."""
+
+    def narrow(rounds: Rounds) -> bool:
+        ratios = [a / b for a, b in zip(rounds[top], rounds[bottom], strict=True)]
+        low, high = interval(ratios)
+        return high - low <= NARROW * statistics.median(ratios)
+
+    return narrow
 
 
 def ratio_row(
     label: str, tops: Sequence[float], bottoms: Sequence[float], scale: float = 1.0, **more: Any
 ) -> Row:
-    """A row with the median of scale * top / bottom over the rounds, and its spread."""
+    """A row with the median of scale * top / bottom over the rounds, and its `interval`."""
     ratios = [scale * a / b for a, b in zip(tops, bottoms, strict=True)]
-    return Row(label, statistics.median(ratios), low=min(ratios), high=max(ratios), **more)
+    low, high = interval(ratios)
+    return Row(label, statistics.median(ratios), low=low, high=high, **more)
 
 
 def save(folder: Path, key: str, context: Context, found: Found, seconds: float) -> Path:
@@ -328,6 +450,6 @@ class Peer:
             raise RuntimeError(f"in PyTorch's process:\n{answer['error']}")
         return answer["result"]
 
-    def seconds(self, case: str, steps: int = 1) -> float:
+    def seconds(self, case: str, steps: int = 1) -> Took:
         """Mean time of so many steps of a case."""
-        return self.ask("time", case=case, steps=steps)
+        return Took.of(*self.ask("time", case=case, steps=steps))

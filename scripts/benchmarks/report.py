@@ -21,9 +21,11 @@ python -m pip install --target=DIR torch==2.13.0         # to compare with PyTor
 ```
 
 A ratio is the median over rounds in which everything that is compared takes its turn; in brackets
-its smallest and largest round. Bold: a target that is met; *italic*: one that is missed. What is
-compared with is plain PyTorch, OpenCV and SciPy, written for this
-([`scripts/benchmarks`](../scripts/benchmarks)); before anything is timed, its results are compared
+where it lies with 95 % (of what was measured before 2026-11-30 or in fewer than six rounds: the
+smallest and largest round). Rounds in which another program took a processor do not count. Bold: a
+target that is met; *italic*: one that is missed. What is compared with is plain PyTorch, OpenCV and
+SciPy, written for this ([`scripts/benchmarks`](../scripts/benchmarks)); before anything is timed,
+its results are compared
 with ours.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import small  # noqa: F401 registers the model "small-t"
 
+from benchmarks.harness import Stopwatch, Took
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
 from jaxaccum.training import run
@@ -100,19 +100,19 @@ class Updates:
         if not self.first["ok"]:
             raise RuntimeError(f"the first update is not finite: {self.first}")
 
-    def seconds(self, updates: int = 1) -> float:
+    def seconds(self, updates: int = 1) -> Took:
         """Mean time of so many updates, their samples' way to the device included."""
-        start = time.perf_counter()
-        for _ in range(updates):
-            self.state, log = self.engine.update(self.state, self.batch)
-        jax.block_until_ready((self.state, log))
-        return (time.perf_counter() - start) / updates
+        with Stopwatch() as watch:
+            for _ in range(updates):
+                self.state, log = self.engine.update(self.state, self.batch)
+            jax.block_until_ready((self.state, log))
+        return watch.took(updates)
 
 
-def seconds(function: Callable, *args: Any, calls: int = 1) -> float:
-    """Mean wall time of so many calls, waiting for their results."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = function(*args)
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / calls
+def seconds(function: Callable, *args: Any, calls: int = 1) -> Took:
+    """Mean time of so many calls, waiting for their results."""
+    with Stopwatch() as watch:
+        for _ in range(calls):
+            result = function(*args)
+        jax.block_until_ready(result)
+    return watch.took(calls)

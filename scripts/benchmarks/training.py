@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import runs
-from benchmarks.harness import Context, Found, Peer, Row, interleaved, ratio_row
+from benchmarks.harness import NARROW, Context, Found, Peer, Row, interleaved, is_narrow, ratio_row
 from jaxaccum.weights import transfer as weights
 
 MODELS = (
@@ -150,8 +150,9 @@ def _compare(
         for name in set(names) - {best}:
             peer.ask("drop", case=name)
         times = interleaved(
-            {"ours": lambda: ours.seconds(steps), best: lambda: peer.seconds(best, steps)}, rounds
-        )
+            {"ours": lambda: ours.seconds(steps), best: lambda: peer.seconds(best, steps)}, rounds,
+            narrow=is_narrow(best, "ours"),
+        )  # fmt: skip
     rate = {k: this.recipe.nbs / statistics.median(v) for k, v in times.items()}
     target = (">=", context.choose(1.0, 1.0, 1.5))
     row = ratio_row(
@@ -162,8 +163,10 @@ def _compare(
     others = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in tried.items())
     note = (
         f"{this.config.model}, {precision}: {parameters} parameters on both sides, terms of the "
-        f"loss within {apart:.0e}; PyTorch's step {others}"
+        f"loss within {apart:.0e}; PyTorch's step {others}; {times.words()}"
     )
+    if not is_narrow(best, "ours")(times):
+        note += f"; NOT precise: the interval is wider than {NARROW:.0%} of the median"
     for name, error in failed.items():
         note += f"; {name}: failed with {error}"
     return [row], [note]

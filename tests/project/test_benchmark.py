@@ -33,6 +33,50 @@ def test_calls_take_turns_and_come_in_both_orders():
     assert times == {"a": [3, 6, 7], "b": [4, 5, 8]}  # the warm-up is not counted
 
 
+def test_rounds_with_a_neighbour_do_not_count():
+    """Two processors, of which another program takes one in some rounds."""
+    ours = iter([1.0, 1.0, 1.7, 1.1, 1.0])
+    theirs = iter([2.0, 2.0, 2.0, 2.2, 3.9])
+    times = harness.interleaved(
+        {
+            "ours": lambda: harness.Took.of(next(ours), 1.8),
+            "theirs": lambda: harness.Took.of(next(theirs), 3.6),
+        },
+        2,
+    )
+    assert times == {"ours": [1.0, 1.1], "theirs": [2.0, 2.2]}
+    assert times.refused == 1
+    assert "2 rounds; 1 more refused, as another program took a processor" in times.words()
+    assert "ours: 1800 ms of processors in 1050" in times.words()
+    # One that has one processor in its best round is not asked for more.
+    alone = harness.interleaved({"a": lambda: harness.Took.of(1.0, 0.9)}, 3)
+    assert (len(alone["a"]), alone.refused) == (3, 0)
+
+
+def test_rounds_go_on_until_the_median_is_known():
+    values = iter([1.0, 2.0, 1.0, 2.0] + [1.5] * 40)
+    narrow = harness.is_narrow("a", "b")
+    times = harness.interleaved(
+        {"a": lambda: next(values), "b": lambda: 1.0}, 4, warmup=0, narrow=narrow, most=40
+    )
+    assert 4 < len(times["a"]) < 40
+    assert narrow(times)
+    noisy = iter([1.0, 2.0] * 20)
+    times = harness.interleaved(
+        {"a": lambda: next(noisy), "b": lambda: 1.0}, 4, warmup=0, narrow=narrow, most=12
+    )
+    assert len(times["a"]) == 12
+    assert not narrow(times)
+
+
+@pytest.mark.parametrize(
+    ("count", "left_out"), [(5, 0), (6, 0), (8, 0), (9, 1), (20, 5), (100, 39)]
+)
+def test_the_interval_of_a_median(count, left_out):
+    """Ranks from tables of the sign test's interval (95 %, two-sided)."""
+    assert harness.interval(list(range(count))[::-1]) == (left_out, count - 1 - left_out)
+
+
 def test_a_ratio_is_the_median_of_ratios():
     row = harness.ratio_row("r", [2.0, 9.0, 3.0], [1.0, 3.0, 3.0], target=("<=", 2.0))
     assert (row.value, row.low, row.high, row.met) == (2.0, 1.0, 3.0, True)
