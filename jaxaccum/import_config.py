@@ -18,6 +18,7 @@ from jaxaccum import config as configs
 from jaxaccum import config_files, models
 from jaxaccum.config import ConfigError
 from jaxaccum.data import texts
+from jaxaccum.models.families import has_one_to_one
 
 # Ultralytics' name -> our field, where the value means the same.
 _SAME = {
@@ -174,6 +175,9 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         found.fields["freeze"] = (freeze, "batch norm there by the running statistics")
     if hours := given.get("time"):
         found.fields["hours"] = (hours, "ends there; that trainer makes its schedule shorter")
+    two_branches = has_one_to_one(str(found.fields.get("model", ("",))[0]))
+    if given.get("end2end") and two_branches:
+        found.fields["eval.end_to_end"] = (True, "")
     if given.get("amp") is False:
         found.fields["dtype"] = ("float32", "amp is off there")
     if given.get("val") is False:
@@ -184,6 +188,8 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
             found.without.append(f"{name}={value}: {_TELLS[name]}")
         taken = {*_SAME, *_MEANS_NOTHING, "model", "pretrained", "batch", "nbs", "cos_lr",
                  "optimizer", "save_period", "freeze", "time"}  # fmt: skip
+        if two_branches:
+            taken.add("end2end")
         if name not in taken and value not in (None, False, 0, 0.0, "", "default"):
             found.without.append(f"{name}={value}")
     return found

@@ -54,6 +54,22 @@ def args(tmp_path, **changes):
     return file
 
 
+@pytest.mark.parametrize("model", ["yolo26n", "yolo11n"])
+def test_end_to_end(tmp_path, model):
+    """A choice where the model has both branches; of others it is said that it has no place."""
+    file = args(tmp_path)
+    text = file.read_text().replace("yolo11n.pt", f"{model}.pt") + "end2end: true\n"
+    file.write_text(text)
+    found = imported(file)
+    config = written(found, tmp_path)
+    assert config.model == model.replace("n", "-n")
+    if model == "yolo26n":
+        assert config.eval.end_to_end is True
+        assert not any("end2end" in line for line in found.without)
+    else:
+        assert "end2end=True" in found.without
+
+
 @pytest.mark.parametrize(("amp", "dtype"), [("true", "auto"), ("false", "float32")])
 def test_mixed_precision(tmp_path, amp, dtype):
     found = imported(args(tmp_path, amp=amp))
@@ -82,7 +98,8 @@ def test_every_value_has_its_place(tmp_path):
     }  # fmt: skip
     assert config.optimizer.name == "sgd" and config.optimizer.weight_decay == 0.001
     assert config.optimizer.weight_decay_scaling == "linear"
-    assert config.loss.to_dict() == {"box": 6.0, "cls": 0.4, "dfl": 1.1}
+    own = {"box": 6.0, "cls": 0.4, "dfl": 1.1}
+    assert config.loss.to_dict() == configs.detection().loss.to_dict() | own
     assert (config.augment.mosaic, config.augment.mixup, config.augment.hsv_h) == (0.5, 0.1, 0.01)
     assert (config.eval.patience, config.eval.iou, config.eval.max_det) == (7, 0.6, 200)
     assert (config.epochs, config.data.image_size, config.checkpoint.every_epochs) == (30, 512, 5)

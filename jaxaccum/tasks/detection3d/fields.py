@@ -14,7 +14,7 @@ def detection3d() -> ml_collections.ConfigDict:
     are normalised once, and cameras that are used."""
     c = detection()
     c.task = "detection3d"
-    del c.eval.end_to_end
+    del c.eval.end_to_end, c.loss.one_to_many, c.loss.one_to_many_final  # of two branches
     c.model = "yolov12-3d-n"
     c.loss.update(
         location=1.0,  # of each axis x, y, z: cross entropy of bins, and
