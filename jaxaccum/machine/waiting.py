@@ -18,8 +18,8 @@ _DELAY = 2.0  # seconds before a terminal's line appears
 
 
 def moments() -> Iterator[float]:
-    """Seconds after which a plain line is due: 5, 10, 20, 30, 60, 90 and every 30 from there."""
-    return itertools.chain((5, 10, 20), itertools.count(30, 30))
+    """Seconds after which a plain line is due: every 4 for a minute, every 10 to two, every 30."""
+    return itertools.chain(range(4, 61, 4), range(70, 121, 10), itertools.count(150, 30))
 
 
 def width(stream: TextIO) -> dict[str, Any]:
