@@ -222,19 +222,6 @@ def _shifts(padded, w, strides):
             )
 
 
-def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A linear map of channels, (..., C) and (C, features) to (..., features)."""
-
-    def cpu(x, w):
-        rows, kernel = x.reshape(1, -1, 1, x.shape[-1]), w[None, None]
-        if not onednn.takes(rows, kernel, (1, 1)):
-            return x @ w
-        y = _library(rows, kernel, (1, 1), ((0, 0), (0, 0)), 1)
-        return y.reshape(*x.shape[:-1], w.shape[-1])
-
-    return lax.platform_dependent(x, w, cpu=cpu, default=lambda x, w: x @ w)
-
-
 def max_pool(x: jax.Array, size: int) -> jax.Array:
     """Max pool with stride 1 that keeps the size. x: (N, H, W, C), size odd.
 

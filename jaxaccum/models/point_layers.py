@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum.accumulate import GroupBatchNorm, Groups
-from jaxaccum.models import ops, points
+from jaxaccum.models import points
 
 Dtype = Any
 SLOPE = 0.2  # of every leaky ReLU
@@ -103,7 +103,7 @@ class Dense(nn.Module):
             dtype = jnp.promote_types(part.dtype, self.dtype)
             stop = start + part.shape[-1]
             rows = kernel.reshape(inputs, self.features)[start:stop]
-            total = total + ops.dense(part.astype(dtype), rows.astype(dtype))
+            total = total + part.astype(dtype) @ rows.astype(dtype)
             start = stop
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))

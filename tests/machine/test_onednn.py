@@ -150,18 +150,6 @@ def test_many_at_once_do_not_wait_for_each_other():
 
 
 @needed
-def test_a_linear_map_of_channels():
-    rng = np.random.default_rng(0)
-    x, w = (np.float32(rng.standard_normal(s)) for s in ((2, 5, 7, 12), (12, 9)))
-    dy = np.float32(rng.standard_normal((2, 5, 7, 9)))
-    lowered = jax.jit(functools.partial(both_ways, ops.dense)).lower(x, w, dy)
-    assert lowered.as_text().count("jaxaccum_onednn_") == 3
-    right = both_ways(jnp.matmul, *(jnp.asarray(a) for a in (x, w, dy)))
-    for a, b in zip(lowered.compile()(x, w, dy), right, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-@needed
 def test_what_it_is_not_asked_for(x64):
     """Other dtypes, a kernel with holes, and programs that go elsewhere."""
 
