@@ -183,13 +183,17 @@ class Rounds(dict[str, list[float]]):
 
     Attributes:
       refused: rounds in which a neighbour took a processor.
+      disturbed: whether it took one in every round; then all of them count, and `words` says so.
     """
 
     refused: int = 0
+    disturbed: bool = False
 
     def words(self) -> str:
         """What must be known of them, for a note."""
         said = [f"{len(next(iter(self.values())))} rounds"]
+        if self.disturbed:
+            said.append("DISTURBED: another program took a processor in every one")
         if self.refused:
             said.append(f"{self.refused} more refused, as another program took a processor")
         for name, times in self.items():
@@ -210,7 +214,8 @@ def interleaved(
     """Seconds of every call in every round, all calls in each, every other round backwards.
 
     A round does not count in which a call that says its processor time (`Took`) had far fewer
-    processors than in its best round: less than half as many beside the first.
+    processors than in its best round: less than half as many beside the first. Where none is
+    left by that, as every round had another call disturbed, all count and `Rounds.disturbed` is set.
 
     Args:
       calls: each does its work once and returns how long it took.
@@ -242,8 +247,9 @@ def interleaved(
             )
 
         clean = [times for times in found if is_clean(times)]
-        result = Rounds({name: [times[name] for times in clean] for name in calls})
-        result.refused = len(found) - len(clean)
+        counting = clean or found
+        result = Rounds({name: [times[name] for times in counting] for name in calls})
+        result.refused, result.disturbed = len(found) - len(counting), not clean
         return result
 
     for number in range(-warmup, most):
@@ -253,7 +259,8 @@ def interleaved(
             continue
         found.append(times)
         result = counted()
-        if len(next(iter(result.values()))) >= rounds and narrow(result):
+        enough = not result.disturbed and len(next(iter(result.values()))) >= rounds
+        if enough and narrow(result):
             break
     return counted()
 

@@ -53,6 +53,21 @@ def test_rounds_with_a_neighbour_do_not_count():
     assert (len(alone["a"]), alone.refused) == (3, 0)
 
 
+def test_rounds_that_are_all_disturbed_count_and_are_said():
+    """Each call has its best round where the other one is disturbed."""
+    ours, theirs = iter([1.0, 3.0] * 4), iter([6.0, 2.0] * 4)  # 4 x 2 rounds: as many as it tries
+    times = harness.interleaved(
+        {
+            "ours": lambda: harness.Took.of(next(ours), 2.0),
+            "theirs": lambda: harness.Took.of(next(theirs), 4.0),
+        },
+        2, warmup=0,
+    )  # fmt: skip
+    assert times == {"ours": [1.0, 3.0] * 4, "theirs": [6.0, 2.0] * 4}
+    assert (times.disturbed, times.refused) == (True, 0)
+    assert "DISTURBED" in times.words()
+
+
 def test_rounds_go_on_until_the_median_is_known():
     values = iter([1.0, 2.0, 1.0, 2.0] + [1.5] * 40)
     narrow = harness.is_narrow("a", "b")
