@@ -121,6 +121,11 @@ _V12_BODY: tuple[Row, ...] = (
     (-1, 2, "A2C2f", (256, 0)),  # 14
 )
 
+_V8_SIZES: dict[str, Any] = {
+    "depth": _scales(0.33, 0.33, 0.67, 1.0, 1.0),
+    "width": _scales(0.25, 0.5, 0.75, 1.0, 1.25),
+    "max_channels": _scales(1024, 1024, 768, 512, 512),
+}
 _V11_SIZES: dict[str, Any] = {
     "depth": _scales(0.5, 0.5, 0.5, 1.0, 1.0),
     "width": _scales(0.25, 0.5, 1.0, 1.0, 1.5),
@@ -128,91 +133,74 @@ _V11_SIZES: dict[str, Any] = {
     "depthwise_head": True,
 }
 
-
-def _down(skips: tuple[int, ...], outputs: tuple[tuple, ...]) -> tuple[Row, ...]:
-    """The way down: a strided convolution, a skip and a block, for each output after the first."""
-    rows: list[Row] = []
-    width = outputs[0]
-    for skip, block in zip(skips, outputs[1:], strict=True):
-        rows += [(-1, 1, "Conv", (width[2][0], 3, 2)), ((-1, skip), 1, "Concat", ()), (-1, *block)]
-        width = block
-    return tuple(rows)
+Output = tuple[int, str, tuple]  # repeats, block and arguments of a row that the head reads
 
 
-def _p2(block: tuple, skip: int = 2) -> tuple[Row, ...]:
-    """One more step of the way up, to stride 4."""
-    return ((-1, 1, "Upsample", ()), ((-1, skip), 1, "Concat", ()), (-1, *block))
+@dataclasses.dataclass(frozen=True)
+class _Neck:
+    """What follows a body, whose last row is the head's first input, of stride 8.
+
+    Attributes:
+      skips: rows that the way down takes up again.
+      outputs: the rows that the head reads, finest first; the first is the body's last.
+      finer: the one of stride 4 before them, in a network with P2.
+    """
+
+    skips: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    finer: Output
+
+    def rows(self, body: tuple[Row, ...], p2: bool) -> tuple[Row, ...]:
+        """The body, one more step of the way up for P2, the way down, and the head."""
+        rows, skips, outputs = list(body), self.skips, self.outputs
+        if p2:
+            skips, outputs = (len(body) - 1, *skips), (self.finer, *outputs)
+            rows += [(-1, 1, "Upsample", ()), ((-1, 2), 1, "Concat", ()), (-1, *self.finer)]
+        read = [len(rows) - 1]
+        for skip, before, block in zip(skips, outputs, outputs[1:], strict=False):
+            rows += [(-1, 1, "Conv", (before[2][0], 3, 2)), ((-1, skip), 1, "Concat", ())]
+            read.append(len(rows))
+            rows.append((-1, *block))
+        return (*rows, (tuple(read), 1, "Detect", ()))
 
 
-_V8 = ((3, "C2f", (256, False)), (3, "C2f", (512, False)), (3, "C2f", (1024, False)))
-_V11 = ((2, "C3k2", (256, False)), (2, "C3k2", (512, False)), (2, "C3k2", (1024, True)))
-_V12 = ((2, "A2C2f", (256, 0)), (2, "A2C2f", (512, 0)), (2, "C3k2", (1024, True)))
-_V26 = (
-    (2, "C3k2", (256, True)),
-    (2, "C3k2", (512, True)),
-    (1, "C3k2", (1024, True, 0.5, True)),  # with attention
-)
-_V26_P2 = (2, "C3k2", (128, True))
-_V8_P2, _V11_P2 = (3, "C2f", (128, False)), (2, "C3k2", (128, False))
-
-FAMILIES: dict[str, Family] = {
-    "yolov8": Family(
-        depth=_scales(0.33, 0.33, 0.67, 1.0, 1.0),
-        width=_scales(0.25, 0.5, 0.75, 1.0, 1.25),
-        max_channels=_scales(1024, 1024, 768, 512, 512),
-        rows=(*_V8_BODY, *_down((12, 9), _V8), ((15, 18, 21), 1, "Detect", ())),
+_NECKS = {
+    "yolov8": _Neck(
+        (12, 9),
+        ((3, "C2f", (256, False)), (3, "C2f", (512, False)), (3, "C2f", (1024, False))),
+        (3, "C2f", (128, False)),
     ),
-    "yolo11": Family(
-        **_V11_SIZES,
-        rows=(*_V11_BODY, *_down((13, 10), _V11), ((16, 19, 22), 1, "Detect", ())),
+    "yolo11": _Neck(
+        (13, 10),
+        ((2, "C3k2", (256, False)), (2, "C3k2", (512, False)), (2, "C3k2", (1024, True))),
+        (2, "C3k2", (128, False)),
     ),
-    "yolo12": Family(
-        **_V11_SIZES,
-        rows=(*_V12_BODY, *_down((11, 8), _V12), ((14, 17, 20), 1, "Detect", ())),
+    "yolo12": _Neck(
+        (11, 8),
+        ((2, "A2C2f", (256, 0)), (2, "A2C2f", (512, 0)), (2, "C3k2", (1024, True))),
+        (2, "C3k2", (128, False)),
     ),
-    "yolo26": Family(
-        **_V11_SIZES,
-        bins=1,
-        one_to_one=True,
-        rows=(*_V26_BODY, *_down((13, 10), _V26), ((16, 19, 22), 1, "Detect", ())),
+    "yolo26": _Neck(
+        (13, 10),
+        (
+            (2, "C3k2", (256, True)),
+            (2, "C3k2", (512, True)),
+            (1, "C3k2", (1024, True, 0.5, True)),  # with attention
+        ),
+        (2, "C3k2", (128, True)),
     ),
 }
-FAMILIES["yolov8-p2"] = dataclasses.replace(
-    FAMILIES["yolov8"],
-    rows=(
-        *_V8_BODY,
-        *_p2(_V8_P2),
-        *_down((15, 12, 9), (_V8_P2, *_V8)),
-        ((18, 21, 24, 27), 1, "Detect", ()),
-    ),
-)
-FAMILIES["yolo11-p2"] = dataclasses.replace(
-    FAMILIES["yolo11"],
-    rows=(
-        *_V11_BODY,
-        *_p2(_V11_P2),
-        *_down((16, 13, 10), (_V11_P2, *_V11)),
-        ((19, 22, 25, 28), 1, "Detect", ()),
-    ),
-)
-FAMILIES["yolo12-p2"] = dataclasses.replace(
-    FAMILIES["yolo12"],
-    rows=(
-        *_V12_BODY,
-        *_p2(_V11_P2),
-        *_down((14, 11, 8), (_V11_P2, *_V12)),
-        ((17, 20, 23, 26), 1, "Detect", ()),
-    ),
-)
-FAMILIES["yolo26-p2"] = dataclasses.replace(
-    FAMILIES["yolo26"],
-    rows=(
-        *_V26_BODY,
-        *_p2(_V26_P2),
-        *_down((16, 13, 10), (_V26_P2, *_V26)),
-        ((19, 22, 25, 28), 1, "Detect", ()),
-    ),
-)
+_BODIES: dict[str, tuple[tuple[Row, ...], dict[str, Any]]] = {
+    "yolov8": (_V8_BODY, _V8_SIZES),
+    "yolo11": (_V11_BODY, _V11_SIZES),
+    "yolo12": (_V12_BODY, _V11_SIZES),
+    "yolo26": (_V26_BODY, {**_V11_SIZES, "bins": 1, "one_to_one": True}),
+}
+FAMILIES: dict[str, Family] = {
+    name + suffix: Family(**form, rows=_NECKS[name].rows(body, p2=bool(suffix)))
+    for suffix in ("", "-p2")
+    for name, (body, form) in _BODIES.items()
+}
 # The authors' later form: grouped convolutions in the stem, and area attention of its own.
 FAMILIES["yolov12-turbo"] = dataclasses.replace(
     FAMILIES["yolo12"],

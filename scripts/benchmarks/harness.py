@@ -214,8 +214,8 @@ def interleaved(
     """Seconds of every call in every round, all calls in each, every other round backwards.
 
     A round does not count in which a call that says its processor time (`Took`) had far fewer
-    processors than in its best round: less than half as many beside the first. Where none is
-    left by that, as every round had another call disturbed, all count and `Rounds.disturbed` is set.
+    processors than in its best round: less than half as many beside the first. Where that leaves
+    none, as each round had another call disturbed, all count and `Rounds.disturbed` is set.
 
     Args:
       calls: each does its work once and returns how long it took.
