@@ -2,8 +2,7 @@
 
 The reference's recipe (Yu et al. 2023, arXiv:2301.04545): 48 clouds per update, AdamW, 600 epochs.
 But for batch norm: there the samples of a device share statistics, here groups of 8. For the
-reference's on one device set bn_group=all and microbatch=48 (with remat=True to save memory); for a
-microbatch of 2 or 4 set bn_group to that, which is another recipe.
+reference's on one device set bn_group=all, which is another recipe; the microbatch stays free.
 """
 
 from jaxaccum import config as defaults

@@ -44,7 +44,7 @@ class Tower(nnx.Module):
 
     def __call__(self, x, groups):
         x, mean, var, count = normalise(
-            self.first(x), self.scale[...], self.bias[...], groups.weight, groups.size, 1e-5, True
+            self.first(x), self.scale[...], self.bias[...], groups, 1e-5, True
         )
         return self.second(x), moments(mean, var, count, self.mean[...])
 

@@ -124,9 +124,9 @@ def _clear(call: Callable[[], int]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _say(
-            f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch; "
-            "it must stay a multiple of bn_group. Or set remat=True. A smaller bn_group, or "
-            "smaller images, are another recipe."
+            f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch "
+            "(a multiple of bn_group or a part of it), or set remat=True. Smaller images are "
+            "another recipe."
         )
     return 1
 

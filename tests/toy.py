@@ -45,7 +45,7 @@ def make_forward(*, by_place=False, group_of=None, mask=True):
         noise = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], jnp.float32))(keys)
         x = x + 0.3 * noise.astype(x.dtype)
         size = groups and (groups.size if group_of is None else group_of(len(weight)))
-        groups = None if size is None else Groups(size, weight)
+        groups = None if size is None else Groups(size, weight, groups.microbatches)
         out, changed = NET.apply(
             {"params": params, "batch_stats": stats}, x, groups, mutable=["moments"]
         )

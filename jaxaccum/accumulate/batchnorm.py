@@ -2,7 +2,8 @@
 
 Batch statistics are taken over groups of `size` consecutive samples of the effective batch;
 samples of weight zero are masked out. A group may lie on several devices, which then add up their
-sums of it, and only they. Each layer also reports additive moments, from which the
+sums of it, and only they, and in several microbatches that are computed one after the other
+(accumulate.in_time). Each layer also reports additive moments, from which the
 running statistics of the whole update are merged by the law of total variance and moved once.
 
 Source: Ioffe and Szegedy 2015, arXiv:1502.03167; groups as in "ghost batch norm", Hoffer et al.
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxaccum.accumulate.in_time import over_group
+
 PyTree = Any
 GROUP_AXIS = "group"  # of the mesh: the devices that a group lies on
 
@@ -27,16 +30,19 @@ class Groups(NamedTuple):
 
     Attributes:
       size: samples per group; the microbatch is a multiple of it, or divides it: then the group
-        lies on size / microbatch devices, those along the mesh's axis `GROUP_AXIS`.
+        lies on several devices, those along the mesh's axis `GROUP_AXIS`, or in several
+        microbatches, or both.
       weight: (samples,) 1 for a real sample, 0 for a padded one.
+      microbatches: of a group on one device; of more than one it is computed by
+        `in_time.computed`.
     """
 
     size: int
     weight: jax.Array
+    microbatches: int = 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def normalise(x, scale, bias, weight, size: int, eps: float, silu: bool):
+def normalise(x, scale, bias, groups: Groups, eps: float, silu: bool):
     """Batch norm over groups of samples, then optionally SiLU.
 
     One custom derivative for both, so that of everything inside only `x` is kept for the
@@ -45,15 +51,20 @@ def normalise(x, scale, bias, weight, size: int, eps: float, silu: bool):
     Args:
       x: (samples, ..., channels).
       scale, bias: (channels,).
-      weight: (samples,) 0 or 1.
-      size: samples per group, see `Groups`.
+      groups: as the forward was given them.
       eps: added to the variance.
       silu: apply x * sigmoid(x) to the result.
     Returns:
       y like x, mean and variance (groups, channels) and the number of a group's values that are
       here, (groups,), in the dtype of scale. Only y is differentiable.
     """
-    return _normalise_forward(x, scale, bias, weight, size, eps, silu)[0]
+    size, weight, microbatches = groups
+    return _normalise(x, scale, bias, weight, size, eps, silu, microbatches)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _normalise(x, scale, bias, weight, size, eps, silu, microbatches):
+    return _normalise_forward(x, scale, bias, weight, size, eps, silu, microbatches)[0]
 
 
 def _grouped(x, weight, size):
@@ -68,9 +79,11 @@ def _grouped(x, weight, size):
     return xg, weight.reshape(-1, size, 1).astype(xg.dtype)
 
 
-def _over_group(sums, x, size):
+def _over_group(sums, x, size, microbatches):
     """Sums over the samples of a group that are here, as sums over the whole group."""
-    return sums if size <= x.shape[0] else jax.lax.psum(sums, GROUP_AXIS)
+    if microbatches > 1:
+        sums = jax.tree.map(over_group, sums)
+    return sums if size <= x.shape[0] * microbatches else jax.lax.psum(sums, GROUP_AXIS)
 
 
 def _everywhere(per_group):
@@ -78,25 +91,51 @@ def _everywhere(per_group):
     return per_group[:, None, None]
 
 
-def _normalise_forward(x, scale, bias, weight, size, eps, silu):
-    xg, wg = _grouped(x, weight, size)
+def _statistics(xg, wg, over):
+    """Values of a group that are here, (groups, 1), of all of it, its mean and its variance."""
     here = jnp.sum(wg, axis=1) * xg.shape[2]
     total = jnp.sum(jnp.sum(xg, axis=2) * wg, axis=1)
-    count, total = _over_group((here, total), x, size)
-    divisor = jnp.maximum(count, 1)
-    mean = total / divisor
+    count, total = over((here, total))
+    mean = total / jnp.maximum(count, 1)
     square = jnp.square(xg - _everywhere(mean))
-    var = _over_group(jnp.sum(jnp.sum(square, axis=2) * wg, axis=1), x, size) / divisor
+    second = over(jnp.sum(jnp.sum(square, axis=2) * wg, axis=1))
+    return here, count, mean, second / jnp.maximum(count, 1)
+
+
+def _statistics_in_time(xg, wg, over):
+    """The same, which reads the values once: in time each sum over the group ends a loop.
+
+    The parts are merged as by Chan, Golub and LeVeque 1979; only their means wait for the total.
+    """
+    here = jnp.sum(wg, axis=1) * xg.shape[2]
+    total = jnp.sum(jnp.sum(xg, axis=2) * wg, axis=1)
+    own = total / jnp.maximum(here, 1)
+    square = jnp.square(xg - _everywhere(own))
+    within = jnp.sum(jnp.sum(square, axis=2) * wg, axis=1)
+    count, total, within = over((here, total, within))
+    mean = total / jnp.maximum(count, 1)
+    between = over(here * jnp.square(own - mean))
+    return here, count, mean, (within + between) / jnp.maximum(count, 1)
+
+
+def _normalise_forward(x, scale, bias, weight, size, eps, silu, microbatches):
+    xg, wg = _grouped(x, weight, size)
+
+    def over(sums):
+        return _over_group(sums, x, size, microbatches)
+
+    statistics = _statistics if microbatches == 1 else _statistics_in_time
+    here, count, mean, var = statistics(xg, wg, over)
     # A group of padding alone would be blown up by 1 / sqrt(eps) in every layer, to inf and NaN.
     inv = jnp.where(count > 0, jax.lax.rsqrt(var + eps), 0)
     y = (xg - _everywhere(mean)) * _everywhere(inv * scale) + bias
     # As a division XLA's CPU backend computes it once, not again wherever it is used.
     y = y / (1 + jnp.exp(-y)) if silu else y
     out = (y.astype(x.dtype).reshape(x.shape), mean, var, here[:, 0])
-    return out, (x, scale, bias, weight, mean, inv, divisor)
+    return out, (x, scale, bias, weight, mean, inv, jnp.maximum(count, 1))
 
 
-def _normalise_backward(size, eps, silu, residuals, cotangents):
+def _normalise_backward(size, eps, silu, microbatches, residuals, cotangents):
     x, scale, bias, weight, mean, inv, divisor = residuals
 
     def pulled_back(x, dy):
@@ -115,7 +154,7 @@ def _normalise_backward(size, eps, silu, residuals, cotangents):
     sum_dy = jnp.sum(dy, axis=(1, 2))
     sum_dy_xhat = jnp.sum(dy * xhat, axis=(1, 2))
     share = (wg / divisor[:, None])[:, :, None]
-    all_dy, all_dy_xhat = _over_group((sum_dy, sum_dy_xhat), x, size)
+    all_dy, all_dy_xhat = _over_group((sum_dy, sum_dy_xhat), x, size, microbatches)
     dy, xhat, _ = pulled_back(*_read_again((x, cotangents[0])))
     pulled = (_everywhere(all_dy) + xhat * _everywhere(all_dy_xhat)) * share
     dx = (dy - pulled) * _everywhere(inv * scale)
@@ -139,7 +178,7 @@ def _read_again(values):
     )
 
 
-normalise.defvjp(_normalise_forward, _normalise_backward)
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def moments(mean, var, count, origin) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from jaxaccum.accumulate import owners
+from jaxaccum.accumulate import in_time, owners
 from jaxaccum.accumulate.batchnorm import Groups
 from jaxaccum.accumulate.terms import Forward, Grouped, Objective, Output
 
@@ -28,11 +28,12 @@ class ContractError(ValueError):
     """A forward, a batch or statistics with which the law would not hold; says what to change."""
 
 
-def grouped(forward: Forward, group: int | None) -> Grouped:
+def grouped(forward: Forward, group: int | None, microbatches: int = 1) -> Grouped:
     """A forward as a function of (params, stats, microbatch), given the recipe's groups.
 
     Args:
       group: `Recipe.group`.
+      microbatches: of a group on one device, see `Groups`.
     Raises:
       ContractError: forward does not take four arguments.
     """
@@ -49,7 +50,9 @@ def grouped(forward: Forward, group: int | None) -> Grouped:
         pass
 
     def with_groups(params: PyTree, stats: PyTree, microbatch: PyTree) -> Output:
-        groups = None if group is None else Groups(group, microbatch["weight"])
+        groups = None
+        if group is not None:
+            groups = Groups(group, microbatch["weight"], microbatches)
         return forward(params, stats, microbatch, groups)
 
     return with_groups
@@ -159,6 +162,28 @@ def check(
         )
     if objective.owner is not None:
         _check_owners(forward, objective, params, stats, batch)
+
+
+def check_in_time(
+    forward: Forward, group: int, microbatch: int, params: PyTree, stats: PyTree, batch: PyTree
+) -> None:
+    """Refuses a forward that does not add up over groups of several microbatches.
+
+    Args:
+      group, microbatch: in samples.
+      params, stats, batch: arrays or shapes, the batch a microbatch.
+    Raises:
+      ContractError: it moves running statistics, and nothing in it is summed over a group.
+    """
+    parts = grouped(forward, group, -(-group // microbatch))  # as on one device
+    jaxpr, out = jax.make_jaxpr(parts, return_shape=True)(params, stats, batch)
+    if jax.tree.leaves(out.moments) and not in_time.has_sums(jaxpr.jaxpr):
+        raise ContractError(
+            "the batch-norm groups of this geometry lie in several microbatches "
+            "(groups.microbatches), and forward adds nothing up over them. Give the groups as they "
+            "are to accumulate.GroupBatchNorm or accumulate.batchnorm.normalise, and make no "
+            "Groups of your own; or use a microbatch of whole groups"
+        )
 
 
 def _check_owners(forward: Grouped, objective: Objective, params, stats, batch) -> None:

@@ -2,7 +2,8 @@
 
 An engine takes a state and an effective batch and gives the next state and its log. Both engines
 (accumulate.scan, accumulate.multisteps) accumulate on each device by itself and reduce over devices
-once per update.
+once per update. What they take at once is a call: one microbatch of every device, or those that
+share a batch-norm group (accumulate.in_time), leaves (microbatches of a group, microbatch, ...).
 
 The devices form a mesh of three axes. Samples lie over all of them. With `fsdp` devices of the
 last two hold a part of the state each (Rajbhandari et al. 2020, arXiv:1910.02054, stages 1 and 2;
@@ -21,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxaccum.accumulate import fsdp, usual_rule
-from jaxaccum.accumulate.checks import check, check_batch, grouped
+from jaxaccum.accumulate import fsdp, in_time, usual_rule
+from jaxaccum.accumulate.checks import check, check_batch, check_in_time, grouped
 from jaxaccum.accumulate.recipe import GeometryError, Window
 from jaxaccum.accumulate.terms import Forward, Sums
 from jaxaccum.accumulate.update import State, UpdateRule
@@ -32,14 +33,14 @@ AXES = ("data", *fsdp.AXES)
 GPUS = ("gpu", "cuda", "rocm")  # as platforms are named
 REPLICATED = PartitionSpec()
 PER_DEVICE = PartitionSpec(AXES)
-LAID = PartitionSpec(None, AXES)  # (steps, microbatch * devices, ...)
+LAID = PartitionSpec(None, AXES)  # (microbatches, microbatch * devices, ...)
 
 
 class BaseEngine(abc.ABC):
     """A state and an effective batch in, the next state and its log out.
 
     Attributes:
-      forward: the task's, given the recipe's groups.
+      forward: the task's, given the recipe's groups, for one microbatch.
       rule, window: the update, and its layout on the geometry.
       mesh: the devices, axes `AXES`.
       replicated: the sharding of what all devices hold.
@@ -49,7 +50,8 @@ class BaseEngine(abc.ABC):
     """
 
     def __init__(self, forward: Forward, rule: UpdateRule, window: Window, mesh: Mesh):
-        self.forward = grouped(forward, window.recipe.group)
+        self.forward = grouped(forward, window.recipe.group, window.together)
+        self._task, self._whole = forward, grouped(forward, window.recipe.group)
         self.rule, self.window, self.mesh = rule, window, mesh
         self._checked = False
         self.replicated = NamedSharding(mesh, REPLICATED)
@@ -114,7 +116,7 @@ class BaseEngine(abc.ABC):
         if self._checked:
             return
         check_batch(batch)
-        samples = self.window.geometry.microbatch * self.window.span  # groups lie here whole
+        samples = max(self.window.geometry.microbatch, self.window.recipe.group or 1)
 
         def shapes(tree: PyTree, leading: tuple[int, ...] = ()) -> PyTree:
             def one(a):
@@ -124,9 +126,15 @@ class BaseEngine(abc.ABC):
             return jax.tree.map(one, tree)
 
         check(
-            self.forward, self.rule.objective, shapes(state.params), shapes(state.stats),
-            shapes(batch, (samples,)),
+            self._whole, self.rule.objective, shapes(state.params), shapes(state.stats),
+            shapes(batch, (samples,)),  # whole groups
         )  # fmt: skip
+        if self.window.together > 1:
+            microbatch = self.window.geometry.microbatch
+            check_in_time(
+                self._task, samples, microbatch, shapes(state.params), shapes(state.stats),
+                shapes(batch, (microbatch,)),
+            )  # fmt: skip
         self._checked = True
 
     def _split(self, batch: PyTree) -> PyTree:
@@ -204,17 +212,51 @@ class BaseEngine(abc.ABC):
         owned = self.rule.objective.owned(params)
         return {name: self.specs(tree) for name, tree in owned.items()}
 
+    def _calls(self, steps: Any) -> Any:
+        """Calls that as many microbatches of a device take."""
+        return -(-steps // self.window.together)
+
     @functools.cached_property
     def _sums(self) -> Callable[..., Sums]:
-        """(params, stats, batch, coupling or None) -> Sums.
+        """(params, stats, batch of a call, coupling or None) -> Sums.
 
         Jitted inside of the jitted programs, so that a model is traced once: for the shapes of the
         accumulator, in the loop, and in each program of `multisteps`.
         """
-        return jax.jit(functools.partial(self.rule.objective.sums, self.forward))
+        return jax.jit(self._sums_of_call)
+
+    def _sums_of_call(self, params, stats, batch, coupling):
+        whole: Any = () if coupling is None else coupling._replace(pulls=())
+        pulls: Any = () if coupling is None else coupling.pulls
+
+        def one(fixed, given):
+            (params, stats, whole), (batch, pulls) = fixed, given
+            own = whole._replace(pulls=pulls) if coupling is not None else None
+            return self.rule.objective.sums(self.forward, params, stats, batch, own), ()
+
+        sums, _ = self._computed(one, (params, stats, whole), (batch, pulls))
+        return self.rule.objective.with_products(sums)
 
     def _features(self, params, stats, batch):
-        return self.rule.objective.features(self.forward, params, stats, batch)
+        """The first pass over a call: features (microbatches of a group, microbatch, ...), and
+        denominators."""
+
+        def one(fixed, given):
+            params, stats = fixed
+            features, denominators = self.rule.objective.features(
+                self.forward, params, stats, given
+            )
+            return denominators, features
+
+        denominators, features = self._computed(one, (params, stats), batch)
+        return features, denominators
+
+    def _computed(self, function: Callable, fixed: PyTree, batches: PyTree):
+        """function(fixed, microbatch) -> (totals, values) over the microbatches of a call."""
+        if self.window.together > 1:
+            return in_time.computed(function, self.window.together, fixed, batches)
+        totals, values = function(fixed, jax.tree.map(lambda a: a[0], batches))
+        return totals, jax.tree.map(lambda a: a[None], values)
 
     def _couple(self, params, features, weight, denominators):
         """The coupled terms, from what lies (steps, microbatch * devices, ...) over the devices."""

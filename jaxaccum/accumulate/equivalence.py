@@ -251,8 +251,8 @@ def verify(
       params, stats: initial values, on the host.
       batch: an effective batch, host arrays; fewer samples than `nbs` make an uneven tail.
       geometries: to compare with the first of them; None for microbatches from the whole effective
-        batch down to a batch-norm group, one with more padding, both engines, and two devices where
-        there are.
+        batch down to a batch-norm group and a part of one, one with more padding, both engines, and
+        two devices where there are.
     Raises:
       ContractError: the forward breaks its contract in a way that needs no computation to see.
       GeometryError: a geometry cannot compute the recipe.
@@ -284,6 +284,8 @@ def _geometries(recipe: Recipe) -> list[Geometry]:
     # With a group that is padding alone: where all have the same padding, it may count unseen.
     wanted = [Geometry(whole), Geometry(whole + group), Geometry(half), Geometry(group)]
     wanted.append(Geometry(group, 1, "multisteps"))
+    if group > 1:
+        wanted.append(Geometry(next(m for m in range(group // 2, 0, -1) if group % m == 0)))
     if len(jax.devices()) > 1:
         wanted += [Geometry(group, 2), Geometry(group, 2, "multisteps")]
     return list(dict.fromkeys(wanted))

@@ -38,9 +38,7 @@ class GroupBatchNorm(nn.Module):
             shift = bias - running["mean"] * factor
             y = x.astype(factor.dtype) * factor + shift
             return (nn.silu(y) if self.silu else y).astype(x.dtype)
-        y, mean, var, count = normalise(
-            x, scale, bias, groups.weight, groups.size, self.eps, self.silu
-        )
+        y, mean, var, count = normalise(x, scale, bias, groups, self.eps, self.silu)
         if self.is_mutable_collection("moments"):
             for name, value in moments(mean, var, count, running["mean"]).items():
                 self.put_variable("moments", name, value)

@@ -1,4 +1,5 @@
-"""The engine `multisteps`: one jitted call per microbatch, `optax.MultiSteps` around the optimizer.
+"""The engine `multisteps`: one jitted call per microbatch (or per group of batch norm, where that
+is larger), `optax.MultiSteps` around the optimizer.
 
 The effective batch never sits on the device at once.
 """
@@ -40,7 +41,7 @@ class MultiStepsEngine(BaseEngine):
 
     def __init__(self, forward, rule, window, mesh):
         super().__init__(forward, rule, window, mesh)
-        self.batched = NamedSharding(mesh, PER_DEVICE)
+        self.batched, self.laid = (NamedSharding(mesh, spec) for spec in (PER_DEVICE, LAID))
         self._accumulator: PyTree | None = None
         places = (self.replicated, self.batched)
         self._add = jax.jit(
@@ -58,52 +59,56 @@ class MultiStepsEngine(BaseEngine):
         self._check(state, batch)
         self._require_room(batch, steps)
         microbatches = self._split(batch)
-        steps = np.int32(self.window.steps if steps is None else steps)
+        calls = np.int32(self._calls(self.window.steps if steps is None else steps))
+
+        def of_call(a, i):
+            return a[i * self.window.together : (i + 1) * self.window.together]
 
         def on_devices(i):
-            return self._put(jax.tree.map(lambda a: a[i], microbatches), self.batched)
+            return self._put(jax.tree.map(lambda a: of_call(a, i), microbatches), self.laid)
 
         coupling = None
         if self.rule.objective.coupled:
             passed = [
                 self._first_pass(state.params, state.stats, on_devices(i))
-                for i in range(int(steps))
+                for i in range(int(calls))
             ]
-            features = jax.tree.map(lambda *a: jnp.stack(a), *(p[0] for p in passed))
+            features = jax.tree.map(lambda *a: jnp.concatenate(a), *(p[0] for p in passed))
             denominators = functools.reduce(add, (p[1] for p in passed))
-            weight = self._put(microbatches["weight"][: int(steps)], NamedSharding(self.mesh, LAID))
+            room = int(calls) * self.window.together
+            weight = self._put(microbatches["weight"][:room], self.laid)
             coupling = self._between(state.params, features, weight, denominators)
-        for i in range(int(steps)):
+        for i in range(int(calls)):
             one, own = on_devices(i), None
             if coupling is not None:
-                own = coupling._replace(pulls=jax.tree.map(lambda a, i=i: a[i], coupling.pulls))
+                own = coupling._replace(
+                    pulls=jax.tree.map(lambda a, i=i: of_call(a, i), coupling.pulls)
+                )
             if self._accumulator is None:
                 self._accumulator = self._empty(state, one, own)
-            last = i == int(steps) - 1
+            last = i == int(calls) - 1
             call = self._close if last else self._add
             # Nothing but the accumulator survives a microbatch; it is empty between windows.
-            result, self._accumulator = call(state, self._accumulator, one, np.int32(i), steps, own)
+            result, self._accumulator = call(state, self._accumulator, one, np.int32(i), calls, own)
         return result
 
     def lowered(self, state, batch):
         self._check(state, batch)
-        one = self._laid(batch, (self._width,), PER_DEVICE)
+        together = self.window.together
+        one = self._laid(batch, (together, self._width), LAID)
         state, steps, programs, coupling = self._placed(state), np.int32(1), [], None
         if self.rule.objective.coupled:
             programs.append(self._first_pass.lower(state.params, state.stats, one))
             features, denominators = jax.eval_shape(
                 self._first_pass, state.params, state.stats, one
             )
-            features = self._laid(features, (self.window.steps, self._width), LAID)
-            weight = self._laid(one["weight"], (self.window.steps, self._width), LAID)
+            features = self._laid(features, (self.window.steps,), LAID)
+            weight = self._laid(one["weight"], (self.window.steps,), LAID)
             arguments = (state.params, features, weight, self._placed(denominators))
             programs.append(self._between.lower(*arguments))
             coupling = jax.eval_shape(self._between, *arguments)
-            pulls = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), coupling.pulls
-            )
             coupling = self._placed(coupling._replace(pulls=()))._replace(
-                pulls=self._laid(pulls, (self._width,), PER_DEVICE)
+                pulls=self._laid(coupling.pulls, (together,), LAID)
             )
         sums = self._shapes(state, one, coupling)
         devices = self.window.geometry.devices
@@ -117,13 +122,13 @@ class MultiStepsEngine(BaseEngine):
         ]
 
     def _collect(self, params, stats, microbatch):
-        """The first pass over one microbatch: its features, and denominators of all devices."""
+        """The first pass over one call: its features, and denominators of all devices."""
 
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, REPLICATED, PER_DEVICE),
-            out_specs=(PER_DEVICE, REPLICATED),
+            in_specs=(REPLICATED, REPLICATED, LAID),
+            out_specs=(LAID, REPLICATED),
         )
         def local(params, stats, microbatch):
             features, denominators = self._features(varying(params), varying(stats), microbatch)
@@ -147,7 +152,7 @@ class MultiStepsEngine(BaseEngine):
         @functools.partial(
             jax.shard_map,
             mesh=self.mesh,
-            in_specs=(REPLICATED, REPLICATED, PER_DEVICE, REPLICATED, PER_DEVICE),
+            in_specs=(REPLICATED, REPLICATED, LAID, REPLICATED, LAID),
             out_specs=PER_DEVICE,
         )
         def each(params, stats, microbatch, whole, pulls):
@@ -156,8 +161,9 @@ class MultiStepsEngine(BaseEngine):
             return jax.tree.map(lambda a: a[None], sums)
 
         def global_shapes(tree):
+            call = (self.window.together, self._width)
             return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct((self._width, *a.shape[1:]), a.dtype), tree
+                lambda a: jax.ShapeDtypeStruct((*call, *a.shape[2:]), a.dtype), tree
             )
 
         shapes = jax.eval_shape(
@@ -176,7 +182,7 @@ class MultiStepsEngine(BaseEngine):
             jax.shard_map,
             mesh=self.mesh,
             in_specs=(
-                REPLICATED, PER_DEVICE, PER_DEVICE, REPLICATED, REPLICATED, REPLICATED, PER_DEVICE,
+                REPLICATED, PER_DEVICE, LAID, REPLICATED, REPLICATED, REPLICATED, LAID,
             ),
             out_specs=(REPLICATED, PER_DEVICE),
         )  # fmt: skip

@@ -121,10 +121,11 @@ class Window:
 
     Sample i of the effective batch is computed in microbatch i // (microbatch * devices), on
     device (i // microbatch) % devices. The last microbatches are filled up with samples of
-    weight zero. A batch-norm group lies in one microbatch, or on `span` neighbouring devices.
+    weight zero. A batch-norm group lies in one microbatch, on `span` neighbouring devices, or in
+    `together` microbatches that follow one another on all devices (accumulate.in_time).
 
     Raises:
-      GeometryError: the microbatch would cut a batch-norm group in two.
+      GeometryError: a batch-norm group would begin or end within a microbatch.
     """
 
     recipe: Recipe
@@ -135,41 +136,51 @@ class Window:
         fsdp, devices = self.geometry.fsdp, self.geometry.devices
         if group is None or microbatch % group == 0:
             return
-        if group % microbatch == 0 and microbatch * devices % group == 0:
+        parts, rest = divmod(group, microbatch)  # of a group: microbatches of one device
+        fits = not rest and (devices % parts == 0 or parts % devices == 0)
+        if fits or self._is_one_group:
             if fsdp > 1 and fsdp % self.span:
                 raise GeometryError(
                     f"a group of {group} samples lies on {self.span} devices, and fsdp {fsdp} is "
                     f"not a multiple of that: set fsdp to {self.span * max(fsdp // self.span, 1)}"
                 )
             return
+        near = [m for m in range(1, group) if group % m == 0]
+        near = [m for m in near if devices % (group // m) == 0 or (group // m) % devices == 0]
+        near = sorted(near, key=lambda m: abs(m - microbatch))[:2]
         smaller = [g for g in range(min(group, microbatch), 0, -1) if microbatch % g == 0][:1]
-        fits = f"use a microbatch of {group}" + (
-            "" if self.recipe.bn_group == "all" else f" or {2 * group}"
-        )
         raise GeometryError(
-            f"microbatch {microbatch} is not a multiple of bn_group {self.recipe.bn_group}"
-            f"{f' (= {group} samples)' if self.recipe.bn_group == 'all' else ''}: {fits}, "
-            f"{self._more_devices()}"
-            f"or change the recipe to bn_group {smaller[0]} or 'frozen' "
-            "(that is another training run)."
+            f"microbatch {microbatch} on {devices} {'device' if devices == 1 else 'devices'} would "
+            f"cut a group of {group} samples (bn_group {self.recipe.bn_group}) within a "
+            f"microbatch: use a multiple of {group}"
+            + "".join(f", or {m}" for m in sorted(near))
+            + f" on {devices}, or change the recipe to bn_group {smaller[0]} or 'frozen' (that is "
+            "another training run)."
         )
 
-    def _more_devices(self) -> str:
-        """The advice to let a group lie on several devices, if that could be."""
-        group, microbatch = self.recipe.group, self.geometry.microbatch
-        if not group or group % microbatch or self.recipe.nbs < group:
-            return ""
-        return f"or let it lie on {group // microbatch} devices (or a multiple), "
+    @property
+    def _is_one_group(self) -> bool:
+        """Whether all samples of the window share statistics, wherever they are computed."""
+        width = self.geometry.microbatch * self.geometry.devices
+        return self.recipe.bn_group == "all" and width < self.recipe.nbs
+
+    @property
+    def together(self) -> int:
+        """Microbatches that follow one another on a device and share a batch-norm group."""
+        width = self.geometry.microbatch * self.geometry.devices
+        return max(-(-(self.recipe.group or 1) // width), 1)
 
     @property
     def span(self) -> int:
         """Devices that a batch-norm group lies on."""
-        return max((self.recipe.group or 1) // self.geometry.microbatch, 1)
+        parts = (self.recipe.group or 1) // self.geometry.microbatch
+        return min(max(parts, 1), self.geometry.devices)
 
     @property
     def steps(self) -> int:
-        """Accumulation steps: microbatches per device per update."""
-        return -(-self.recipe.nbs // (self.geometry.microbatch * self.geometry.devices))
+        """Accumulation steps: microbatches per device per update, of whole groups."""
+        width = self.geometry.microbatch * self.geometry.devices
+        return -(-self.recipe.nbs // (width * self.together)) * self.together
 
     @property
     def padding(self) -> int:
@@ -242,6 +253,7 @@ class Window:
             f"{geometry.engine}"
             f"{f', fsdp {geometry.fsdp}' if geometry.fsdp > 1 else ''}"
             f"{f', groups on {self.span} devices' if self.span > 1 else ''}"
+            f"{f', groups of {self.together} microbatches' if self.together > 1 else ''}"
         )
 
 

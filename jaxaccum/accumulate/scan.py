@@ -89,6 +89,7 @@ class ScanEngine(BaseEngine):
     def _collect(self, params, stats, microbatches, steps):
         """The first pass: features (steps, microbatch * devices, ...), weights, denominators."""
         specs, every = self.specs(params), self.window.steps
+        length = len(microbatches["weight"])
 
         @functools.partial(
             jax.shard_map,
@@ -98,15 +99,15 @@ class ScanEngine(BaseEngine):
         )
         def local(params, stats, microbatches, steps):
             params = varying(fsdp.gathered(params, specs), specs)
-            stats = varying(stats)
-            length = len(microbatches["weight"])
+            stats, microbatches = varying(stats), self._by_call(microbatches)
             one = jax.tree.map(lambda a: a[0], microbatches)
             shapes = jax.eval_shape(self._features, params, stats, one)
 
             def zeros(shape, dtype):
                 return varying(jnp.zeros(shape, dtype))
 
-            kept = jax.tree.map(lambda s: zeros((length, *s.shape), s.dtype), shapes[0])
+            calls = self._calls(length)
+            kept = jax.tree.map(lambda s: zeros((calls, *s.shape), s.dtype), shapes[0])
             sums = jax.tree.map(lambda s: zeros(s.shape, s.dtype), shapes[1])
 
             def body(i, carry):
@@ -117,7 +118,9 @@ class ScanEngine(BaseEngine):
                 )
                 return kept, add(sums, more)
 
-            kept, sums = jax.lax.fori_loop(0, every if steps is None else steps, body, (kept, sums))
+            number = self._calls(every if steps is None else steps)
+            kept, sums = jax.lax.fori_loop(0, number, body, (kept, sums))
+            kept = jax.tree.map(lambda a: a.reshape(length, *a.shape[2:]), kept)
             return kept, jax.lax.psum(sums, AXES)
 
         features, denominators = local(params, stats, microbatches, steps)
@@ -141,6 +144,7 @@ class ScanEngine(BaseEngine):
         def local(params, stats, rate, microbatches, steps, whole, pulls):
             params = varying(fsdp.gathered(params, specs), specs)
             stats = varying(stats)
+            microbatches, pulls = self._by_call((microbatches, pulls))
 
             def sums_of(batch, pulls):
                 own = whole._replace(pulls=pulls) if coupling is not None else None
@@ -149,18 +153,17 @@ class ScanEngine(BaseEngine):
             one = jax.tree.map(lambda a: a[0], (microbatches, pulls))
             shapes = jax.eval_shape(sums_of, *one)
             zero = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-            together = packing.Packing(shapes, packing.SMALL if self.on_gpu else 0)
+            packed = packing.Packing(shapes, packing.SMALL if self.on_gpu else 0)
 
             def body(i, carry):
                 sums, stats = carry
                 new = sums_of(*_at((microbatches, pulls), i))
                 stats = usual_rule.moved(objective, stats, new.moments, rate)
-                return add(sums, together.pack(new)), stats
+                return add(sums, packed.pack(new)), stats
 
-            sums, stats = jax.lax.fori_loop(
-                0, every if steps is None else steps, body, (together.pack(zero), stats)
-            )
-            sums = together.unpack(sums)
+            number = self._calls(every if steps is None else steps)
+            sums, stats = jax.lax.fori_loop(0, number, body, (packed.pack(zero), stats))
+            sums = packed.unpack(sums)
             stats = usual_rule.averaged(objective, stats, AXES)
             rest = sums._replace(gradients={})
             both = fsdp.reduced(
@@ -171,7 +174,12 @@ class ScanEngine(BaseEngine):
         reduced, rest, stats = local(params, stats, rate, microbatches, steps, whole, pulls)
         return rest._replace(gradients=reduced, coupling=whole), stats
 
+    def _by_call(self, microbatches: PyTree) -> PyTree:
+        """Leaves (steps, ...) as (calls, microbatches of a group, ...)."""
+        together = self.window.together
+        return jax.tree.map(lambda a: a.reshape(-1, together, *a.shape[1:]), microbatches)
+
 
 def _at(tree: PyTree, i: jax.Array) -> PyTree:
-    """Microbatch i of what is laid out over the window."""
+    """Call i of what is laid out over the window."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)

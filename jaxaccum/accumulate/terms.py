@@ -181,7 +181,7 @@ class Objective:
         batch: PyTree,
         coupling: Coupling | None = None,
     ) -> Sums:
-        """Gradients of the numerators and all other sums of one microbatch.
+        """Gradients of the numerators and all other sums of one microbatch, but for `products`.
 
         Args:
           coupling: with coupled terms, the window's; its `pulls` are those of this microbatch.
@@ -192,13 +192,13 @@ class Objective:
         totals, pull_back, out = self.pullback(forward, params, stats, batch)
         if self.owner is not None:
             (both,) = pull_back(jax.tree.map(jnp.ones_like, totals))
-            return self._with_products(_sums(self.owned(both), out, batch))
+            return _sums(self.owned(both), out, batch)
         gradients = {}
         for name in self.floors:
             (gradients[name],) = pull_back(
                 {k: (jnp.ones_like if k == name else jnp.zeros_like)(v) for k, v in totals.items()}
             )
-        return self._with_products(_sums(gradients, out, batch))
+        return _sums(gradients, out, batch)
 
     def pullback(
         self, forward: Grouped, params: PyTree, stats: PyTree, batch: PyTree
@@ -229,9 +229,11 @@ class Objective:
             return value + sum(jax.tree.leaves(pulled)), out
 
         gradient, out = jax.grad(total, has_aux=True)(params)
-        return self._with_products(_sums({"loss": gradient}, out, batch))
+        return _sums({"loss": gradient}, out, batch)
 
-    def _with_products(self, sums: Sums) -> Sums:
+    def with_products(self, sums: Sums) -> Sums:
+        """The sums of what is computed at once (a microbatch, or those of one batch-norm group)
+        with what the noise scale is estimated from, if it is asked for."""
         if not self.noise:
             return sums
         disjoint = self.owner is not None

@@ -168,7 +168,9 @@ def _make_batch_norm(rng):
 
 def _batch_norm(x, scale, bias, weight, dy):
     def forward(x, scale, bias):
-        y, *statistics = batchnorm.normalise(x, scale, bias, weight, _GROUP, _EPS, True)
+        y, *statistics = batchnorm.normalise(
+            x, scale, bias, batchnorm.Groups(_GROUP, weight), _EPS, True
+        )
         return y, statistics
 
     y, pull, (mean, var, _) = jax.vjp(forward, x, scale, bias, has_aux=True)

@@ -25,9 +25,12 @@ Dtype = Any
 PyTree = Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def rematerialised(
-    function: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+    function: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    in_segments: bool = False,
 ) -> PyTree:
     """function(params, inputs), its inner values not kept for the gradient but computed anew.
 
@@ -37,15 +40,17 @@ def rematerialised(
 
     Args:
       function: of pytrees of floating arrays, to such; closes over no traced value.
+      in_segments: it is computed so (accumulate.in_time): the second computation then comes in
+        loops of its own, which nothing needs to hold back.
     """
     return function(params, inputs)
 
 
-def _rematerialised_forward(function, params, inputs):
+def _rematerialised_forward(function, params, inputs, in_segments):
     return function(params, inputs), (params, inputs)
 
 
-def _rematerialised_backward(function, residuals, cotangents):
+def _rematerialised_backward(function, in_segments, residuals, cotangents):
     def gradient(residuals, cotangents):
         return jax.vjp(function, *residuals)[1](cotangents)
 
@@ -60,6 +65,8 @@ def _rematerialised_backward(function, residuals, cotangents):
     def default(residuals, cotangents):
         return gradient(*jax.lax.optimization_barrier((residuals, cotangents)))
 
+    if in_segments:
+        return gradient(residuals, cotangents)
     return jax.lax.platform_dependent(residuals, cotangents, cpu=cpu, default=default)
 
 

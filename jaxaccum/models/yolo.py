@@ -230,19 +230,20 @@ class Yolo(nn.Module):
 
     def _rematerialised(self, row: nn.Module, x: Any, groups: Groups | None) -> Any:
         """row(x, groups), what is inside of it computed anew for the gradient."""
-        name, size = str(row.name), groups and groups.size
+        name = str(row.name)
+        size, microbatches = (None, 1) if groups is None else (groups.size, groups.microbatches)
         writes = ["moments"] if self.is_mutable_collection("moments") else []
         row = row.clone(parent=None)  # as a function of its variables
 
         def function(params, inputs):
             x, stats, weight = inputs
             variables = {"params": params, "batch_stats": stats}
-            groups = None if size is None else Groups(size, weight)
+            groups = None if size is None else Groups(size, weight, microbatches)
             return row.apply(variables, _settled(x), groups, mutable=writes)
 
         params, stats = (self.variables[c][name] for c in ("params", "batch_stats"))
         inputs = (x, stats, groups and groups.weight)
-        y, changed = blocks.rematerialised(function, params, inputs)
+        y, changed = blocks.rematerialised(function, params, inputs, microbatches > 1)
         for collection, values in changed.items():
             self.put_variable(collection, name, values)
         return y

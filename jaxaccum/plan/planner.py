@@ -114,6 +114,19 @@ class Planner:
         return 1 if group == "frozen" else min(group, self.config.nbs)
 
     @property
+    def parts(self) -> list[int]:
+        """Microbatches smaller than a batch-norm group, which is then computed in time
+        (accumulate.in_time); largest first."""
+        if self.whole or self.config.bn_group == "frozen":
+            return []
+        found = []
+        for m in range(self.unit // 2, 0, -1):
+            number = self.unit // m
+            if self.unit % m == 0 and (number % self.number == 0 or self.number % number == 0):
+                found.append(m)
+        return found
+
+    @property
     def top(self) -> int:
         """The largest microbatch that makes sense: the whole effective batch."""
         if self.whole:

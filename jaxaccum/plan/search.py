@@ -6,6 +6,7 @@ The geometry that is chosen has been compiled itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -51,7 +52,8 @@ def choose(
     """The geometry to use, and the table it is chosen from.
 
     Of all that fit: the one with the least estimated time; within two percent of it the one
-    without rematerialisation and with the largest microbatch.
+    without rematerialisation and with the largest microbatch. Microbatches smaller than a
+    batch-norm group are tried where no whole group fits.
 
     Args:
       memory: bytes of a device.
@@ -83,6 +85,11 @@ def choose(
                 for m in range(unit, largest + 1, unit)
                 if planner.predicted(m, engine, remat).peak <= budget
             ]
+    if not fitting:
+        for engine, remat in itertools.product(engines, remats):
+            smaller = _parts_of_a_group(planner, engine, remat, budget)
+            fitting += [m for m in smaller if m.peak <= budget]
+            rows += smaller
     needed = planner.evaluation() if evaluation else 0
     if not fitting:
         return Choice(rows, None, _what_would_fit(planner, rows, budget), needed, budget)
@@ -180,6 +187,16 @@ def _largest(
             return at, tried
 
 
+def _parts_of_a_group(planner: Planner, engine: Engine, remat: bool, budget: int) -> list[Measure]:
+    """Microbatches smaller than a batch-norm group, compiled, down to the first that fits."""
+    tried = []
+    for m in planner.parts:
+        tried.append(planner.compiled(m, engine, remat))
+        if tried[-1].peak <= budget:
+            break
+    return tried
+
+
 def _ladder(unit: int, largest: int, top: int) -> list[int]:
     """Microbatches to show: doubled from the smallest, to one beyond the largest that fits."""
     steps, m = [], unit
@@ -202,8 +219,7 @@ def _what_would_fit(planner: Planner, rows: list[Measure], budget: int) -> str:
         ways.append("remat=True")
     if config.bn_group not in ("frozen", 1):
         ways.append(
-            f"a smaller bn_group than {config.bn_group}, and with it a smaller microbatch (that is "
-            "another recipe: another training run)"
+            f"a smaller bn_group than {config.bn_group} (another recipe: another training run)"
         )
     sizes = [f for f in ("data.image_size", "data.height") if configs.has(config, f)]
     if sizes:

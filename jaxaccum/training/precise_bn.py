@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.accumulate import batchnorm, grouped
+from jaxaccum.accumulate import batchnorm, grouped, in_time
 from jaxaccum.tasks import Stream
 from jaxaccum.training import run
 
@@ -33,7 +33,9 @@ def recompute_statistics(
     group = this.recipe.group
     if group is None:
         raise ValueError("eval.precise_bn needs batch statistics; this recipe's are frozen")
-    moments_of, total = _moments_of(this.forward, group), None
+    microbatch = this.window.geometry.microbatch
+    parts = group // microbatch if group % microbatch == 0 else 1
+    moments_of, total = _moments_of(this.forward, group, max(parts, 1)), None
     for batch in stream.windows(0, [group] * -(-samples // group)):
         new = moments_of(params, stats, batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
@@ -41,7 +43,23 @@ def recompute_statistics(
 
 
 @functools.cache
-def _moments_of(forward: Any, group: int):
-    """Compiled once per task: (params, stats, batch of one group) -> moments."""
-    of_groups = grouped(forward, group)
-    return jax.jit(lambda params, stats, batch: of_groups(params, stats, batch).moments)
+def _moments_of(forward: Any, group: int, microbatches: int):
+    """Compiled once per task: (params, stats, batch of one group) -> moments.
+
+    Args:
+      microbatches: that a group is computed in, one after the other.
+    """
+    of_groups = grouped(forward, group, microbatches)
+    if microbatches == 1:
+        return jax.jit(lambda params, stats, batch: of_groups(params, stats, batch).moments)
+
+    def moments(params: PyTree, stats: PyTree, batch: PyTree) -> PyTree:
+        parts = jax.tree.map(lambda a: a.reshape(microbatches, -1, *a.shape[1:]), batch)
+
+        def one(fixed: tuple[PyTree, PyTree], part: PyTree) -> tuple[PyTree, PyTree]:
+            params, stats = fixed
+            return of_groups(params, stats, part).moments, ()
+
+        return in_time.computed(one, microbatches, (params, stats), parts)[0]
+
+    return jax.jit(moments)

@@ -44,7 +44,7 @@ def data(samples=6, channels=3, seed=0):
 def test_forward_is_the_definition(x64, size, activate):
     x, scale, bias = data()
     weight = np.array([1, 1, 1, 1, 1, 0.0])
-    y, *_ = batchnorm.normalise(x, scale, bias, weight, size, EPS, activate)
+    y, *_ = batchnorm.normalise(x, scale, bias, Groups(size, weight), EPS, activate)
     wanted = expected(x, scale, bias, weight, size)
     wanted = silu(wanted) if activate else wanted
     real = weight > 0
@@ -69,7 +69,9 @@ def test_gradient_is_that_of_the_definition(x64, size, activate):
         return jnp.sum(probe * (jax.nn.silu(y) if activate else y))
 
     def ours(x, scale, bias):
-        return jnp.sum(probe * batchnorm.normalise(x, scale, bias, weight, size, EPS, activate)[0])
+        return jnp.sum(
+            probe * batchnorm.normalise(x, scale, bias, Groups(size, weight), EPS, activate)[0]
+        )
 
     for a, b in zip(
         jax.grad(ours, (0, 1, 2))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias),
@@ -96,7 +98,7 @@ def test_merged_moments_are_those_of_all_samples(samples, size, padded, cuts, se
             rows = (part[:, None] * size + np.arange(size)).ravel()
             xs, ws = x[rows], weight[rows]
             _, mean, var, count = batchnorm.normalise(
-                xs, np.ones(3), np.zeros(3), ws, size, EPS, False
+                xs, np.ones(3), np.zeros(3), Groups(size, ws), EPS, False
             )
             new = batchnorm.moments(mean, var, count, running["mean"])
             total = new if total is None else jax.tree.map(jnp.add, total, new)
@@ -119,7 +121,9 @@ def test_a_group_on_several_devices_is_one_group(x64, activate):
 
     def results(x, scale, bias, weight, probe):
         def loss(x, scale, bias):
-            y, mean, var, count = batchnorm.normalise(x, scale, bias, weight, 4, EPS, activate)
+            y, mean, var, count = batchnorm.normalise(
+                x, scale, bias, Groups(4, weight), EPS, activate
+            )
             added = batchnorm.moments(mean, var, count, jnp.ones(3))
             return jnp.sum(y * probe * weight[:, None]), added
 
@@ -172,7 +176,9 @@ def test_running_statistics_without_groups():
 
 def test_bfloat16_statistics_are_float32():
     x = jnp.asarray(data()[0], jnp.bfloat16)
-    y, mean, var, _ = batchnorm.normalise(x, jnp.ones(3), jnp.zeros(3), jnp.ones(6), 6, EPS, False)
+    y, mean, var, _ = batchnorm.normalise(
+        x, jnp.ones(3), jnp.zeros(3), Groups(6, jnp.ones(6)), EPS, False
+    )
     assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
 
 
@@ -184,7 +190,7 @@ def test_gradients_of_bfloat16_are_summed_in_float32():
         scale, bias = jnp.full(3, 1.5, dtype), jnp.ones(3, dtype)
 
         def loss(x, scale, bias):
-            y = batchnorm.normalise(x, scale, bias, jnp.ones(6), 6, EPS, False)[0]
+            y = batchnorm.normalise(x, scale, bias, Groups(6, jnp.ones(6)), EPS, False)[0]
             return jnp.vdot(y, probe.astype(y.dtype))
 
         return jax.grad(loss, (0, 1, 2))(x, scale, bias)
@@ -201,7 +207,7 @@ def test_weights_in_float64_widen_nothing(x64):
     x, weight = jnp.asarray(data()[0], jnp.float32), jnp.ones(6)
     ones = jnp.ones(3, jnp.float32)
     assert weight.dtype == jnp.float64
-    made = batchnorm.normalise(x, ones, ones, weight, 6, EPS, False)
+    made = batchnorm.normalise(x, ones, ones, Groups(6, weight), EPS, False)
     assert [a.dtype for a in made] == [jnp.float32] * 4
 
 
@@ -209,5 +215,8 @@ def test_a_group_of_padding_is_finite_through_many_layers():
     x = jnp.full((4, 2, 2, 3), 2.0)
     weight = jnp.array([1, 1, 0, 0.0])
     for _ in range(60):
-        x = batchnorm.normalise(x, jnp.full(3, 2.0), jnp.ones(3), weight, 2, EPS, True)[0] * 3
+        x = (
+            batchnorm.normalise(x, jnp.full(3, 2.0), jnp.ones(3), Groups(2, weight), EPS, True)[0]
+            * 3
+        )
     assert np.isfinite(x).all()

@@ -144,7 +144,9 @@ def test_the_gradient_of_one_pass(x64, bn_group, terms):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 @pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize(("bn_group", "microbatch"), [("frozen", 1), ("frozen", 8), (4, 4), (4, 8)])
+@pytest.mark.parametrize(
+    ("bn_group", "microbatch"), [("frozen", 1), ("frozen", 8), (4, 1), (4, 4), (4, 8)]
+)
 def test_every_geometry_is_one_run(x64, microbatch, devices, engine, bn_group):
     whole = run(Geometry(12), bn_group)
     found = equivalence.differences(run(Geometry(microbatch, devices, engine), bn_group), whole)

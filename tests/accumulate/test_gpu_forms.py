@@ -12,6 +12,7 @@ import toy
 
 from jaxaccum.accumulate import (
     Geometry,
+    Groups,
     Recipe,
     Window,
     batchnorm,
@@ -52,7 +53,7 @@ def test_batch_norm_reads_again_and_finds_the_same(x64, monkeypatch):
 
     def gradient(x, scale, bias):
         def loss(x, scale, bias):
-            y = batchnorm.normalise(x, scale, bias, weight, 3, 1e-3, True)[0]
+            y = batchnorm.normalise(x, scale, bias, Groups(3, weight), 1e-3, True)[0]
             return jnp.sum(y * probe * weight[:, None, None])
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)

@@ -87,7 +87,8 @@ NETWORKS = {
         ),
     },
 }
-GEOMETRIES = [Geometry(4, 1), Geometry(2, 2, "multisteps")]
+# The last has groups of two microbatches.
+GEOMETRIES = [Geometry(4, 1), Geometry(2, 2, "multisteps"), Geometry(1)]
 
 
 @pytest.fixture(scope="module", autouse=True)

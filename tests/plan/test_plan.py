@@ -103,6 +103,17 @@ def test_rematerialisation_only_where_memory_is_short():
     assert all(m.compiled for m in choice.rows if m == choice.chosen)
 
 
+def test_parts_of_a_group_where_no_whole_group_fits():
+    made = Straight(0, 10_000, nbs=48, bn_group=12)
+    choice = choose(made, 45_000, margin=0.0)
+    assert choice.chosen and (choice.chosen.microbatch, choice.chosen.remat) == (4, False)
+    # A whole group, if only with rematerialisation, comes first.
+    whole = choose(Straight(0, 10_000, nbs=48, bn_group=12), 65_000, margin=0.0).chosen
+    assert whole and (whole.microbatch, whole.remat) == (12, True)
+    made.number = 4  # a group of 12 as 4 or more microbatches on 4 devices, or 2 on each pair
+    assert made.parts == [6, 3, 1]
+
+
 def test_what_would_fit_is_said():
     choice = choose(Straight(0, 10_000, nbs=20, bn_group=8), 9_000, remats=(False,))
     assert choice.chosen is None

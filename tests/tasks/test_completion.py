@@ -70,9 +70,10 @@ def test_one_run(x64, model):
     [
         ("frozen", 2, 2),
         (2, 2, 4),
+        (2, 1, 1),  # a group of two microbatches
         *(
             pytest.param(*case, marks=pytest.mark.long)
-            for case in [("frozen", 1, 1), ("frozen", 4, 4), ("frozen", 8, 1), (2, 4, 1)]
+            for case in [("frozen", 1, 1), ("frozen", 4, 4), ("frozen", 8, 1), (2, 4, 1), (6, 1, 2)]
         ),
     ],
 )
@@ -86,7 +87,7 @@ def test_every_geometry_is_one_run(x64, whole, bn_group, microbatch, devices, en
 @pytest.fixture(scope="module")
 def whole():
     with jax.enable_x64(True):
-        return {group: trace(Geometry(6), group) for group in ("frozen", 2)}
+        return {group: trace(Geometry(6), group) for group in ("frozen", 2, 6)}
 
 
 def test_noise_belongs_to_the_sample():

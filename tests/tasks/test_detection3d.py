@@ -236,7 +236,7 @@ def trace(geometry, x64=True, **changes):
 @pytest.mark.parametrize(
     ("bn_group", "geometry"),
     [("frozen", Geometry(1, 4)), ("frozen", Geometry(4, 1, "multisteps")), (4, Geometry(4, 2)),
-     (4, Geometry(8, 1, "multisteps"))],
+     (4, Geometry(8, 1, "multisteps")), (4, Geometry(2))],
 )  # fmt: skip
 def test_one_run(x64, whole, bn_group, geometry):
     found = equivalence.differences(trace(geometry, bn_group=bn_group), whole[bn_group])

@@ -64,7 +64,7 @@ def whole(bn_group, objects=None):
     [
         ("frozen", Geometry(1, 2)), ("frozen", Geometry(4, 1, "multisteps")),
         (2, Geometry(2)), (2, Geometry(4, 2)), (2, Geometry(4, 2, "multisteps")),
-        (2, Geometry(2, 2, fsdp=2)),
+        (2, Geometry(2, 2, fsdp=2)), (2, Geometry(1)),
     ],
     ids=str,
 )  # fmt: skip
