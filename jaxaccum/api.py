@@ -11,10 +11,10 @@ from typing import Any
 import ml_collections
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, programs, tasks
+from jaxaccum import config_files, full_evaluation, programs, tasks
 from jaxaccum.machine import known_answers
-from jaxaccum.tasks import predicting
-from jaxaccum.training import inference, loop, measuring, run
+from jaxaccum.tasks import predicting, videos
+from jaxaccum.training import inference, loop, run
 from jaxaccum.training.preemption import STOPPED_BY_HAND, Preempted
 from jaxaccum.weights import exchange
 
@@ -24,10 +24,13 @@ class Model:
 
     Attributes:
       trained: its task, weights and config, as the rest of the package has them.
+      speed: how long the samples of the last `predict`, `stream` or `video` took, phase by phase;
+        `line()` says it. A result has its own (`speed`, milliseconds).
     """
 
     def __init__(self, trained: tasks.Trained) -> None:
         self.trained = trained
+        self.speed = predicting.new_speed(trained)
 
     def __repr__(self) -> str:
         found = self.trained
@@ -69,16 +72,43 @@ class Model:
                 f"{wrong[0]} is no option of the task {self.trained.task.name}, which takes "
                 f"{', '.join(known) or 'none'}"
             )
-        return predicting.predictions(self.trained, source, **options)
+        speed = predicting.new_speed(self.trained)
+        found = predicting.predictions(self.trained, source, speed=speed, **options)
+        self.speed = speed
+        return found
+
+    def video(
+        self,
+        source: str | os.PathLike[str],
+        file: str | os.PathLike[str],
+        *,
+        codec: str = "",
+        **options: Any,
+    ) -> int:
+        """Draws what it finds in a video into another of its size and frame rate.
+
+        Args:
+          source: the video, or another file of several pictures, of one size.
+          file: to write, over what is there; by its suffix .mp4, .avi, .mov, .mkv, .webm and so on.
+          codec: its four letters (FourCC); "" for the usual one of the suffix.
+          options: as of `predict`.
+        Returns:
+          the number of frames.
+        Raises:
+          DataError: the source cannot be used, or not to its end; then there is no file.
+          VideoError: the video cannot be written. ConfigError: an option cannot be.
+        """
+        return videos.write(self.stream(source, **options), Path(source), Path(file), codec)
 
     def evaluate(self, data: str | os.PathLike[str] = "", **options: Any) -> dict[str, Any]:
         """Metrics on its own val split, or on another data set.
 
         Args:
           data: by the same rules as `data.path` of a config.
-          options: of `training.measuring.measure`: `split` and so on.
+          options: of `full_evaluation.evaluate`, `rect`, and of `training.measuring.measure`,
+            `split` and so on.
         """
-        return measuring.measure(self.trained, str(data), **options)
+        return full_evaluation.evaluate(self.trained, str(data), **options)
 
     def export(self, file: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
         """Writes it as a program, ONNX or StableHLO by the file's suffix; see `programs.write`."""

@@ -1,9 +1,9 @@
 """python -m jaxaccum.evaluate --workdir=DIR [--data=PATH] [--split=SPLIT] [--precise_bn=N]
-    [--references=PATH] [--drawn=FILE] [--pictures=4] [--predictions=FILE] [--end_to_end]
+    [--references=PATH] [--drawn=FILE] [--pictures=4] [--predictions=FILE] [--end_to_end] [--rect]
 
 Evaluates the best weights of a run on its val split; of completion, on the test split and the
 unseen categories, and where we crop the clouds, in the modes easy, median and hard. The last line
-of the output is one JSON object.
+of the output is one JSON object, the one before it says how long a sample took.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from typing import Any
 
 from absl import flags
 
+from jaxaccum import full_evaluation
 from jaxaccum.machine import known_answers
 from jaxaccum.training import run
 from jaxaccum.training.inference import END_TO_END_HELP, WEIGHTS_HELP, load
-from jaxaccum.training.measuring import measure
 
 
 def evaluate(
     workdir: Path, data_path: str = "", weights: str = "", **options: Any
 ) -> dict[str, Any]:
-    """Metrics of a run's best weights; see `training.measuring.measure`.
+    """Metrics of a run's best weights; see `full_evaluation.evaluate`.
 
     Args:
       workdir: of the run.
       data_path: evaluate on this data set instead of the run's own.
       weights: as of `inference.load`.
     """
-    return {"workdir": str(workdir), **measure(load(workdir, weights), data_path, **options)}
+    found = full_evaluation.evaluate(load(workdir, weights), data_path, **options)
+    return {"workdir": str(workdir), **found}
 
 
 if __name__ == "__main__":
@@ -43,6 +44,7 @@ if __name__ == "__main__":
     _SPLIT = flags.DEFINE_string("split", "", "of the data set: train, val, test, ...")
     _WEIGHTS = flags.DEFINE_string("weights", "", WEIGHTS_HELP)
     _ONCE = flags.DEFINE_bool("end_to_end", None, END_TO_END_HELP)
+    _RECT = flags.DEFINE_bool("rect", None, full_evaluation.RECT_HELP)
     _PRECISE = flags.DEFINE_integer(
         "precise_bn", 0, "recompute batch-norm statistics over this many training samples",
         0, 10**9,
@@ -63,7 +65,7 @@ if __name__ == "__main__":
             Path(_WORKDIR.value), _DATA.value, _WEIGHTS.value, split=_SPLIT.value,
             precise_bn=_PRECISE.value, references=_REFERENCES.value, drawn=drawn,
             pictures=_PICTURES.value, predictions=_PREDICTIONS.value or None,
-            end_to_end=_ONCE.value,
+            end_to_end=_ONCE.value, rect=_RECT.value,
         )  # fmt: skip
         print(json.dumps(found))
         return 0

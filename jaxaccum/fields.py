@@ -30,7 +30,7 @@ NOT_LEARNED = (
 # recipe does not name them: it has the fingerprint that it had, and may be continued.
 LATER: Mapping[str, Any] = {
     "freeze": (0, ""), "data.fraction": (1.0,), "data.single_cls": (False,),
-    "loss.one_to_many": (0.8,), "loss.one_to_many_final": (0.1,),
+    "loss.one_to_many": (0.8,), "loss.one_to_many_final": (0.1,), "loss.class_weights": ("",),
 }  # fmt: skip
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
@@ -156,6 +156,9 @@ def run(c: ml_collections.ConfigDict) -> None:
         {
             "every": 10,
             "tensorboard": True,
+            # The same to Weights & Biases or MLflow, whose packages are not installed by default.
+            "wandb": False,
+            "mlflow": False,
             "images": 4,
             "report": True,  # pictures/ and report.html in the workdir
             "noise_scale": False,  # estimate how large an effective batch would still help

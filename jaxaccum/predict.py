@@ -1,10 +1,12 @@
 """python -m jaxaccum.predict --workdir=DIR --source=FILE_OR_FOLDER [--out=DIR]
 
 Uses a run's best weights. A detector takes images, animations and videos frame by frame, draws its
-detections [--conf=0.25] and writes them to detections.json. A 3D detector also draws boxes in space
+detections [--conf=0.25] and writes them to detections.json; of a video it also draws a video
+[--codec=mp4v]. A 3D detector also draws boxes in space
 and from above, and writes KITTI's label files [--calib=FOLDER]. A completion network takes clouds
 (.pcd, .ply, .npy), writes what it makes of them [--format=ply] [--caption="a chair"] and draws it.
-A file that cannot be used is said, the others go on, and the exit status is 1.
+A file that cannot be used is said, the others go on, and the exit status is 1. The last line says
+how long a sample took.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from absl import flags
 
 from jaxaccum import tasks
 from jaxaccum.config import ConfigError
+from jaxaccum.data import movies
 from jaxaccum.machine import known_answers
-from jaxaccum.tasks.predicting import predict_files
+from jaxaccum.tasks.predicting import new_speed, predict_files
 from jaxaccum.training import run
 from jaxaccum.training.inference import END_TO_END_HELP, WEIGHTS_HELP, load, require_run
 
@@ -49,6 +52,10 @@ if __name__ == "__main__":
         "bring clouds to ShapeNet's frame for the network and back; auto: as it was trained",
     )  # fmt: skip
     _UP = flags.DEFINE_enum("up", "y", ["y", "z"], "axis that points up in pictures of clouds")
+    _VIDEO = flags.DEFINE_bool("save_video", True, "of a video also write a video, drawn")
+    _CODEC = flags.DEFINE_string(
+        "codec", "", "of videos that are written, its four letters (FourCC); by suffix if none"
+    )
     _OF_TASKS = (
         _CONF,
         _IOU,
@@ -90,9 +97,14 @@ if __name__ == "__main__":
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written ends it here
         trained = load(Path(_WORKDIR.value), _WEIGHTS.value)
         options = _options(trained.task)
-        lines = predict_files(trained, source, out, failed, **options)
+        speed = new_speed(trained)
+        lines = predict_files(
+            trained, source, out, failed, save_video=_VIDEO.value, codec=_CODEC.value, speed=speed,
+            **options,
+        )  # fmt: skip
         print(*lines, sep="\n")
         print(f"{len(lines)} results drawn in {out}, and in {out / trained.task.results}")
+        print(speed.line())
 
     def _options(task: tasks.Task) -> dict[str, Any]:
         """The flags that the task takes; one that was given for nothing is an error."""
@@ -103,6 +115,8 @@ if __name__ == "__main__":
                     f"--{flag.name} means nothing to the task {task.name} of this run, which "
                     f"takes {taken}"
                 )
+        if not task.suffixes & movies.VIDEOS and (_CODEC.present or _VIDEO.present):
+            raise ConfigError(f"--codec and --save_video: the task {task.name} takes no videos")
         own = [flag for flag in _OF_TASKS if flag.name in task.predict_flags]
         return {flag.name: flag.value for flag in own if flag.value is not None}
 

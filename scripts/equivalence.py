@@ -102,6 +102,7 @@ def measure(config, train_set, laid: Laid, engine: str, peers=None):
         config.microbatch, config.devices, config.engine = laid.microbatch, laid.devices, engine
         config.fsdp = laid.fsdp
     try:
+        config, _ = run.settled(config, train_set)
         this = run.prepare(
             config, names=train_set.names, samples=len(train_set),
             identity={"identity": train_set.identity},

@@ -139,6 +139,7 @@ def as_flags(overrides: Mapping[str, Any]) -> list[str]:
 
 def prepare(config: ml_collections.ConfigDict, source: tasks.Source) -> run.Run:
     """What train derives from a config."""
+    config, _ = run.settled(config, source)
     identity = {"identity": source.identity, "samples": len(source), **identities(config)}
     return run.prepare(config, names=source.names, samples=len(source), identity=identity)
 

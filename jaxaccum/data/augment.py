@@ -116,27 +116,40 @@ def augmented(
 def resize_long(image: Image, size: int) -> Image:
     """Resizes so that the long side is `size` pixels; the other is rounded up."""
     height, width = image.shape[:2]
-    ratio = size / max(height, width)
-    if ratio == 1:
+    if max(height, width) == size:
         return image
-    new = (min(math.ceil(width * ratio), size), min(math.ceil(height * ratio), size))
-    return np.asarray(cv2.resize(image, new, interpolation=cv2.INTER_LINEAR), np.uint8)
+    new = long_sized(height, width, size)
+    return np.asarray(cv2.resize(image, new[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
-def letterbox(image: Image, size: int) -> tuple[Image, NDArray[np.float32], NDArray[np.float32]]:
-    """Fits an image into a square of `size` pixels, centred on grey.
+def long_sized(height: int, width: int, size: int) -> tuple[int, int]:
+    """The (height, width) that `resize_long` gives an image of that size."""
+    ratio = size / max(height, width)
+    return min(math.ceil(height * ratio), size), min(math.ceil(width * ratio), size)
+
+
+def letterbox(
+    image: Image, size: int, shape: tuple[int, int] | None = None
+) -> tuple[Image, NDArray[np.float32], NDArray[np.float32]]:
+    """Fits an image into a square of `size` pixels, centred on grey; or into a part of it.
+
+    Args:
+      image: (H, W, 3) uint8.
+      size: of the long side of the fitted image, in pixels.
+      shape: (height, width) of the canvas, which the fitted image has room in; None: the square.
 
     Returns:
-      The (size, size, 3) image; ratio (2,) and pad (2,) float32, both x then y, that map
-      coordinates: x_square = x * ratio_x + pad_x.
+      The (size, size, 3) or (*shape, 3) image; ratio (2,) and pad (2,) float32, both x then y, that
+      map coordinates: x_canvas = x * ratio_x + pad_x.
     """
     resized = resize_long(image, size)
     height, width = resized.shape[:2]
-    top, left = round((size - height) / 2 - 0.1), round((size - width) / 2 - 0.1)
-    square = np.full((size, size, 3), FILL, np.uint8)
-    square[top : top + height, left : left + width] = resized
+    rows, columns = (size, size) if shape is None else shape
+    top, left = round((rows - height) / 2 - 0.1), round((columns - width) / 2 - 0.1)
+    canvas = np.full((rows, columns, 3), FILL, np.uint8)
+    canvas[top : top + height, left : left + width] = resized
     ratio = np.array([width / image.shape[1], height / image.shape[0]], np.float32)
-    return square, ratio, np.array([left, top], np.float32)
+    return canvas, ratio, np.array([left, top], np.float32)
 
 
 def mosaic(samples: Sequence[Sample], size: int, rng: np.random.Generator) -> Sample:

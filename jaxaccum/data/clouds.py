@@ -145,6 +145,7 @@ def cloud_batches(
     prefetch: int = 2,
     texts: Texts | None = None,
     lost: list[str] | None = None,
+    prepared: dict[int, float] | None = None,
 ) -> Iterator[Batch]:
     """The fixed samples of a data set once, in order.
 
@@ -156,6 +157,7 @@ def cloud_batches(
       texts: the captions of the source, as vectors.
       lost: takes the errors of samples that cannot be read, which are like those that fill up the
         last batch. None ends with the first error.
+      prepared: as `stream.in_groups` takes it.
 
     Yields:
       The arrays of a `CloudStream` sample with a leading axis of `batch`, epoch 0.
@@ -167,12 +169,13 @@ def cloud_batches(
     if batch < 1 or prefetch < 0:
         raise ValueError(f"batch {batch}, prefetch {prefetch}: expected at least 1 and 0.")
     _check(source, texts)
-    return _evaluated(source, batch, prefetch, texts, lost)
+    return _evaluated(source, batch, prefetch, texts, lost, prepared)
 
 
 def _evaluated(
-    source: CloudSource, batch: int, prefetch: int, texts: Texts | None, lost: list[str] | None
-) -> Iterator[Batch]:
+    source: CloudSource, batch: int, prefetch: int, texts: Texts | None, lost: list[str] | None,
+    prepared: dict[int, float] | None,
+) -> Iterator[Batch]:  # fmt: skip
     def fill(arrays: Batch, row: int, index: int) -> int:
         arrays["partial"][row], arrays["complete"][row] = source.sample(index, None)
         arrays["weight"][row] = 1
@@ -184,7 +187,7 @@ def _evaluated(
     def empty() -> Batch:
         return _empty(batch, source.points, texts)
 
-    return in_order(len(source), batch, empty, fill, prefetch, lost)
+    return in_order(len(source), batch, empty, fill, prefetch, lost, prepared)
 
 
 def _check(source: CloudSource, texts: Texts | None) -> None:

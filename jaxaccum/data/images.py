@@ -404,6 +404,10 @@ class FileSource:
         """What the file of image `index` said of itself when it was opened."""
         return self._records[index].header
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index` in pixels, upright, as its file said."""
+        return self._records[index].header.size
+
     def __len__(self) -> int:
         return len(self._records)
 

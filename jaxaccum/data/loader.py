@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from jaxaccum.data.augment import Augment, Sample, augmented, letterbox, resize_long
 from jaxaccum.data.base import DataError, Image, Source
 from jaxaccum.data.cache import ByteCache
-from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_order, suit_process
+from jaxaccum.data.rectangles import Rectangles
+from jaxaccum.data.stream import Batch, OnError, Place, SampleStream, in_groups, suit_process
 
 _GIB = 1 << 30
 
@@ -79,7 +80,7 @@ class TrainStream(SampleStream):
         self._images = _ResizedImages(source, image_size, cache_bytes if cache == "ram" else 0)
 
     def _empty(self, count: int) -> Batch:
-        return _empty(count, self._size, self._rows)
+        return _empty(count, (self._size, self._size), self._rows)
 
     def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:
         augment = self._augment
@@ -103,6 +104,8 @@ def eval_batches(
     max_objects: int | None = None,
     prefetch: int = 2,
     lost: list[str] | None = None,
+    rectangles: Rectangles | None = None,
+    prepared: dict[int, float] | None = None,
 ) -> Iterator[Batch]:
     """The data set once, in order, letterboxed, without augmentation.
 
@@ -115,11 +118,14 @@ def eval_batches(
       prefetch: batches to prepare ahead.
       lost: takes the errors of images that cannot be read; their samples are like those that fill
         up the last batch. None ends with the first error.
+      rectangles: letterbox each image into its own of these, and take them in their order; the long
+        side is image_size all the same. None: in squares, in the order of the source.
+      prepared: as `stream.in_groups` takes it.
 
     Yields:
-      The arrays of a `TrainStream` sample with a leading axis of `batch`, epoch 0, and also
-      ratio (n, 2) and pad (n, 2) float32, both x then y: x_original = (x - pad_x) / ratio_x;
-      size (n, 2) float32, the original height and width.
+      The arrays of a `TrainStream` sample, image (H, W, 3) of the batch's rectangle, with a leading
+      axis of `batch`, epoch 0, and also ratio (n, 2) and pad (n, 2) float32, both x then y:
+      x_original = (x - pad_x) / ratio_x; size (n, 2) float32, the original height and width.
 
     Raises:
       DataError: an image cannot be read, or none can; or one has more than max_objects objects.
@@ -132,7 +138,7 @@ def eval_batches(
         )
     rows = room(source, max_objects)
     suit_process()
-    return _evaluated(source, image_size, batch, rows, prefetch, lost)
+    return _evaluated(source, image_size, batch, rows, prefetch, lost, rectangles, prepared)
 
 
 def room(source: Source, max_objects: int | None) -> int:
@@ -155,26 +161,32 @@ def room(source: Source, max_objects: int | None) -> int:
 
 
 def _evaluated(
-    source: Source, size: int, batch: int, rows: int, prefetch: int, lost: list[str] | None
-) -> Iterator[Batch]:
+    source: Source, size: int, batch: int, rows: int, prefetch: int, lost: list[str] | None,
+    rectangles: Rectangles | None, prepared: dict[int, float] | None,
+) -> Iterator[Batch]:  # fmt: skip
     def fill(arrays: Batch, row: int, index: int) -> int:
         image, objects = source.image(index), source.objects(index)
-        square, ratio, pad = letterbox(image, size)
+        height, width = arrays["image"].shape[1:3]
+        canvas, ratio, pad = letterbox(image, size, (height, width))
         boxes = objects.boxes * np.tile(ratio, 2) + np.tile(pad, 2)
         arrays["index"][row] = index
         arrays["ratio"][row] = ratio
         arrays["pad"][row] = pad
         arrays["size"][row] = image.shape[:2]
-        return _write(arrays, row, Sample(square, boxes, objects.classes))
+        return _write(arrays, row, Sample(canvas, boxes, objects.classes))
 
-    def empty() -> Batch:
-        arrays = _empty(batch, size, rows)
+    def empty(shape: tuple[int, int]) -> Batch:
+        arrays = _empty(batch, shape, rows)
         arrays["ratio"] = np.ones((batch, 2), np.float32)
         arrays["pad"] = np.zeros((batch, 2), np.float32)
-        arrays["size"] = np.full((batch, 2), size, np.float32)
+        arrays["size"] = np.tile(np.array(shape, np.float32), (batch, 1))
         return arrays
 
-    return in_order(len(source), batch, empty, fill, prefetch, lost)
+    groups: list[tuple[tuple[int, int], Sequence[int]]] = [((size, size), range(len(source)))]
+    if rectangles is not None:
+        groups = rectangles.groups()
+    made = [(functools.partial(empty, shape), indices) for shape, indices in groups]
+    return in_groups(made, batch, fill, prefetch, lost, prepared)
 
 
 class _ResizedImages(ByteCache[tuple[Image, tuple[int, int]]]):
@@ -195,10 +207,10 @@ class _ResizedImages(ByteCache[tuple[Image, tuple[int, int]]]):
         return resize_long(original, self._size), (height, width)
 
 
-def _empty(count: int, size: int, rows: int) -> Batch:
+def _empty(count: int, shape: tuple[int, int], rows: int) -> Batch:
     """A batch of grey samples of weight 0."""
     return {
-        "image": np.full((count, size, size, 3), 114, np.uint8),
+        "image": np.full((count, *shape, 3), 114, np.uint8),
         "boxes": np.zeros((count, rows, 4), np.float32),
         "classes": np.zeros((count, rows), np.int32),
         "valid": np.zeros((count, rows), bool),

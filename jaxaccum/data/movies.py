@@ -3,12 +3,15 @@ time."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from jaxaccum.data import DataError, images, texts, tiffs
@@ -20,6 +23,8 @@ SUFFIXES = frozenset(
 )
 # Suffixes of images that may hold several.
 PAGED = images.SUFFIXES - {".bmp"}
+VIDEOS = SUFFIXES - {".gif"}  # what OpenCV decodes
+_MOST_DAMAGED = 1000  # frames in a row; a header may claim any number of them
 _MOST_ANIMATED = MOST_PIXELS // 2  # Pillow takes up to 25 bytes a pixel for its last two frames
 _STARTS = (  # (offset, bytes) of the formats above
     (0, b"RIFF"), (0, b"\x1aE\xdf\xa3"), (0, b"\0\0\1\xba"), (0, b"\0\0\1\xb3"),
@@ -167,13 +172,23 @@ def _of_tiff(file: Path, name: str) -> Iterator[Image]:
         raise _cut_off(file, name, count, " ".join(str(error).split())) from error
 
 
-def _of_video(file: Path, name: str) -> Iterator[Image]:
+def rate(file: Path) -> float:
+    """Frames a second of a video, on average; 0.0 where it does not say.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    with _opened(file, texts.shown_path(file)) as capture:
+        told = float(capture.get(cv2.CAP_PROP_FPS))
+    return told if np.isfinite(told) and told > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _opened(file: Path, name: str) -> Iterator[Any]:
+    """OpenCV's reader of a video, which ends with the context."""
     # The decoder's own complaints would go to stderr; a file may name no address.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "protocol_whitelist;file")
-    import cv2
-
-    count = 0
     try:
         capture = cv2.VideoCapture(str(file), cv2.CAP_FFMPEG)
     except (cv2.error, UnicodeError, SystemError) as error:
@@ -181,23 +196,56 @@ def _of_video(file: Path, name: str) -> Iterator[Image]:
     try:
         if not capture.isOpened():
             raise _undecodable(file, name, "OpenCV knows no video in it, or it is cut off")
+        yield capture
+    finally:
+        capture.release()
+
+
+def _of_video(file: Path, name: str) -> Iterator[Image]:
+    """Frames of a video; those that cannot be decoded are left out, and counted at its end."""
+    count = failed = holes = 0  # failed: in a row
+    with _opened(file, name) as capture:
         width, height = cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT
         size = int(capture.get(width)), int(capture.get(height))
         _require_size(*size, file, name, MOST_PIXELS)
+        told = float(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # an estimate for some formats
+        told = told if np.isfinite(told) else 0.0
         while True:
             try:
                 read, pixels = capture.read()
             except cv2.error as error:
                 raise _cut_off(file, name, count, " ".join(str(error).split())) from error
-            if not read or pixels is None:
+            if read and pixels is not None:
+                count, holes, failed = count + 1, holes + failed, 0
+                yield np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+                continue
+            failed += 1  # one frame, which others may follow, or the end
+            if count + holes + failed >= told or failed > _MOST_DAMAGED:
                 break
-            count += 1
-            yield np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
-        told = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # an estimate for some formats
-        if count == 0 or (np.isfinite(told) and count < 0.9 * told - 1):
+        if count == 0 or (not holes and count < 0.9 * told - 1):
             raise _cut_off(file, name, count, f"it says that there are about {told:.0f}")
-    finally:
-        capture.release()
+        missing = max(round(told) - count, holes)
+        if holes:
+            raise DataError(
+                f"{name}: {missing} of its {count + missing} frames could not be decoded; the "
+                f"other {count} were used, and are numbered without them. Get the file again for "
+                "all.",
+                file=str(file),
+            )
+        # The decoder passes over some without a word. By design, too, where a video was cut without
+        # being encoded again.
+        if missing > (0 if _counts(file, name) else 2):
+            print(
+                f"note: {name}: {count} frames could be decoded of the {count + missing} that it "
+                f"says that it has; the other {missing} are in no result",
+                file=sys.stderr,
+            )
+
+
+def _counts(file: Path, name: str) -> bool:
+    """Whether a video knows the number of its frames: MP4, MOV and AVI."""
+    begin = _begin(file, name)
+    return begin.startswith(b"RIFF") or begin[4:8] in (b"ftyp", b"moov", b"mdat", b"wide")
 
 
 def _require_size(width: int, height: int, file: Path, name: str, most: int) -> None:

@@ -326,37 +326,56 @@ def in_order(
     fill: Callable[[Batch, int, int], object],
     prefetch: int,
     lost: list[str] | None = None,
+    prepared: dict[int, float] | None = None,
 ) -> Iterator[Batch]:
-    """A data set of `length` once, in order, in batches; samples of the last that are not filled
-    keep the index -1.
+    """A data set of `length` once, in order, in batches; see `in_groups`."""
+    return in_groups([(empty, range(length))], batch, fill, prefetch, lost, prepared)
+
+
+def in_groups(
+    groups: Sequence[tuple[Callable[[], Batch], Sequence[int]]],
+    batch: int,
+    fill: Callable[[Batch, int, int], object],
+    prefetch: int,
+    lost: list[str] | None = None,
+    prepared: dict[int, float] | None = None,
+) -> Iterator[Batch]:
+    """Samples of groups, one group after the other, in batches; samples of a group's last that are
+    not filled keep the index -1.
 
     Args:
-      empty: makes the arrays of a batch, all of weight 0.
+      groups: what makes the arrays of a batch, all of weight 0, and the indices of the samples.
       fill: writes into a batch, at a row, the sample of an index; all of it or, with a DataError,
         nothing.
       lost: takes the errors of samples that cannot be read, which are left at weight 0 and index
         -1; None ends with the first.
+      prepared: takes the milliseconds of a processor that each sample took, by its index.
 
     Raises:
       DataError: a sample cannot be read, or none of them.
     """
 
     def tried(arrays: Batch, row: int, index: int) -> str:
+        since = time.thread_time()  # others on the same processor do not count
         try:
             fill(arrays, row, index)
         except DataError as error:
             if lost is None:
                 raise
             return str(error)
+        if prepared is not None:
+            prepared[index] = 1e3 * (time.thread_time() - since)
         return ""
 
     def jobs() -> Iterator[tuple[Batch, list[Callable[[], str]]]]:
-        for first in range(0, length, batch):
-            arrays = empty()
-            arrays["index"][:] = -1
-            indices = range(first, min(first + batch, length))
-            yield arrays, [functools.partial(tried, arrays, i, n) for i, n in enumerate(indices)]
+        for empty, indices in groups:
+            for first in range(0, len(indices), batch):
+                arrays = empty()
+                arrays["index"][:] = -1
+                part = enumerate(indices[first : first + batch])
+                yield arrays, [functools.partial(tried, arrays, i, n) for i, n in part]
 
+    length = sum(len(indices) for _, indices in groups)
     failed = 0
     for arrays, errors in ahead(jobs(), prefetch):
         new = [error for error in errors if error]

@@ -264,6 +264,7 @@ def eval_batches3d(
     max_objects: int | None = None,
     prefetch: int = 2,
     lost: list[str] | None = None,
+    prepared: dict[int, float] | None = None,
 ) -> Iterator[Batch]:
     """The data set once, in order, letterboxed, without augmentation.
 
@@ -274,7 +275,7 @@ def eval_batches3d(
         index -1.
       max_objects: rows for objects; None takes as many as the fullest image has.
       prefetch: batches to prepare ahead.
-      lost: as `eval_batches` takes it.
+      lost, prepared: as `eval_batches` takes them.
 
     Yields:
       The arrays of a `TrainStream3D` sample with a leading axis of `batch`, epoch 0, and also
@@ -291,12 +292,13 @@ def eval_batches3d(
         )
     rows = room(source, max_objects)
     suit_process()
-    return _evaluated(source, size, batch, rows, prefetch, lost)
+    return _evaluated(source, size, batch, rows, prefetch, lost, prepared)
 
 
 def _evaluated(
-    source: Source3D, size: Size, batch: int, rows: int, prefetch: int, lost: list[str] | None
-) -> Iterator[Batch]:
+    source: Source3D, size: Size, batch: int, rows: int, prefetch: int, lost: list[str] | None,
+    prepared: dict[int, float] | None,
+) -> Iterator[Batch]:  # fmt: skip
     def fill(arrays: Batch, row: int, index: int) -> int:
         image, objects = source.image(index), source.objects(index)
         canvas, ratio, pad = letterbox3d(image, size)
@@ -315,7 +317,7 @@ def _evaluated(
         arrays["size"] = np.tile(np.array(size, np.float32), (batch, 1))
         return arrays
 
-    return in_order(len(source), batch, empty, fill, prefetch, lost)
+    return in_order(len(source), batch, empty, fill, prefetch, lost, prepared)
 
 
 class _FittedImages(ByteCache[tuple[Image, Size]]):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxaccum.data.base import Image, Objects, Report, Source
+from jaxaccum.data.rectangles import size_of
 
 ONE_CLASS = "object"
 
@@ -46,6 +47,10 @@ class View:
     def image(self, index: int) -> Image:
         """(H, W, 3) uint8 RGB."""
         return self.source.image(int(self.kept[index]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index` in pixels."""
+        return size_of(self.source, int(self.kept[index]))
 
     def objects(self, index: int) -> Objects:
         """The labelled objects of image `index`."""

@@ -54,6 +54,8 @@ def draw_detections(
     classes: ArrayLike,
     names: Sequence[str],
     scores: ArrayLike | None = None,
+    *,
+    enlarge: bool = True,
 ) -> Image:
     """Draws labelled boxes on a copy of an image; better detections lie on top.
 
@@ -63,10 +65,11 @@ def draw_detections(
       classes: (n,) integers, indices into `names`.
       names: class names.
       scores: (n,) probabilities to print beside the names, or None (ground truth).
+      enlarge: first enlarge an image below 640 pixels on its long side to that, so that lines and
+        letters stay crisp.
 
     Returns:
-      (height, width, 3) uint8 RGB; larger than `image` if that was below 640 pixels on its long
-      side, so that lines and letters stay crisp.
+      (height, width, 3) uint8 RGB, of `image` or enlarged.
 
     Raises:
       ValueError: if the image is not uint8 RGB or the lengths differ.
@@ -80,7 +83,7 @@ def draw_detections(
             f"{len(boxes)} boxes, {len(labels)} classes"
             + ("" if values is None else f" and {len(values)} scores")
         )
-    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    scale = max(1.0, MIN_SIDE / max(image.shape[:2])) if enlarge else 1.0
     canvas = _resize(image, scale)
     corners = np.rint(boxes * scale).astype(int)
     line = max(2, round(max(canvas.shape[:2]) / 320))

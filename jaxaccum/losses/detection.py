@@ -9,7 +9,7 @@ and a denominator of its own: one-to-many as ever, and one-to-one, where an obje
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,21 +91,30 @@ def owner_of(path: str) -> str:
     return ONE_TO_ONE if "/one2one_" in path else ONE_TO_MANY
 
 
-def loss_of_two(predictions: Predictions, anchors: Anchors, targets: Targets):
+def loss_of_two(
+    predictions: Predictions,
+    anchors: Anchors,
+    targets: Targets,
+    class_weights: Sequence[float] = (),
+):
     """Numerators and denominators of `terms_of_two`.
 
     Args:
       predictions: with those of `one_to_one`; see `detection_loss`.
       anchors: their points.
       targets: the labelled objects.
+      class_weights: of both branches.
     Returns:
       (numerators, denominators, (Assignment of one-to-many, Assignment of one-to-one)).
     """
     assert predictions.one_to_one is not None
-    many, many_scores, many_assigned = detection_loss(predictions, anchors, targets)
-    one, one_scores, one_assigned = detection_loss(
-        predictions.one_to_one, anchors, targets, choice=Choice(TOP_K_ONE, single=True)
+    many, many_scores, many_assigned = detection_loss(
+        predictions, anchors, targets, class_weights=class_weights
     )
+    one, one_scores, one_assigned = detection_loss(
+        predictions.one_to_one, anchors, targets, choice=Choice(TOP_K_ONE, single=True),
+        class_weights=class_weights,
+    )  # fmt: skip
     numerators = many | {f"one_to_one_{name}": value for name, value in one.items()}
     denominators = {ONE_TO_MANY: many_scores[TARGET_SCORES], ONE_TO_ONE: one_scores[TARGET_SCORES]}
     return numerators, denominators, (many_assigned, one_assigned)
@@ -117,6 +126,7 @@ def detection_loss(
     targets: Targets,
     enlarge_small: bool = True,
     choice: Choice = Choice(),  # noqa: B008
+    class_weights: Sequence[float] = (),
 ):
     """Numerators and the denominator of the detection loss.
 
@@ -138,6 +148,8 @@ def detection_loss(
       enlarge_small: objects shorter than the second finest stride are taken as that long when
         asking which anchors are inside; the reference trainer before 2025 did not.
       choice: how many anchors an object takes.
+      class_weights: (classes,); the BCE of a class, of all anchors, is multiplied by its weight. No
+        denominator knows of them, so that sums of microbatches stay those of the batch. () for 1.
     Returns:
       (numerators {"box", "cls", "dfl" or "l1"}, denominators {"target_scores"}, Assignment).
     """
@@ -162,7 +174,11 @@ def detection_loss(
 
     classes = jnp.take_along_axis(targets.classes, assignment.object, axis=1)
     hit = jnp.take_along_axis(scores, classes[..., None], axis=-1)[..., 0]
-    cls = jnp.sum(real * jnp.sum(jax.nn.softplus(scores), axis=-1)) - jnp.sum(weight * hit)
+    nothing = jax.nn.softplus(scores)  # BCE against 0, of which a target t takes t * logit
+    if len(class_weights):
+        factors = jnp.asarray(class_weights, dtype)
+        nothing, hit = nothing * factors, hit * factors[classes]
+    cls = jnp.sum(real * jnp.sum(nothing, axis=-1)) - jnp.sum(weight * hit)
 
     centres = jnp.asarray(anchors.centres, dtype)
     distances = jnp.concatenate([centres - wanted[..., :2], wanted[..., 2:] - centres], axis=-1)

@@ -97,6 +97,7 @@ def main() -> int:
         tasks.of(config)
     else:
         source = run.open_source(config, "train")
+        config, _ = run.settled(config, source)
         names, samples = source.names, len(source)
     devices = _DEVICES.value or (len(jax.devices()) if target.at_hand else 1)
     made = Planner(

@@ -211,6 +211,21 @@ class Task(abc.ABC):
         """
 
     @classmethod
+    def settled(
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], source: Any = None
+    ) -> tuple[ml_collections.ConfigDict, list[str]]:
+        """The config with what it leaves to the data set as values, and lines about these.
+
+        Args:
+          names: of the classes or categories.
+          source: the training set; None where only the names are known.
+        Raises:
+          ConfigError: a field does not fit the names, or needs the source.
+        """
+        del names, source
+        return config, []
+
+    @classmethod
     @abc.abstractmethod
     def create(cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any) -> Task:
         """The task of a config, for classes of these names, that computes in `dtype`."""
@@ -348,6 +363,10 @@ class Task(abc.ABC):
     def choices(self) -> dict[str, Any]:
         """How the network is used, where there is more than one way: what results say of it."""
         return {}
+
+    def input_size(self) -> str:
+        """How large a sample is to the network, in words that speeds end with; "" if it varies."""
+        return ""
 
     @abc.abstractmethod
     def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array) -> Any:

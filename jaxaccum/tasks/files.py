@@ -17,6 +17,8 @@ from jaxaccum.data import movies, texts
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.tasks.outputs import Outputs
 from jaxaccum.tasks.results import Predictor, Sample
+from jaxaccum.tasks.speed import Phases, Speed, timed
+from jaxaccum.tasks.videos import Drawn
 
 PICTURES = data.SUFFIXES | movies.SUFFIXES
 
@@ -141,6 +143,8 @@ def write_results(
     source: Path,
     results: str,
     outputs: Outputs,
+    drawn: Drawn,
+    speed: Speed,
 ) -> list[str]:
     """Predicts samples of files, writes each result, and all of them as one JSON file.
 
@@ -151,14 +155,16 @@ def write_results(
       failed: takes a message for every file that could not be used, after those it has.
       source: of all, for messages. results: name of the JSON file.
       outputs: where to write.
+      drawn: takes the frames of videos.
+      speed: takes how long each sample took.
     Returns:
       each result in words.
     Raises:
       DataError: none of the files could be used, or another file is where one is to be written.
     """
     words, told = list[str](), list[dict[str, Any]]()
-    for sample in found:
-        path = cast(Path, sample.path)
+    for reading, sample in timed(found):
+        path, phases = cast(Path, sample.path), Phases()
         try:
             result = predictor(sample)
         except data.DataError as error:
@@ -166,9 +172,16 @@ def write_results(
                 failed.append(said)
             continue
         name, frame = targets[path].name, sample.facts.get("frame")
+        phases.end("preparation and network")  # and all else that it does
+        made = result.speed or phases.milliseconds.copy()
+        phases.milliseconds.clear()
         more = outputs.save(name if frame is None else f"{name}_{frame:06}", result.save)
+        drawn.add(path, result)
+        phases.end("drawing and writing")
+        speed.add_one({"reading": reading, **made, **phases.milliseconds})
         told.append({**sample.facts, **result.to_json(), **more})
         words.append(str(result))
+    drawn.end()
     for message in failed:
         print(f"skipped: {message}")
     if not words:

@@ -40,6 +40,7 @@ class Outputs:
         writes: Iterable[str],
         results: str,
         has_frames: Callable[[Path], bool],
+        files: Iterable[str] = (),
     ) -> None:
         """Refuses to write over what is read, or what no earlier `predict` wrote.
 
@@ -47,12 +48,13 @@ class Outputs:
           targets: as of `files.targets_of`.
           writes: as of `Task.writes`. results: name of the JSON file.
           has_frames: whether a source becomes NAME_000001 and so on, and not NAME.
+          files: further names of files that will be written.
         Raises:
           DataError: names the first such file, or a file where a folder is to be.
         """
         sources = {path.resolve() for path in targets}
         paths = {target.name: path for path, target in targets.items()}
-        found = [results] if os.path.lexists(self.out / results) else []
+        found = [name for name in (results, *files) if os.path.lexists(self.out / name)]
         for pattern in writes:
             for file, name in self._matching(pattern):
                 frame = re.fullmatch(r"(.*)_\d{6,}", name)

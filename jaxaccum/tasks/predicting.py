@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxaccum.data import DataError, texts
-from jaxaccum.tasks import files
+from jaxaccum.tasks import files, videos
 from jaxaccum.tasks.base import Task, Trained
 from jaxaccum.tasks.options import checked
 from jaxaccum.tasks.outputs import Outputs
-from jaxaccum.tasks.results import Result, Sample
+from jaxaccum.tasks.results import Predictor, Result, Sample
+from jaxaccum.tasks.speed import Phases, Speed, timed
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -58,40 +59,57 @@ def _pattern(text: str) -> str:
 
 
 def predict_files(
-    trained: Trained, source: str | os.PathLike[str], out: Path, failed: list[str], **options: Any
-) -> list[str]:
+    trained: Trained, source: str | os.PathLike[str], out: Path, failed: list[str], *,
+    save_video: bool = True, codec: str = "", speed: Speed | None = None, **options: Any,
+) -> list[str]:  # fmt: skip
     """What the verb `predict` does: predicts files, and writes what is found.
 
     Args:
       source: as of `paths_of`.
-      out: folder to write to: a picture of each, what else the task writes, and a JSON of all.
-      failed: takes a message for every file that could not be used.
+      out: folder to write to: a picture of each, of videos also a video, what else the task writes,
+        and a JSON of all.
+      failed: takes a message for every file that could not be used, or video not written.
+      save_video: of a video NAME.mp4 also write NAME.mp4, drawn, with its size and frame rate.
+      codec: of these videos, see `draw.videos.VideoWriter`.
+      speed: takes how long the samples took; see `new_speed`.
       options: of the task's `predict_flags`.
     Returns:
       each result in words.
     Raises:
       DataError: no file can be used, or one would be written over that no earlier call wrote.
-      ConfigError: an option cannot be.
+      ConfigError: an option cannot be. VideoError: the codec cannot be written here.
     """
     task = trained.task
     options = checked(options)
     predictor = task.predictor(trained, **options)
     paths = paths_of(source, task)
     targets = files.targets_of(out, paths)
-    outputs = Outputs(out)
-    outputs.require_free(targets, task.writes(**options), task.results, files.has_frames)
+    outputs, drawn = Outputs(out), videos.names_of(targets) if save_video else {}
+    outputs.require_free(
+        targets, task.writes(**options), task.results, files.has_frames, drawn.values()
+    )
     out.mkdir(parents=True, exist_ok=True)
     found = files.samples(paths, task.read_file, failed)
-    return files.write_results(
-        found, predictor, targets, failed, Path(source), task.results, outputs
-    )
+    with videos.Drawn(outputs, drawn, failed, codec) as movies:
+        return files.write_results(
+            found, predictor, targets, failed, Path(source), task.results, outputs, movies,
+            new_speed(trained) if speed is None else speed,
+        )  # fmt: skip
 
 
-def predictions(trained: Trained, source: Any, **options: Any) -> Iterator[Result]:
+def new_speed(trained: Trained) -> Speed:
+    """Of what is predicted, of which nothing has been yet."""
+    return Speed(trained.task.unit, trained.task.input_size())
+
+
+def predictions(
+    trained: Trained, source: Any, *, speed: Speed | None = None, **options: Any
+) -> Iterator[Result]:
     """Results one at a time, as the samples come.
 
     Args:
       source: a path or a pattern, an array, an image of Pillow, or an iterable of these.
+      speed: takes how long the samples took; see `new_speed`.
       options: of the task's `predict_flags`.
     Raises:
       DataError: a source that was named cannot be used. A file of a folder that cannot be is a
@@ -99,7 +117,20 @@ def predictions(trained: Trained, source: Any, **options: Any) -> Iterator[Resul
       ConfigError: an option cannot be, at once.
     """
     predictor = trained.task.predictor(trained, **checked(options))
-    return (predictor(sample) for sample in _samples(source, trained.task))
+    taken = new_speed(trained) if speed is None else speed
+    return _counted(timed(_samples(source, trained.task)), predictor, taken)
+
+
+def _counted(
+    found: Iterator[tuple[float, Sample]], predictor: Predictor, speed: Speed
+) -> Iterator[Result]:
+    for reading, sample in found:
+        phases = Phases()
+        result = predictor(sample)
+        phases.end("preparation and network")  # and all else, of a task that tells no phases
+        speed.add_one({"reading": reading, **(result.speed or phases.milliseconds)})
+        yield result
+        del sample, result  # not held while the next is made
 
 
 def _samples(source: Any, task: Task) -> Iterator[Sample]:
@@ -110,7 +141,7 @@ def _samples(source: Any, task: Task) -> Iterator[Sample]:
         if failed and len(paths) == 1:
             raise DataError(failed[0])
         for message in failed:
-            warnings.warn(f"skipped: {message}", stacklevel=4)
+            warnings.warn(f"skipped: {message}", stacklevel=5)
     elif isinstance(source, Iterable) and not hasattr(source, "__array__"):
         for one in source:
             yield from _samples(one, task)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import cv2
 import numpy as np
 
 from jaxaccum import draw
@@ -39,9 +41,12 @@ class Result(abc.ABC):
 
     Attributes:
       sample: of which.
+      speed: milliseconds of each phase, from the sample to this, by its name; of a network's first
+        sample with the compilation.
     """
 
     sample: Sample
+    speed: Mapping[str, float] = MappingProxyType({})
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -50,6 +55,14 @@ class Result(abc.ABC):
     @abc.abstractmethod
     def plot(self) -> np.ndarray:
         """A picture of it, (H, W, 3) uint8 RGB."""
+
+    def frame(self) -> np.ndarray:
+        """A picture of it in the size of the sample, (H, W, 3) uint8 RGB, for a video."""
+        height, width = self.sample.value.shape[:2]
+        drawn = self.plot()
+        if drawn.shape[:2] != (height, width):
+            drawn = np.asarray(cv2.resize(drawn, (width, height), interpolation=cv2.INTER_AREA))
+        return drawn
 
     @abc.abstractmethod
     def summary(self) -> str:

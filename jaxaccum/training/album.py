@@ -13,6 +13,7 @@ import numpy as np
 from jaxaccum import tasks
 from jaxaccum.draw import contact_sheet, save_image
 from jaxaccum.training import logs, report, run
+from jaxaccum.training.trackers import Trackers
 
 FOLDER = "pictures"
 _SHOWN = 16  # samples of the first window
@@ -26,13 +27,17 @@ class Album:
       failed: whether that was said.
     """
 
-    def __init__(self, this: run.Run, workdir: Path, wanted: bool) -> None:
+    def __init__(
+        self, this: run.Run, workdir: Path, wanted: bool, trackers: Trackers | None = None
+    ) -> None:
         """Writes nothing yet.
 
         Args:
           wanted: if not, it never does.
+          trackers: get the pictures, too.
         """
         self._this, self._workdir, self._wanted = this, workdir, wanted
+        self._trackers = trackers or Trackers({})
         self._begun = self.failed = False
         # Figures take a second, and a run may be better at every evaluation.
         self._later: Mapping[str, Callable[[], np.ndarray]] = {}
@@ -95,6 +100,7 @@ class Album:
 
     def _save(self, name: str, picture: np.ndarray) -> None:
         save_image(self._workdir / FOLDER / f"{name}.png", picture)
+        self._trackers.image(f"{FOLDER}/{name}", picture)
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:

@@ -1,5 +1,5 @@
 """What the log of an update and the result of an evaluation become: lines of metrics.jsonl, of the
-console and of TensorBoard, the noise scale, and warnings."""
+console, of TensorBoard and of trackers, the noise scale, and warnings."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.distributed import Peers
 from jaxaccum.training.divergence import Divergence
 from jaxaccum.training.logs import Board, Console, MetricsFile, format_line
+from jaxaccum.training.trackers import Trackers
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -39,6 +40,7 @@ class Journal:
         peers: Peers,
         start: int,
         memory: Mapping[str, Any],
+        trackers: Trackers,
         watch: Watch | None = None,
     ) -> None:
         """Opens the console and, beside `file`, the board.
@@ -48,10 +50,12 @@ class Journal:
           file: metrics.jsonl, rewound to the start.
           start: updates done before this process.
           memory: that of the run so far; {} if it is new.
+          trackers: get what TensorBoard gets.
           watch: called with every record.
         """
         self._this, self._source, self._stream = this, source, stream
         self._file, self._cadence, self._peers = file, cadence, peers
+        self._trackers = trackers
         self._watch: Watch = watch or (lambda record: None)
         self._since = Counter[str]()  # updates and sums of losses since the last line
         self._noise = NoiseScale(memory.get("noise"))
@@ -60,6 +64,11 @@ class Journal:
         self._console = Console(this.steps, start, this.recipe.nbs, this.task.unit, stream=where)
         wanted = this.config.log.tensorboard and peers.first
         self._board = Board(file.path.parent / "events", start) if wanted else None
+
+    @property
+    def _boards(self) -> list[Board | Trackers]:
+        """What draws curves and pictures."""
+        return [self._trackers] if self._board is None else [self._board, self._trackers]
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -94,6 +103,8 @@ class Journal:
         self._console.update(int(log["ok"]), samples=self._this.size_of(number))
         for line in self._stream.news():
             self.line(line) if self._peers.first else print(line, file=sys.stderr)
+        for line in self._trackers.news():
+            self.line(line)
         if not log["ok"]:
             self._skipped(number, log)
             return False
@@ -123,10 +134,10 @@ class Journal:
         self._watch(dict(record))
         total = self._this.steps
         self.line(f"eval   {step:>{len(str(total))}}/{total} | {self._this.task.summary(result)}")
-        if self._board:
-            self._board.scalars({f"val/{k}": v for k, v in result.items()}, step)
+        for board in self._boards:
+            board.scalars({f"val/{k}": v for k, v in result.items()}, step)
             if pictures:
-                self._board.image("val/samples", contact_sheet(pictures, 2), step)
+                board.image("val/samples", contact_sheet(pictures, 2), step)
         for line in filter(None, (remark, self.divergence)):
             self.line(line)
 
@@ -169,8 +180,8 @@ class Journal:
             if not k.startswith(("samples", "skipped", "sums/", "weight/"))
         }
         self.line(format_line(step, this.steps, shown | more))
-        if self._board:
-            self._board.scalars(record | more, step)
+        for board in self._boards:
+            board.scalars(record | more, step)
         if self._stream.truncated:  # only detectors have objects
             self.line(
                 f"{self._stream.truncated} objects left out so far"

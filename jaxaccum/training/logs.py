@@ -175,6 +175,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"cannot log {type(value).__name__} {value!r}; scalars, lists and dicts only")
 
 
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """What of a record is drawn as curves: "step", nan and what is no number are left out."""
+    plain = {tag: _plain(value) for tag, value in record.items() if tag != "step"}
+    return {tag: value for tag, value in plain.items() if isinstance(value, int | float)}
+
+
 def records(file: Path) -> list[dict[str, Any]]:
     """The records in metrics.jsonl; a last line in the making, and lines that are none, are left
     out.
@@ -221,11 +227,9 @@ class Board:
         self._writer: SummaryWriter = SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, record: Mapping[str, Any], step: int) -> None:
-        """One point per number in the record; "step", nan and what is no number are left out."""
-        for tag, value in record.items():
-            number = _plain(value)
-            if tag != "step" and isinstance(number, int | float):
-                self._writer.add_scalar(tag, number, step)
+        """One point per number in the record, see `numbers`."""
+        for tag, number in numbers(record).items():
+            self._writer.add_scalar(tag, number, step)
 
     def image(self, tag: str, image: Image, step: int) -> None:
         """One (height, width, 3) uint8 RGB image."""

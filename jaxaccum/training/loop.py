@@ -11,14 +11,14 @@ import ml_collections
 
 from jaxaccum import config as configs
 from jaxaccum import plan, tasks
-from jaxaccum.accumulate import State, make_engine
+from jaxaccum.accumulate import Recipe, State, make_engine
 from jaxaccum.data.check import signature
 from jaxaccum.data.texts import shown_path
 from jaxaccum.errors import TrainingError
 from jaxaccum.machine import host_memory, onednn
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.models.init import count
-from jaxaccum.training import freezing, run
+from jaxaccum.training import freezing, run, trackers
 from jaxaccum.training.album import Album
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints, Elsewhere, newest_complete
@@ -102,26 +102,27 @@ def _train(
     describe(this, train_set, count(params), workdir)
 
     # The first process alone saves and restores: what is divided it gets whole from the others.
-    keep = config.checkpoint.keep
-    with Checkpoints(workdir, keep) if peers.first else Elsewhere() as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, config.checkpoint.keep) if peers.first else Elsewhere()
+        )
         state = this.rule.init(params, stats)
-        meta: dict[str, Any] = {}
         signatures = {"train": signature(train_set), "val": signature(val_set)}
-        if checkpoints.latest is not None:
-            recipe = None if accept_other_recipe else this.recipe
-            state, meta = restored(checkpoints, state, engine, recipe, workdir, peers.alone)
-            say_changes(meta.get("signatures", {}), signatures)
-            print(f"continuing from update {int(state.step)} in {workdir}")
+        recipe = None if accept_other_recipe else this.recipe
+        state, meta = _resumed(state, checkpoints, engine, recipe, workdir, peers, signatures)
         state = _placed(state, engine, preemption, peers)
         start = int(state.step)
         owed, best = rewound(start, log_file, checkpoints, cadence, peers)
 
-        journal = Journal(this, train_set, stream, log_file, cadence, peers, start, meta, watch)
+        about = _about(config, this, train_set)
+        told = stack.enter_context(trackers.started(this, about, workdir, start, peers.first))
+        journal = Journal(
+            this, train_set, stream, log_file, cadence, peers, start, meta, told, watch
+        )
         progress = Progress(this, engine, stream, journal, state)
         del state, params, stats  # their memory goes to the first update
-        about = _about(config, this, train_set)
         keeper = Keeper(checkpoints, journal, peers, about, signatures, start, best)
-        album = Album(this, workdir, config.log.report and peers.first)
+        album = Album(this, workdir, config.log.report and peers.first, told)
         validation = Validation(
             this, evaluator, train_set, val_set, cadence, journal, keeper, album, preemption, peers
         )
@@ -216,12 +217,16 @@ def _opened(
     """The config with a number for "auto", the run that it makes, and its data sets.
 
     Raises:
+      ConfigError: it cannot be run, or asks for a logger that is not installed.
       DistributedError: another process makes another run of it.
     """
+    if peers.first:
+        trackers.require(config)
     with waiting("opening the data sets"):
         train_set = run.open_source(config, "train")
         val_set = run.open_source(config, "val", train_set.names)
-        told = (*train_set.report.lines(), *val_set.report.lines())  # may count them first
+        config, settled = run.settled(config, train_set)
+        told = (*train_set.report.lines(), *val_set.report.lines(), *settled)  # may count first
     print(*told, sep="\n")
     if config.microbatch == "auto":
         config, lines = plan.settle(
@@ -269,6 +274,24 @@ def _initial(
     if names := freezing.modules(config.freeze):
         print(freezing.described(params, names))
     return params, stats
+
+
+def _resumed(
+    state: State,
+    checkpoints: Any,
+    engine: Any,
+    recipe: Recipe | None,
+    workdir: Path,
+    peers: Peers,
+    signatures: dict[str, str | None],
+) -> tuple[State, dict[str, Any]]:
+    """The state to go on from and its meta, see `restored`; that of a new run as it is, and {}."""
+    if checkpoints.latest is None:
+        return state, {}
+    state, meta = restored(checkpoints, state, engine, recipe, workdir, peers.alone)
+    say_changes(meta.get("signatures", {}), signatures)
+    print(f"continuing from update {int(state.step)} in {workdir}")
+    return state, meta
 
 
 def _placed(state: State, engine: Any, preemption: Preemption, peers: Peers) -> State:

@@ -103,6 +103,7 @@ def prepare(
             )
     sizes = _sizes(config, devices, samples)
     config = optim.resolve(config, len(names), sizes.updates)
+    config, _ = tasks.of(config).settled(config, names)
     recipe = configs.recipe_of(config, sizes.updates, identity | {"classes": len(names)}, devices)
     usual = configs.is_compat(config)
     if usual:
@@ -113,10 +114,15 @@ def prepare(
     task = tasks.of(config).create(config, names, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)
     ema = config.ema
-    if config.log.noise_scale and window.steps * devices == 1:
+    if config.log.noise_scale and window.steps // window.together * devices == 1:
         raise configs.ConfigError(
-            "log.noise_scale compares the microbatches of an update, and here it has one: take a "
-            f"smaller microbatch than {config.microbatch}, or more devices"
+            "log.noise_scale compares what an update computes at once (a microbatch, or those of "
+            "one batch-norm group), and here that is all of it: take "
+            + (
+                f"a smaller microbatch than {config.microbatch}, or more devices"
+                if window.together == 1
+                else "more devices, or groups smaller than the effective batch (another recipe)"
+            )
         )
     objective = task.objective(recipe.nbs)
     objective = dataclasses.replace(objective, weights=task.weights(schedule))
@@ -167,6 +173,17 @@ def _require_updates(updates: int, config: ml_collections.ConfigDict, samples: i
             f"{asked} makes {updates:,} updates, and a run has at most {configs.MOST_UPDATES:,}: "
             f"lower {'steps' if config.steps else 'epochs, or raise nbs'}"
         )
+
+
+def settled(
+    config: ml_collections.ConfigDict, source: tasks.Source
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config with what it leaves to the training set as values, and lines about these.
+
+    Raises:
+      ConfigError: a field does not fit the set.
+    """
+    return tasks.of(config).settled(config, source.names, source)
 
 
 def make_stream(run: Run, source: tasks.Source, plain: bool = False) -> Any:

@@ -44,6 +44,7 @@ def require_law(config: ml_collections.ConfigDict, peers: Peers) -> Verdict:
             "JAX_PLATFORMS=cpu and --config.steps=1"
         )
     source = run.open_source(config, "train")
+    config, _ = run.settled(config, source)
     with jax.enable_x64(True):
         own = config.copy_and_resolve_references()
         with own.unlocked(), own.ignore_type():  # "auto" is a text

@@ -638,6 +638,7 @@ def test_tfds_prepared_on_disk(prepared):
     source = open_source("tfds:jaxaccum_toy", "train")
     assert source.names == ("cat", "dog") and source.name(1) == "1.png"
     np.testing.assert_array_equal(source.image(0), prepared)
+    assert source.size(0) == prepared.shape[:2]
     np.testing.assert_allclose(source.objects(0).boxes, [[8, 6, 16, 12]])
     assert source.objects(0).classes.tolist() == [1]
     assert source.report.skipped == {"crowd box": [("0.png", None), ("1.png", None)]}

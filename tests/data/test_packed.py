@@ -258,6 +258,10 @@ def test_files_keep_their_bytes_and_others_lose_nothing(sets):
     scene, packed = both(sets, "scenes", "val")
     assert packed._records[0]["image"].startswith(b"\x89PNG")
     np.testing.assert_array_equal(scene.image(0), packed.image(0))
+    for one, other in ((source, both(sets, "yolo", "val")[1]), (scene, packed)):
+        sizes = [one.image(i).shape[:2] for i in range(len(one))]
+        assert [one.size(i) for i in range(len(one))] == sizes
+        assert [other.size(i) for i in range(len(one))] == sizes
 
 
 def test_it_is_a_data_set_of_tfds(sets):

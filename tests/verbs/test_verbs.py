@@ -493,12 +493,19 @@ def test_a_folder_of_all_kinds(verb, run_of_a_detector, tmp_path):
     names = [(r["file"], r.get("frame")) for r in results]
     frames = [("d.gif", 1), ("d.gif", 2), ("d.gif", 3), *[("v.avi", i) for i in range(1, 5)]]
     assert names == [("a.jpg", None), ("a.png", None), *frames]
-    drawn = {f"{name}.png" for name in ("a.jpg", "a.png", "d_000003", "v_000001", "v_000004")}
-    assert drawn <= {p.name for p in out.iterdir()} and len(list(out.glob("[!.]*"))) == 10
+    stems = ("a.jpg", "a.png", "d_000003", "v_000001", "v_000004")
+    drawn = {"v.avi", *(f"{stem}.png" for stem in stems)}
+    assert drawn <= {p.name for p in out.iterdir()} and len(list(out.glob("[!.]*"))) == 11
+    assert f"{source / 'v.avi'}: 4 frames drawn in {out / 'v.avi'}" in done.out
+    assert done.out.splitlines()[-1].startswith("speed: ") and "over 8 images at 64 px" in done.out
     # One that is whole ends with 0; none that can be used, with 1.
     one = ("predict", f"--workdir={run_of_a_detector}", f"--out={tmp_path / 'one'}")
     assert verb(*one, f"--source={source / 'd.gif'}").status == 0
     verb(*one, f"--source={source / 'w.mp4'}").refused("none of the 1 files of")
+    done = verb(*one, f"--source={source / 'v.avi'}", "--codec=XXXX")
+    done.refused("cannot write .avi with the codec XXXX", "--nosave_video")
+    done = verb(*one, f"--source={source / 'v.avi'}", "--codec=XXXX", "--nosave_video")
+    assert done.status == 0 and not (tmp_path / "one" / "v.avi").exists()
 
 
 def test_the_shared_folder_of_all_kinds(verb, run_of_a_detector, shared, tmp_path):

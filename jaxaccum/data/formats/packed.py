@@ -7,6 +7,7 @@ set reads no record. `python -m jaxaccum.pack` writes it.
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from jaxaccum.data.base import DataError, Image, Objects, Report
 from jaxaccum.data.clouds import CloudReport
 from jaxaccum.data.formats.cloud_files import Points
 from jaxaccum.data.formats.kitti import KittiReport, Objects3D
-from jaxaccum.data.images import decode
+from jaxaccum.data.images import Unreadable, decode, read_header
 from jaxaccum.data.stamps import Stamps, stamp
 from jaxaccum.metrics import kitti as labels3d  # a module: it imports this package, too
 
@@ -233,6 +234,16 @@ class PackedImages:
         return decode(
             data, f"{self._where} {self.name(index)}", int(self._arrays["orientations"][index])
         )
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index`, upright; DataError if its record is damaged."""
+        try:
+            header = read_header(io.BytesIO(self._records[index]["image"]))
+        except Unreadable as problem:
+            raise DataError(f"{self._where} {self.name(index)}: {problem}") from problem
+        turned = (header.orientation >= 5) != (int(self._arrays["orientations"][index]) >= 5)
+        height, width = header.size
+        return (width, height) if turned else (height, width)
 
     def objects(self, index: int) -> Objects:
         """The labelled objects of image `index`."""

@@ -118,6 +118,7 @@ class TfdsSource:
             sizes.append(size)
         if not self._kept:
             raise DataError("\n".join([f"{where}: no usable image.", *self.report.lines()[1:]]))
+        self._sizes = sizes
         self.report.count(objects for _, _, objects in self._kept)
         self.identity = identify(
             self.names,
@@ -162,6 +163,10 @@ class TfdsSource:
             return decode_upright(pixels, f"{self.report.where} {title}")
         grey = pixels.shape[2] == 1
         return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if grey else pixels[..., :3])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index` in pixels, upright."""
+        return self._sizes[index]
 
     def objects(self, index: int) -> Objects:
         """The labelled objects of image `index`."""

@@ -95,6 +95,10 @@ class Scenes:
         plan, self._objects[index] = self._plan(index)
         return paint(plan)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of image `index` in pixels."""
+        return self._plan(index)[0].size
+
     def objects(self, index: int) -> Objects:
         """Boxes are the extents of what is visible of each object."""
         if index not in self._objects:

@@ -16,6 +16,7 @@ from jaxaccum.data.cloud_sources import PairedClouds
 from jaxaccum.data.stream import say_lost
 from jaxaccum.draw import clouds as draw_clouds
 from jaxaccum.metrics import completion as metrics
+from jaxaccum.tasks import speed as speeds
 from jaxaccum.tasks.completion import captioned
 from jaxaccum.tasks.evaluating import overlapped
 
@@ -56,6 +57,7 @@ class Evaluator:
         """
         found: dict[str, float] = {}
         drawn: list[np.ndarray] = []
+        speed = speeds.of_evaluation("clouds", self.task.input_size())
         for prefix, source in self.sources.items():
             result: Any = (
                 metrics.CompletionMetrics(source.names)
@@ -73,8 +75,10 @@ class Evaluator:
                 )
                 overlapped(
                     self._predict, params, stats,
-                    data.cloud_batches(clouds, batch=self.batch, texts=texts, lost=lost),
-                    lambda batch: (batch,), score, len(source), f"{prefix}clouds",
+                    data.cloud_batches(
+                        clouds, batch=self.batch, texts=texts, lost=lost, prepared=speed.prepared
+                    ),
+                    lambda batch: (batch,), score, len(source), f"{prefix}clouds", speed,
                 )  # fmt: skip
             say_lost(lost or [], len(source), f"samples of {source.report.where}")
             scores = result.compute()

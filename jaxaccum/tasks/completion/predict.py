@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxaccum.fields import ConfigError
 from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.completion import captioned
 from jaxaccum.tasks.results import Predictor, Result, Sample
+from jaxaccum.tasks.speed import Phases
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
@@ -30,6 +31,7 @@ class Completed(Result):
       normalised: whether the network saw it in the frame of ShapeNet's.
       format: of the file that is written, "ply" or "npy".
       up: the axis that points up in the picture, "y" or "z".
+      speed: milliseconds of "preparation", "network" and "restoring" the frame.
     """
 
     sample: Sample
@@ -37,6 +39,7 @@ class Completed(Result):
     normalised: bool
     format: str = "ply"
     up: str = "y"
+    speed: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """{"points", "normalised"}; "written" is added where it is."""
@@ -127,7 +130,7 @@ def predictor(
     forward = jax.jit(trained.task.predict)
 
     def complete(sample: Sample) -> Completed:
-        cloud = sample.value
+        cloud, phases = sample.value, Phases()
         radius = float(np.linalg.norm(cloud, axis=1).max())
         if not framed and radius > 2:
             print(
@@ -135,11 +138,14 @@ def predictor(
                 "clouds that the network knows; bring it to their frame, or try --normalise=yes"
             )
         partial, pose = data.prepare_partial(cloud, framed)
-        output = forward(trained.params, trained.stats, partial[None], text)
-        predicted = pose.restore(np.asarray(output)[0])
+        phases.end("preparation")
+        output = np.asarray(forward(trained.params, trained.stats, partial[None], text))
+        phases.end("network")
+        predicted = pose.restore(output[0])
+        phases.end("restoring")
         if not np.isfinite(predicted).all():
             raise data.DataError(f"{sample}: the network's prediction is not finite")
-        return Completed(sample, predicted, framed, format, up)
+        return Completed(sample, predicted, framed, format, up, phases.milliseconds)
 
     return complete
 

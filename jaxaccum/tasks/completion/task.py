@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxaccum import data
 from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
+from jaxaccum.data.cloud_ops import NUM_INPUT
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.data.formats.cloud_files import SUFFIXES
 from jaxaccum.fields import ConfigError, Fields
@@ -196,6 +197,10 @@ class CompletionTask(Task):
         partial, text = (*inputs, None)[:2]
         xyz = self._coordinates(partial)
         return self.model.apply(_variables(params, stats), xyz, text=text).fine
+
+    def input_size(self) -> str:
+        """Points of a partial cloud, in words."""
+        return f"{NUM_INPUT:,} points"
 
     def predict_and_embed(self, params: PyTree, stats: PyTree, batch: PyTree):
         """Completed clouds (N, P, 3), and where captions are aligned vectors of these and of the

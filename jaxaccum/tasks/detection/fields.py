@@ -7,6 +7,7 @@ import ml_collections
 from jaxaccum import fields
 from jaxaccum.models import yolo
 from jaxaccum.models.families import FAMILIES, has_one_to_one
+from jaxaccum.tasks.detection import class_weights
 
 
 def detection() -> ml_collections.ConfigDict:
@@ -22,6 +23,9 @@ def detection() -> ml_collections.ConfigDict:
             # Of YOLO26: weight of the one-to-many branches in the first epoch and in the last,
             # linear in between; that of the one-to-one branches is 1 minus it.
             "one_to_many": 0.8, "one_to_many_final": 0.1,
+            # Of the classes in the cls term: "" for 1 each, (1, 2.5, 1) in their order, by name as
+            # a dict or "car=2,bus=0.5" (others: 1), or "balanced": inverse to their objects.
+            "class_weights": fields.any_of(""),
         }
     )  # fmt: skip
     c.augment = ml_collections.ConfigDict(
@@ -54,10 +58,14 @@ def detection() -> ml_collections.ConfigDict:
     c.eval.update(conf=0.001, iou=0.7, max_det=300)
     # Of YOLO26: by the branch that finds each object once, without NMS; or by the other, with it.
     c.eval.end_to_end = False
+    # Into rectangles that are hardly larger than the images, not squares: less to compute, and
+    # metrics that differ a little, as other detectors' have it.
+    c.eval.rect = False
     return c
 
 
 def _check(c: ml_collections.ConfigDict) -> None:
+    class_weights.check(c)
     fields.multiples_of_stride(c, "data.image_size")
     if c.eval.end_to_end and c.model in yolo.names() and not has_one_to_one(c.model):
         able = ", ".join(name for name, family in FAMILIES.items() if family.one_to_one)
@@ -86,6 +94,7 @@ FIELDS = fields.Fields(
         "loss.one_to_many": UNIT, "loss.one_to_many_final": UNIT,
         "augment.flipud": UNIT, "data.image_size": (32, 16384), "data.fraction": (1e-6, 1),
     },
+    free=("loss.class_weights",),
     not_learned=("data.val_path", "data.images"),
     check=_check,
 )  # fmt: skip

@@ -17,6 +17,7 @@ from jaxaccum.fields import ConfigError
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.results import Predictor, Result, Sample
+from jaxaccum.tasks.speed import Phases
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
@@ -32,6 +33,7 @@ class Detected(Result):
       conf: smallest score that was asked for.
       also: what `save` writes beside the picture: "txt", "crop".
       choices: how the network was used; see `Task.choices`.
+      speed: milliseconds of "preparation", "network" and "NMS", end to end "choosing".
     """
 
     sample: Sample
@@ -43,6 +45,7 @@ class Detected(Result):
     conf: float
     also: tuple[str, ...] = ()
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    speed: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -111,6 +114,12 @@ class Detected(Result):
             self.sample.value, self.boxes, self.classes, self.names, self.scores
         )
 
+    def frame(self) -> np.ndarray:
+        """The image with its boxes, in its own size."""
+        return draw.draw_detections(
+            self.sample.value, self.boxes, self.classes, self.names, self.scores, enlarge=False
+        )
+
     def summary(self) -> str:
         """How many of which."""
         found = [self.names[c] for c in self.classes]
@@ -151,11 +160,13 @@ def predictor(
     forward = jax.jit(task.predict)
 
     def detect(sample: Sample) -> Detected:
-        image = sample.value
+        image, phases = sample.value, Phases()
         square, ratio, pad = data.letterbox(image, task.image_size)
+        phases.end("preparation")
         boxes, scores, *labels = (np.asarray(a[0]) for a in forward(
             trained.params, trained.stats, square[None]
         ))  # fmt: skip
+        phases.end("network")
         if wanted is not None:
             scores = np.where(wanted[labels[0]] if task.end_to_end else wanted, scores, 0)
         if task.end_to_end:
@@ -168,9 +179,10 @@ def predictor(
                 agnostic=agnostic,
             )  # fmt: skip
         own = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
+        phases.end("choosing" if task.end_to_end else "NMS")
         return Detected(
             sample, own, found.scores, found.classes, trained.names, float(scores.max()), conf,
-            also, task.choices(),
+            also, task.choices(), phases.milliseconds,
         )  # fmt: skip
 
     return detect

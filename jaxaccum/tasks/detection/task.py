@@ -25,7 +25,7 @@ from jaxaccum.models import yolo
 from jaxaccum.models.families import has_one_to_one
 from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
-from jaxaccum.tasks.detection import adopt, predict
+from jaxaccum.tasks.detection import adopt, class_weights, predict
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.tasks.detection.fields import FIELDS
 from jaxaccum.tasks.results import Predictor, Sample
@@ -57,6 +57,7 @@ class DetectionTask(Task):
       end_to_end: use the one-to-one branch, and no NMS.
       max_det: detections of an image that `predict` then gives at most; agnostic: of an anchor only
         one.
+      class_weights: of each class in the cls term; () for 1.
     """
 
     name: ClassVar[str] = "detection"
@@ -79,6 +80,7 @@ class DetectionTask(Task):
     end_to_end: bool = False
     max_det: int = 300
     agnostic: bool = False
+    class_weights: tuple[float, ...] = ()
 
     @classmethod
     def open(
@@ -113,10 +115,21 @@ class DetectionTask(Task):
         return check.checked(source, options.on_error)
 
     @classmethod
+    def settled(
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], source: Any = None
+    ) -> tuple[ml_collections.ConfigDict, list[str]]:
+        """With the classes' weights in their order, see `class_weights.settled`."""
+        return class_weights.settled(config, names, source)
+
+    @classmethod
     def create(
         cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any
     ) -> DetectionTask:
-        """The task of a config, for classes of these names."""
+        """The task of a config, for classes of these names.
+
+        Raises:
+          ConfigError: its weights of classes are not those of the names.
+        """
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
         model = model.clone(remat=config.remat)
         loss = config.loss
@@ -124,6 +137,7 @@ class DetectionTask(Task):
             model, config.data.image_size, (loss.box, loss.cls, loss.dfl),
             config.data.max_objects, tuple(names), (loss.one_to_many, loss.one_to_many_final),
             end_to_end=config.eval.end_to_end, max_det=config.eval.max_det,
+            class_weights=class_weights.by_class(loss.class_weights, names),
         )  # fmt: skip
 
     @property
@@ -176,7 +190,9 @@ class DetectionTask(Task):
         targets = detection.Targets(batch["boxes"], batch["classes"], batch["valid"], weight)
         two = predictions.one_to_one is not None
         loss: Callable[..., Any] = detection.loss_of_two if two else detection.detection_loss
-        numerators, denominators, _ = loss(predictions, self.anchors, targets)
+        numerators, denominators, _ = loss(
+            predictions, self.anchors, targets, class_weights=self.class_weights
+        )
         return Output(numerators, denominators, changed.get("moments", {}))
 
     def choices(self) -> dict[str, Any]:
@@ -184,6 +200,10 @@ class DetectionTask(Task):
         if has_one_to_one(self.model.model):
             return {"end_to_end": self.end_to_end}
         return {}
+
+    def input_size(self) -> str:
+        """The side of the square, in words."""
+        return f"{self.image_size} px"
 
     def _chosen(self) -> list[str]:
         """The same as lines."""
@@ -195,13 +215,15 @@ class DetectionTask(Task):
 
     def predict(self, params: PyTree, stats: PyTree, *inputs: jax.Array):
         """Boxes (N, A, 4) in pixels of the input and class probabilities (N, A, classes), of
-        images (N, S, S, 3). If `end_to_end` what is found: boxes (N, k, 4), scores (N, k) and
-        classes (N, k), see `yolo.surest`."""
+        images (N, H, W, 3) whose sides are multiples of the strides. If `end_to_end` what is found:
+        boxes (N, k, 4), scores (N, k) and classes (N, k), see `yolo.surest`."""
         (images,) = inputs
         predictions: Any = self.model.apply({"params": params, "batch_stats": stats}, images)
+        height, width = images.shape[1:3]
+        anchors = yolo.anchors(height, width, self.model.strides)
         if self.end_to_end:
-            return yolo.surest(predictions, self.anchors, self.max_det, self.agnostic)
-        return yolo.decode(predictions, self.anchors)
+            return yolo.surest(predictions, anchors, self.max_det, self.agnostic)
+        return yolo.decode(predictions, anchors)
 
     def example(self, samples: int) -> PyTree:
         """Shapes of a batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxaccum.draw import boxes3d as draw_boxes3d
 from jaxaccum.metrics import detection as metrics
 from jaxaccum.metrics import kitti
 from jaxaccum.models import boxes3d
+from jaxaccum.tasks import speed as speeds
 from jaxaccum.tasks.detection3d.labels import chosen, none, to_labels
 from jaxaccum.tasks.evaluating import overlapped
 
@@ -60,14 +62,17 @@ class Evaluator:
         seen: list[int] = []
         labels: list[kitti.Labels] = []
         lost: list[str] | None = [] if self._forgiven else None
+        speed = speeds.of_evaluation("images", "{} x {} px".format(*self.task.size))
         batches = data.eval_batches3d(
-            self.source, size=self.task.size, batch=self.options.batch, lost=lost
-        )
+            self.source, size=self.task.size, batch=self.options.batch, lost=lost,
+            prepared=speed.prepared,
+        )  # fmt: skip
         with ThreadPoolExecutor() as pool:
             overlapped(
                 self._predict, params, stats, batches,
                 lambda batch: (batch["image"], batch["camera"]),
                 functools.partial(self._detect, pool, seen, labels), len(self.source), "images",
+                speed,
             )  # fmt: skip
         say_lost(lost or [], len(self.source), "images")
         truths = [self._truths[i] for i in seen]
@@ -90,6 +95,7 @@ class Evaluator:
         options = self.options
 
         def detect(i):
+            since = time.thread_time()
             found = metrics.nms(
                 boxes[i], scores[i], conf=options.conf, iou=options.iou, max_det=options.max_det,
                 multi_label=False,
@@ -98,9 +104,14 @@ class Evaluator:
                 found.boxes, batch["ratio"][i], batch["pad"][i], batch["size"][i]
             )
             own = boxes3d.Boxes3D(*(a[i] for a in found_3d))
-            return to_labels(found, original, own, self.task.names)
+            one = to_labels(found, original, own, self.task.names)
+            return one, 1e3 * (time.thread_time() - since)
 
-        labels.extend(pool.map(detect, np.flatnonzero(batch["weight"] > 0)))
+        spent = 0.0
+        for one, took in pool.map(detect, np.flatnonzero(batch["weight"] > 0)):
+            labels.append(one)
+            spent += took
+        return {"NMS": spent}
 
     def _drawn(self, index: int, labels: kitti.Labels) -> np.ndarray:
         image, camera = self.source.image(index), self.source.camera(index)

@@ -6,6 +6,7 @@ import ml_collections
 
 from jaxaccum import fields
 from jaxaccum.models import yolo
+from jaxaccum.tasks.detection import class_weights
 from jaxaccum.tasks.detection.fields import IMAGES, LOSS, detection
 
 
@@ -14,6 +15,7 @@ def detection3d() -> ml_collections.ConfigDict:
     are normalised once, and cameras that are used."""
     c = detection()
     c.task = "detection3d"
+    del c.eval.rect  # height and width are given
     del c.eval.end_to_end, c.loss.one_to_many, c.loss.one_to_many_final  # of two branches
     c.model = "yolov12-3d-n"
     c.loss.update(
@@ -71,6 +73,7 @@ def _names() -> list[str]:
 
 
 def _check(c: ml_collections.ConfigDict) -> None:
+    class_weights.check(c)
     fields.multiples_of_stride(c, "data.height", "data.width")
 
 
@@ -89,6 +92,7 @@ FIELDS = fields.Fields(
         "box3d.place": ("predicted", "projected"),
         "box3d.turn": ("axis", "free", "bounded"),
     },
+    free=("loss.class_weights",),
     not_learned=("data.val_split", "data.val_fraction"),
     check=_check,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxaccum.metrics import kitti
 from jaxaccum.tasks.base import Trained
 from jaxaccum.tasks.detection3d.labels import to_labels
 from jaxaccum.tasks.results import Predictor, Result, Sample
+from jaxaccum.tasks.speed import Phases
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no one answer
@@ -33,6 +34,7 @@ class Detected3D(Result):
       camera: (3, 4) the projection. camera_of: where that is from.
       highest: score of any box of the network, also of those that were left out.
       conf: smallest score that was asked for.
+      speed: milliseconds of "preparation", "network" and "NMS".
     """
 
     sample: Sample
@@ -42,6 +44,7 @@ class Detected3D(Result):
     camera_of: str
     highest: float
     conf: float
+    speed: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,6 +76,10 @@ class Detected3D(Result):
     def plot(self) -> np.ndarray:
         """The image with the boxes in space, and these from above."""
         return draw_boxes3d.side_by_side(self.sample.value, self.labels, self.camera)
+
+    def frame(self) -> np.ndarray:
+        """The image with the boxes in space, in its own size."""
+        return draw_boxes3d.draw(self.sample.value, self.labels, self.camera)
 
     def save(self, target: Path) -> dict[str, Any]:
         """Also writes data/NAME.txt in KITTI's submission format."""
@@ -106,19 +113,25 @@ def predictor(
     folder = Path(calib) if calib else None
 
     def detect(sample: Sample) -> Detected3D:
-        image = sample.value
+        image, phases = sample.value, Phases()
         try:
             camera, known = _camera(sample.path, image.shape, folder)
         except OSError as error:
             raise data.DataError(f"{sample}: its calibration cannot be read ({error})") from error
         canvas, ratio, pad = data.letterbox3d(image, task.size)
         own = data.letterboxed_camera(camera, ratio, pad)
+        phases.end("preparation")
         output = forward(trained.params, trained.stats, canvas[None], own[None])
         boxes, scores, boxes3d = jax.tree.map(lambda a: np.asarray(a[0]), output)
+        phases.end("network")
         found = metrics.nms(boxes, scores, conf=conf, iou=iou, multi_label=False)
         original = metrics.unletterbox(found.boxes, ratio, pad, image.shape[:2])
         labels = to_labels(found, original, boxes3d, trained.names)
-        return Detected3D(sample, labels, found.classes, camera, known, float(scores.max()), conf)
+        phases.end("NMS")
+        return Detected3D(
+            sample, labels, found.classes, camera, known, float(scores.max()), conf,
+            phases.milliseconds,
+        )  # fmt: skip
 
     return detect
 

@@ -24,7 +24,7 @@ from jaxaccum.metrics import kitti
 from jaxaccum.models import boxes3d, yolo
 from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
-from jaxaccum.tasks.detection import adopt
+from jaxaccum.tasks.detection import adopt, class_weights
 from jaxaccum.tasks.detection3d import predict
 from jaxaccum.tasks.detection3d.evaluator import Evaluator
 from jaxaccum.tasks.detection3d.fields import FIELDS, as_original
@@ -52,6 +52,7 @@ class Detection3DTask(Task):
       max_objects: room for objects in a training sample.
       names: of the classes.
       compat: the loss as published.
+      class_weights: of each class in the cls term; () for 1.
     """
 
     name: ClassVar[str] = "detection3d"
@@ -70,6 +71,7 @@ class Detection3DTask(Task):
     max_objects: int = 50
     names: tuple[str, ...] = ()
     compat: bool = False
+    class_weights: tuple[float, ...] = ()
 
     @classmethod
     def open(
@@ -98,10 +100,21 @@ class Detection3DTask(Task):
         return source
 
     @classmethod
+    def settled(
+        cls, config: ml_collections.ConfigDict, names: Sequence[str], source: Any = None
+    ) -> tuple[ml_collections.ConfigDict, list[str]]:
+        """With the classes' weights in their order, see `class_weights.settled`."""
+        return class_weights.settled(config, names, source)
+
+    @classmethod
     def create(
         cls, config: ml_collections.ConfigDict, names: Sequence[str], dtype: Any
     ) -> Detection3DTask:
-        """The task of a config, for classes of these names."""
+        """The task of a config, for classes of these names.
+
+        Raises:
+          ConfigError: its weights of classes are not those of the names.
+        """
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
         loss, coding = config.loss, boxes3d.Coding(**config.box3d.to_dict())
         gains = (loss.box, loss.cls, loss.dfl, loss.location, loss.size, loss.heading)
@@ -109,7 +122,12 @@ class Detection3DTask(Task):
             model.clone(remat=config.remat, outputs3d=boxes3d.outputs(coding)),
             (config.data.height, config.data.width), gains, loss.metres, coding,
             config.data.max_objects, tuple(names), config.compat,
+            class_weights.by_class(loss.class_weights, names),
         )  # fmt: skip
+
+    def input_size(self) -> str:
+        """Height and width, in words."""
+        return f"{self.size[0]} x {self.size[1]} px"
 
     @property
     def anchors(self) -> yolo.Anchors:
@@ -142,8 +160,9 @@ class Detection3DTask(Task):
         predictions: Any = yolo.Predictions(*jax.lax.optimization_barrier(tuple(raw)))
         targets = detection.Targets(batch["boxes"], batch["classes"], batch["valid"], weight)
         numerators, denominators, assignment = detection.detection_loss(
-            predictions, self.anchors, targets, enlarge_small=not self.compat
-        )
+            predictions, self.anchors, targets, enlarge_small=not self.compat,
+            class_weights=self.class_weights,
+        )  # fmt: skip
         more, others = losses.boxes3d_loss(
             predictions.boxes3d, assignment, losses.Targets3D(
                 batch["locations"], batch["dimensions"], batch["yaw"], weight, batch["camera"]
