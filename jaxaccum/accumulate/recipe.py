@@ -148,14 +148,13 @@ class Window:
         near = [m for m in range(1, group) if group % m == 0]
         near = [m for m in near if devices % (group // m) == 0 or (group // m) % devices == 0]
         near = sorted(near, key=lambda m: abs(m - microbatch))[:2]
+        sizes = [*map(str, sorted(near)), f"a multiple of {group}"]
         smaller = [g for g in range(min(group, microbatch), 0, -1) if microbatch % g == 0][:1]
         raise GeometryError(
             f"microbatch {microbatch} on {devices} {'device' if devices == 1 else 'devices'} would "
             f"cut a group of {group} samples (bn_group {self.recipe.bn_group}) within a "
-            f"microbatch: use a multiple of {group}"
-            + "".join(f", or {m}" for m in sorted(near))
-            + f" on {devices}, or change the recipe to bn_group {smaller[0]} or 'frozen' (that is "
-            "another training run)."
+            f"microbatch: take {' or '.join(sizes)}, or change the recipe to bn_group {smaller[0]} "
+            "or 'frozen' (that is another training run)."
         )
 
     @property

@@ -87,9 +87,15 @@ def test_the_check_notices_statistics_of_a_part_of_the_group(x64, monkeypatch):
 @pytest.mark.parametrize(
     ("geometry", "message"),
     [
-        ((2, 3), "microbatch 2 on 3 devices would cut a group of 4.*a multiple of 4 on 3, or"),
-        ((3, 4), "a multiple of 4, or 1, or 2 on 4"),
-        ((3, 1), "microbatch 3 on 1 device .*or 1, or 2 on 1, or change the recipe to bn_group 3"),
+        (
+            (2, 3),
+            "microbatch 2 on 3 devices would cut a group of 4.*take a multiple of 4, or change",
+        ),
+        ((3, 4), "take 1 or 2 or a multiple of 4"),
+        (
+            (3, 1),
+            "microbatch 3 on 1 device .*take 1 or 2 or a multiple of 4, or change .* to bn_group 3",
+        ),
         ((4, 4, "scan", 3), "fsdp 3 does not divide 4 devices: set it to 2 or 4, or 1"),
         ((4, 2, "multisteps", 2), "Set engine to 'scan'"),
     ],
