@@ -291,11 +291,11 @@ def test_verify_of_what_is_right():
     found = verify(forward, make_rule(), Recipe(NBS, GROUP), params, stats, batch_of())
     assert found.ok and found.tolerance == 1e-12
     assert [geometry for geometry, _ in found.rows] == [
-        Geometry(10), Geometry(4), Geometry(2), Geometry(2, 1, "multisteps"), Geometry(2, 2),
-        Geometry(2, 2, "multisteps"),
+        Geometry(10), Geometry(4), Geometry(2), Geometry(2, 1, "multisteps"), Geometry(1),
+        Geometry(2, 2), Geometry(2, 2, "multisteps"),
     ]  # fmt: skip
     assert {"gradient", "loss", "statistics"} == set(found.rows[0][1])
-    assert str(found).count("one run") == 6 and "ANOTHER" not in str(found)
+    assert str(found).count("one run") == 7 and "ANOTHER" not in str(found)
 
 
 def own_groups(params, stats, batch, groups):
