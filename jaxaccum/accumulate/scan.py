@@ -99,28 +99,26 @@ class ScanEngine(BaseEngine):
         )
         def local(params, stats, microbatches, steps):
             params = varying(fsdp.gathered(params, specs), specs)
-            stats, microbatches = varying(stats), self._by_call(microbatches)
-            one = jax.tree.map(lambda a: a[0], microbatches)
-            shapes = jax.eval_shape(self._features, params, stats, one)
+            stats = varying(stats)
+            shapes = jax.eval_shape(self._features, params, stats, self._at(microbatches, 0))
 
             def zeros(shape, dtype):
                 return varying(jnp.zeros(shape, dtype))
 
-            calls = self._calls(length)
-            kept = jax.tree.map(lambda s: zeros((calls, *s.shape), s.dtype), shapes[0])
+            kept = jax.tree.map(lambda s: zeros((length, *s.shape[1:]), s.dtype), shapes[0])
             sums = jax.tree.map(lambda s: zeros(s.shape, s.dtype), shapes[1])
 
             def body(i, carry):
                 kept, sums = carry
-                new, more = self._features(params, stats, _at(microbatches, i))
+                new, more = self._features(params, stats, self._at(microbatches, i))
+                first = i * self.window.together
                 kept = jax.tree.map(
-                    lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), kept, new
+                    lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, first, 0), kept, new
                 )
                 return kept, add(sums, more)
 
             number = self._calls(every if steps is None else steps)
             kept, sums = jax.lax.fori_loop(0, number, body, (kept, sums))
-            kept = jax.tree.map(lambda a: a.reshape(length, *a.shape[2:]), kept)
             return kept, jax.lax.psum(sums, AXES)
 
         features, denominators = local(params, stats, microbatches, steps)
@@ -144,20 +142,18 @@ class ScanEngine(BaseEngine):
         def local(params, stats, rate, microbatches, steps, whole, pulls):
             params = varying(fsdp.gathered(params, specs), specs)
             stats = varying(stats)
-            microbatches, pulls = self._by_call((microbatches, pulls))
 
             def sums_of(batch, pulls):
                 own = whole._replace(pulls=pulls) if coupling is not None else None
                 return self._sums(params, stats, batch, own)
 
-            one = jax.tree.map(lambda a: a[0], (microbatches, pulls))
-            shapes = jax.eval_shape(sums_of, *one)
+            shapes = jax.eval_shape(sums_of, *self._at((microbatches, pulls), 0))
             zero = varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
             packed = packing.Packing(shapes, packing.SMALL if self.on_gpu else 0)
 
             def body(i, carry):
                 sums, stats = carry
-                new = sums_of(*_at((microbatches, pulls), i))
+                new = sums_of(*self._at((microbatches, pulls), i))
                 stats = usual_rule.moved(objective, stats, new.moments, rate)
                 return add(sums, packed.pack(new)), stats
 
@@ -174,12 +170,7 @@ class ScanEngine(BaseEngine):
         reduced, rest, stats = local(params, stats, rate, microbatches, steps, whole, pulls)
         return rest._replace(gradients=reduced, coupling=whole), stats
 
-    def _by_call(self, microbatches: PyTree) -> PyTree:
-        """Leaves (steps, ...) as (calls, microbatches of a group, ...)."""
+    def _at(self, tree: PyTree, i: Any) -> PyTree:
+        """Of what is laid out over the window the microbatches of call i, as leading axis."""
         together = self.window.together
-        return jax.tree.map(lambda a: a.reshape(-1, together, *a.shape[1:]), microbatches)
-
-
-def _at(tree: PyTree, i: jax.Array) -> PyTree:
-    """Call i of what is laid out over the window."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * together, together), tree)

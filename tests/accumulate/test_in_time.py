@@ -194,11 +194,11 @@ def test_a_divided_state(x64, monkeypatch):
     assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
-def detector(geometry, remat=False, model="tiny-t", **changes):
+def detector(geometry, remat=False, dtype="float64", **changes):
     source = data.Scenes("train", size=64, length=40)
     config = tiny_config(
-        model=model, nbs=16, bn_group="all", microbatch=geometry.microbatch, remat=remat,
-        devices=geometry.devices, engine=geometry.engine, dtype="float64", **changes,
+        nbs=16, bn_group="all", microbatch=geometry.microbatch, remat=remat,
+        devices=geometry.devices, engine=geometry.engine, dtype=dtype, **changes,
     )  # fmt: skip
     return run.prepare(config, names=source.names, samples=len(source), identity={}), source
 
@@ -295,12 +295,11 @@ def test_windows_of_groups_in_time(nbs, group, geometry, together, steps):
 
 
 def temporary(geometry, remat=False):
-    """Bytes of the update's temporaries, and of one array like the parameters."""
-    this, source = detector(geometry, remat, **{"data.image_size": 128})
+    """Bytes of the update's temporaries."""
+    this, _ = detector(geometry, remat, "float32", **{"data.image_size": 256})
     made = make_engine(this.forward, this.rule, this.window)
     state = jax.eval_shape(this.rule.init, *jax.eval_shape(lambda: this.task.initialise(0)))
     (lowered,) = made.lowered(state, this.task.example(16))
-    del source
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -308,8 +307,8 @@ def temporary(geometry, remat=False):
 def test_memory_is_less_than_that_of_one_pass():
     one_pass = temporary(Geometry(16))
     kept, blocks = temporary(Geometry(2)), temporary(Geometry(2), remat=True)
-    assert kept < 0.6 * one_pass
-    assert blocks < 0.8 * kept
+    assert kept < 0.45 * one_pass
+    assert blocks < 0.95 * kept
 
 
 def test_one_array_of_a_convolution_is_kept():

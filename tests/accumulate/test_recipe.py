@@ -41,11 +41,12 @@ def test_uneven_tail():
 
 @pytest.mark.parametrize(
     ("group", "microbatch", "fits"),
-    [(8, 6, "use a microbatch of 8 or 16, or change the recipe to bn_group 6"),
-     (8, 4, "of 8 or 16, or let it lie on 2 devices .*, or change the recipe to bn_group 4"),
-     ("all", 4, "of 16, or let it lie on 4 devices .*, or change the recipe to bn_group 4")],
+    [(8, 6, "take 2 or 4 or a multiple of 8, or change the recipe to bn_group 6"),
+     (6, 4, "take 2 or 3 or a multiple of 6, or change the recipe to bn_group 4"),
+     (7, 5, "take 1 or a multiple of 7, or change the recipe to bn_group 5"),
+     ("all", 24, "take 4 or 8 or a multiple of 16, or change the recipe to bn_group 12")],
 )  # fmt: skip
-def test_a_cut_group_is_refused_with_what_would_work(group, microbatch, fits):
+def test_a_group_cut_within_a_microbatch_is_refused_with_what_would_work(group, microbatch, fits):
     with pytest.raises(GeometryError, match=fits):
         Window(Recipe(16, group), Geometry(microbatch))
 

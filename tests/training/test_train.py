@@ -513,7 +513,7 @@ def test_command_line_errors_are_clear(tmp_path):
         "jaxaccum.train", "--config=configs/quickstart.py", "--config.microbatch=6",
         f"--workdir={tmp_path}",
     )  # fmt: skip
-    assert code == 1 and "use a microbatch of 8 or 16" in text and "Traceback" not in text
+    assert code == 1 and "take 2 or 4 or a multiple of 8" in text and "Traceback" not in text
     code, text = command("jaxaccum.evaluate", f"--workdir={tmp_path / 'none'}")
     assert code == 1 and "no such folder" in text and "Traceback" not in text
 
