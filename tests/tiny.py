@@ -53,6 +53,21 @@ def predicted(trained, source, out, **options):
     return json.loads((out / trained.task.results).read_text())
 
 
+def untrained(folder, config, names, facts=None):
+    """A network with its initial weights, as the best of a run."""
+    import numpy as np
+
+    from jaxaccum import tasks
+    from jaxaccum.training import checkpoint, inference
+
+    task = tasks.of(config).create(config, names, np.dtype(np.float32))
+    params, stats = task.initialise(0)
+    meta = {"fingerprint": "", "config": config.to_dict(), "names": list(names)}
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save_best(0, {"params": params, "stats": stats}, {**meta, "facts": facts or {}})
+    return inference.load(folder)
+
+
 def tiny_config(**changes):
     """A run on the embedded scenes at 64 px; `changes` are dotted fields."""
     config = configs.detection()

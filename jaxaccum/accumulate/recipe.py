@@ -161,7 +161,7 @@ class Window:
     def _is_one_group(self) -> bool:
         """Whether all samples of the window share statistics, wherever they are computed."""
         width = self.geometry.microbatch * self.geometry.devices
-        return self.recipe.bn_group == "all" and width < self.recipe.nbs
+        return self.recipe.group == self.recipe.nbs > width
 
     @property
     def together(self) -> int:

@@ -54,9 +54,11 @@ def rows(said: str) -> dict[str, tuple[str, list[float]]]:
 
 @pytest.mark.slow
 def test_processes_and_a_divided_state_are_one_run(tmp_path):
-    laid = ["12x1x1", "4x2x2p2", "4x1x4x2", "4x1x4x2p2"]
+    # The last has groups of four: two microbatches of each of two processes.
+    laid = ["12x1x1", "4x2x2p2", "4x1x4x2", "4x1x4x2p2", "1x6x2p2"]
     done = check(
         tmp_path, f"--geometries={','.join(laid)}", "--engines=scan", "--x64", "--updates=2",
+        "--config.bn_group=4",
         "--repeat", "--platform=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

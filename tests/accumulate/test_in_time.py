@@ -279,6 +279,7 @@ def test_groups_of_ones_own_are_refused():
         (16, "all", Geometry(4), 4, 4),
         (16, "all", Geometry(4, 2), 2, 2),
         (18, "all", Geometry(4, 2), 3, 3),
+        (18, 18, Geometry(4, 2), 3, 3),  # the same, said as a number
         (20, 8, Geometry(2), 4, 12),  # of whole groups
         (16, 8, Geometry(2, 4), 1, 2),
         (16, 8, Geometry(2, 2), 2, 4),

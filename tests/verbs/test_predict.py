@@ -13,38 +13,18 @@ import tiny
 import tiny_completion
 
 import jaxaccum
-from jaxaccum import data, draw, tasks
+from jaxaccum import data, draw
 from jaxaccum.config import ConfigError
 from jaxaccum.tasks import files, outputs
 from jaxaccum.tasks.predicting import paths_of, predict_files
-from jaxaccum.training import checkpoint, inference
-
-
-def a_model(folder, config, names, facts=None):
-    """An untrained network, as the best of a run."""
-    task = tasks.of(config).create(config, names, np.dtype(np.float32))
-    params, stats = task.initialise(0)
-    meta = {"fingerprint": "", "config": config.to_dict(), "names": list(names)}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save_best(0, {"params": params, "stats": stats}, {**meta, "facts": facts or {}})
-    return inference.load(folder)
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    return a_model(tmp_path_factory.mktemp("run") / "2d", tiny.tiny_config(), ("a", "b"))
-
-
-@pytest.fixture(scope="module")
-def detector3d(tmp_path_factory):
-    names = ("car", "person")
-    return a_model(tmp_path_factory.mktemp("run") / "3d", tiny.tiny_config3d(), names)
 
 
 @pytest.fixture(scope="module")
 def completion(tmp_path_factory):
     facts = {"normalised": True}
-    return a_model(tmp_path_factory.mktemp("c") / "r", tiny_completion.tiny_config(), (), facts)
+    return tiny.untrained(
+        tmp_path_factory.mktemp("c") / "r", tiny_completion.tiny_config(), (), facts
+    )
 
 
 def image(file: Path, seed: int = 0) -> bytes:

@@ -10,34 +10,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tiny
 
 import jaxaccum
-from jaxaccum import data, tasks
+from jaxaccum import data
 from jaxaccum.draw import videos
 from jaxaccum.tasks.predicting import predict_files
-from jaxaccum.training import checkpoint, inference
-
-
-def a_model(folder, config, names):
-    """An untrained network, as the best of a run."""
-    task = tasks.of(config).create(config, names, np.dtype(np.float32))
-    params, stats = task.initialise(0)
-    meta = {"fingerprint": "", "config": config.to_dict(), "names": list(names), "facts": {}}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save_best(0, {"params": params, "stats": stats}, meta)
-    return inference.load(folder)
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    return a_model(tmp_path_factory.mktemp("run") / "2d", tiny.tiny_config(), ("a", "b"))
-
-
-@pytest.fixture(scope="module")
-def detector3d(tmp_path_factory):
-    names = ("car", "person")
-    return a_model(tmp_path_factory.mktemp("run") / "3d", tiny.tiny_config3d(), names)
 
 
 def pictures(count, size=(48, 64), noise=False):
