@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_completion
-from test_predict import a_model, image
+from test_predict import image
 
 import jaxaccum
 from jaxaccum import data, full_evaluation
@@ -134,13 +134,13 @@ def test_an_error_of_the_device_ends_an_evaluation():
 def detector(tmp_path_factory):
     config = tiny.tiny_config(**{"eval.batch": 64})
     names = data.Scenes("val").names
-    return a_model(tmp_path_factory.mktemp("run") / "2d", config, names)
+    return tiny.untrained(tmp_path_factory.mktemp("run") / "2d", config, names)
 
 
 @pytest.fixture(scope="module")
 def detector26(tmp_path_factory):
     config = tiny.tiny_config(**{"model": "tiny-26-t", "eval.end_to_end": True})
-    return a_model(tmp_path_factory.mktemp("run") / "26", config, data.Scenes("val").names)
+    return tiny.untrained(tmp_path_factory.mktemp("run") / "26", config, data.Scenes("val").names)
 
 
 def test_of_predict(detector, detector26, tmp_path):
@@ -178,7 +178,7 @@ def test_of_evaluate(detector, capsys):
 @pytest.mark.slow
 def test_of_boxes_in_space(tmp_path, capsys):
     names = data.open_source3d("", "val").names
-    model = a_model(tmp_path / "3d", tiny.tiny_config3d(), names)
+    model = tiny.untrained(tmp_path / "3d", tiny.tiny_config3d(), names)
     told = full_evaluation.evaluate(model)["speed"]
     assert list(told["milliseconds"]) == ["reading and preparation", "network", "NMS"]
     assert told["at"] == "64 x 96 px" and told["left_out"] == 8
@@ -191,7 +191,7 @@ def test_of_boxes_in_space(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_of_clouds(tmp_path, capsys):
-    model = a_model(tmp_path / "c", tiny_completion.tiny_config(), (), {"normalised": True})
+    model = tiny.untrained(tmp_path / "c", tiny_completion.tiny_config(), (), {"normalised": True})
     (tmp_path / "in").mkdir()
     for i in range(2):
         data.write_cloud(tmp_path / "in" / f"{i}.npy", data.Shapes("val", length=2).complete(i))
