@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,6 @@ from jaxaccum.config import ConfigError
 from jaxaccum.data.texts import shown_path
 from jaxaccum.machine import onednn
 from jaxaccum.machine.waiting import waiting
-from jaxaccum.models import blocks
 from jaxaccum.tasks import Trained
 from jaxaccum.training.checkpoint import CheckpointError
 from jaxaccum.training.run import compute_dtype
@@ -30,6 +29,35 @@ _SUFFIXES = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Suppression:
+    """How a program chooses among its boxes; see `metrics.detection.nms`.
+
+    Attributes:
+      conf: scores are above it. iou: of two boxes of a class that overlap more, one is left.
+      max_det: K, boxes of an image at most.
+    """
+
+    conf: float = 0.25
+    iou: float = 0.7
+    max_det: int = 300
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det > 0):
+            raise ConfigError(
+                f"--conf and --iou are in [0, 1] and --max_det is positive; got {self}"
+            )
+
+    def described(self, others: Sequence[str]) -> str:
+        """What the program gives."""
+        of_them = f"; {', '.join(others)} of these boxes" if others else ""
+        return (
+            "boxes (N, K, 4) x1 y1 x2 y2 in pixels, scores (N, K), the highest first, 0 where "
+            f"there are fewer, classes (N, K) int32, K = {self.max_det} or the anchors if these "
+            f"are fewer, after non-maximum suppression{of_them}"
+        )
+
+
 def write(
     trained: Trained,
     file: Path,
@@ -37,6 +65,8 @@ def write(
     batch: int = 0,
     format: str = "",
     end_to_end: bool | None = None,
+    nms: bool = False,
+    **choice: float,
 ) -> dict[str, Any]:
     """Writes FILE, the program, and FILE.json, what it takes and gives.
 
@@ -54,30 +84,42 @@ def write(
       platforms: a StableHLO program can run on.
       batch: samples per call; 0 for any number.
       format: "stablehlo"; or "onnx", in float32 and with the names that the task gives (`images`,
-        `boxes` and `probabilities` of a detector), which needs the package jax2onnx; "" goes by the
+        `boxes` and `probabilities` of a detector), which needs the package onnx; "" goes by the
         suffix of the file, and is StableHLO for a file without one.
       end_to_end: by the one-to-one branch, or not; None: as its config says.
+      nms: of ONNX, with non-maximum suppression inside: boxes (N, K, 4), scores (N, K), the highest
+        first, 0 where there are fewer, classes (N, K), and what else there is of these boxes.
+      choice: with nms, what `Suppression` has: `conf`, `iou`, `max_det`.
     Returns:
       what FILE.json holds.
     Raises:
       CheckpointError: the file cannot be written.
       ConfigError: an unknown platform, format or suffix, a format that the suffix contradicts,
-        ONNX without its package or of no detector, or there is no such branch.
+        ONNX without its package, or of a program that has no form in it, or there is no such
+        branch, or no boxes to suppress.
     """
     if not platforms or not set(platforms) <= set(_KNOWN):
         raise ConfigError(f"platforms are of {', '.join(_KNOWN)}; got {', '.join(platforms)!r}")
     format = format_of(file, format)
     trained = trained.with_end_to_end(end_to_end)
+    if choice and not nms:
+        raise ConfigError(f"--{', --'.join(choice)}: only with --nms, which is not given")
+    suppression = Suppression(**choice) if nms else None  # type: ignore[arg-type]
+    if suppression and format != "onnx":
+        raise ConfigError("--nms is for ONNX: StableHLO has no operation that suppresses boxes")
     make_folder(file)
     with waiting("exporting"):
-        program, facts = (onnx if format == "onnx" else stablehlo)(trained, batch, platforms)
+        if format == "onnx":
+            program, facts = onnx(trained, batch, suppression)
+        else:
+            program, facts = stablehlo(trained, batch, platforms)
     facts = {
         "model": trained.config.model,
         "names": list(trained.names),
         "batch": batch or "any",
         "format": format,
-        **facts,
         **trained.task.interface(trained).facts,
+        **facts,
     }
     try:
         file.write_bytes(program)
@@ -151,34 +193,47 @@ def stablehlo(trained: Trained, batch: int, platforms: Sequence[str]):
     return exported.serialize(), facts
 
 
-def onnx(trained: Trained, batch: int, platforms: Sequence[str]):
+def onnx(trained: Trained, batch: int, suppression: Suppression | None):
     """The program as bytes, and facts of it. It runs wherever its runtime does."""
-    del platforms
     interface = trained.task.interface(trained)
     if interface.onnx is None:
         raise ConfigError(
-            f"{trained.config.model} is no detector of 2D boxes: the task {trained.task.name} "
-            "names no inputs and outputs for ONNX"
+            f"{trained.config.model}: the task {trained.task.name} names no inputs and outputs for "
+            "ONNX"
         )
     try:
-        jax2onnx = importlib.import_module("jax2onnx")
+        from jaxaccum import onnx_writer
     except ImportError as error:
         raise ConfigError(
-            f"--format=onnx needs the package jax2onnx ({error}): pip install onnx-ir equinox "
-            "dm-pix, then pip install --no-deps jax2onnx (it asks for an orbax-checkpoint older "
-            "than the one that reads the checkpoints, but does not use it)"
+            f"--format=onnx needs the package onnx ({error}): pip install onnx"
         ) from error
     config = trained.config.copy_and_resolve_references()
     with config.unlocked():
         config.update(dtype="float32", remat=False)
     task = type(trained.task).create(config, trained.names, jnp.float32)
     params, stats = jax.device_get((trained.params, trained.stats))
-    with blocks.portable(), onednn.without():
-        program = jax2onnx.to_onnx(
-            lambda *inputs: task.predict(params, stats, *inputs),
-            [jax.ShapeDtypeStruct((batch or "n", *s.shape), s.dtype) for s in interface.inputs],
-            model_name=trained.config.model,
-            input_names=interface.onnx[0],
-            output_names=interface.onnx[1],
-        )
-    return program.SerializeToString(), {"opset": program.opset_import[0].version}
+    inputs, outputs = interface.onnx
+    facts: dict[str, Any] = {}
+    if suppression is not None:
+        if not interface.candidates:
+            raise ConfigError(
+                f"--nms: {trained.config.model} gives no boxes that non-maximum suppression "
+                "chooses from, or has chosen by its one-to-one branch"
+            )
+        outputs = ["boxes", "scores", "classes", *outputs[2:]]
+        facts = {"output": suppression.described(outputs[3:]), **dataclasses.asdict(suppression)}
+
+    def program(*arrays: Any) -> Any:
+        found = jax.tree.leaves(task.predict(params, stats, *arrays))
+        if suppression is None:
+            return found
+        return onnx_writer.best_of(*found, **dataclasses.asdict(suppression))
+
+    count = batch or jax_export.symbolic_shape(onnx_writer.BATCH)[0]
+    shapes = [jax.ShapeDtypeStruct((count, *s.shape), s.dtype) for s in interface.inputs]
+    try:
+        with onednn.without():
+            model = onnx_writer.to_onnx(program, shapes, trained.config.model, inputs, outputs)
+    except onnx_writer.UnwritableError as error:
+        raise ConfigError(f"{trained.config.model}: {error}") from error
+    return model.SerializeToString(), {"opset": onnx_writer.OPSET, **facts}

@@ -7,16 +7,13 @@ parameter's path, joined by dots, is its key. Every block is called as `block(x,
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxaccum.accumulate import GroupBatchNorm, Groups
 from jaxaccum.models import ops
@@ -73,40 +70,13 @@ def _rematerialised_backward(function, in_segments, residuals, cotangents):
 rematerialised.defvjp(_rematerialised_forward, _rematerialised_backward)
 
 
-_PORTABLE = ContextVar("portable", default=False)
-
-
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """Detectors traced inside use operations that exporters to other formats know.
-
-    Nothing that depends on the platform, and no windows but those of convolutions.
-    """
-    token = _PORTABLE.set(True)
-    try:
-        yield
-    finally:
-        _PORTABLE.reset(token)
-
-
-def max_pool(x: jax.Array, size: int) -> jax.Array:
-    """Max pool with stride 1 that keeps the size. x: (N, H, W, C), size odd."""
-    if not _PORTABLE.get():
-        return ops.max_pool(x, size)
-    for axis in (1, 2):  # a pixel outside of the image is as good as the nearest one inside
-        places, last = np.arange(x.shape[axis]), x.shape[axis] - 1
-        near = (np.clip(places + i - size // 2, 0, last) for i in range(size))
-        x = functools.reduce(jnp.maximum, [jnp.take(x, i, axis=axis, mode="clip") for i in near])
-    return x
-
-
 def conv2d(features: int, kernel: int, stride: int = 1, groups: int = 1, **options) -> nn.Conv:
     """A convolution padded by kernel // 2 on every side, also at stride 2."""
     pad = kernel // 2
     return nn.Conv(
         features, (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)),
         feature_group_count=groups,
-        conv_general_dilated=None if _PORTABLE.get() else ops.conv_general_dilated, **options,
+        conv_general_dilated=ops.conv_general_dilated, **options,
     )  # fmt: skip
 
 
@@ -231,7 +201,7 @@ class SPPF(nn.Module):
         first = Conv(x.shape[-1] // 2, silu=not self.residual, dtype=self.dtype, name="cv1")
         stages = [first(x, groups)]
         for _ in range(3):
-            stages.append(max_pool(stages[-1], self.size))
+            stages.append(ops.max_pool(stages[-1], self.size))
         y = jnp.concatenate(stages, axis=-1)
         y = Conv(self.features, dtype=self.dtype, name="cv2")(y, groups)
         return x + y if self.residual and x.shape[-1] == self.features else y

@@ -125,11 +125,14 @@ class Interface:
       inputs: shapes and dtypes of a sample's inputs, without the axis of samples.
       facts: the same in words, and what else a caller must know.
       onnx: names of inputs and outputs of the program as ONNX; None: it is not written as ONNX.
+      candidates: whether the first outputs are boxes (N, A, 4) and class probabilities
+        (N, A, classes), and all others (N, A, ...), for non-maximum suppression to choose from.
     """
 
     inputs: list[jax.ShapeDtypeStruct]
     facts: dict[str, Any]
     onnx: tuple[list[str], list[str]] | None = None
+    candidates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -581,7 +581,7 @@ def test_the_exported_program(workdir, tmp_path, flag):
 
 
 def test_the_program_as_onnx(workdir, tmp_path):
-    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     file = tmp_path / "program.onnx"
     export.export(workdir, file, batch=2, end_to_end=True)

@@ -363,7 +363,8 @@ class CompletionTask(Task):
             "input": f"partial clouds (N, {points}, 3) float32, {frame}{captions}",
             "output": f"complete clouds (N, {self.model.num_points}, 3), in the same frame",
         }
-        return Interface(inputs, facts)
+        names = ["partial", "captions"][: len(inputs)], ["complete"]
+        return Interface(inputs, facts, names)
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:

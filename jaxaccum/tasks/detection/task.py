@@ -404,7 +404,7 @@ class DetectionTask(Task):
             **self.choices(),
         }
         image = jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)
-        return Interface([image], facts, (["images"], names))
+        return Interface([image], facts, (["images"], names), candidates=not self.end_to_end)
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:

@@ -313,14 +313,16 @@ class Detection3DTask(Task):
             jax.ShapeDtypeStruct((height, width, 3), jnp.uint8),
             jax.ShapeDtypeStruct((3, 4), jnp.float32),
         ]
-        return Interface(inputs, {
+        facts = {
             "image_size": [height, width],
             "input": "images (N, height, width, 3) uint8 RGB, letterboxed, and cameras (N, 3, 4) "
             "that project metres to their pixels",
             "output": "boxes (N, A, 4) x1 y1 x2 y2 in pixels, class probabilities (N, A, classes), "
             "bottom centres (N, A, 3) x y z and sizes (N, A, 3) height width length in metres, "
             "yaw (N, A) in radians",
-        })  # fmt: skip
+        }
+        outputs = ["boxes", "probabilities", "locations", "sizes", "yaw"]
+        return Interface(inputs, facts, (["images", "cameras"], outputs), candidates=True)
 
     @classmethod
     def adopt(cls, found: Weights, name: str, names: Sequence[str], source: Path) -> Adopted:
