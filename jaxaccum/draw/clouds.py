@@ -118,7 +118,7 @@ def draw_cloud(
 
 def draw_completion(
     partial: ArrayLike,
-    predicted: ArrayLike,
+    predicted: ArrayLike | None,
     target: ArrayLike | None = None,
     *,
     title: str = "",
@@ -129,7 +129,7 @@ def draw_completion(
 
     Args:
       partial: (n, 3), as given to the network.
-      predicted: (P, 3).
+      predicted: (P, 3), or None for a sample alone.
       target: (Q, 3), or None where there is none.
       title: a line above the panels; none if empty.
       size: side of a panel in pixels.
@@ -141,7 +141,9 @@ def draw_completion(
     Raises:
       ValueError: as `draw_cloud`, or without views.
     """
-    roles = [("input", partial, PARTIAL), ("prediction", predicted, PREDICTED)]
+    roles = [("input", partial, PARTIAL)]
+    if predicted is not None:
+        roles.append(("prediction", predicted, PREDICTED))
     if target is not None:
         roles.append(("target", target, TARGET))
     panels = []

@@ -258,6 +258,43 @@ class ScanMetrics:
         return found | {"mmd": float(best.mean())}
 
 
+def tables(found: Mapping[str, float]) -> list[str]:
+    """Metrics as lines of tables by category, one for each split.
+
+    Args:
+      found: as `CompletionMetrics.compute` has them, behind the prefixes "unseen/" and, where there
+        are these modes, "easy/", "median/" and "hard/", with their means behind none.
+    """
+    lines: list[str] = []
+    for split in ("", "unseen/"):
+        if f"{split}cd_l1" not in found:
+            continue
+        modes = [m for m in ("easy/", "median/", "hard/") if f"{split}{m}cd_l1" in found]
+        columns = [f"{split}{mode}cd_l1" for mode in modes] + [f"{split}{key}" for key in SCORES]
+        titles = [f"{mode[:-1]} CD-L1" for mode in modes] + ["CD-L1", "CD-L2", "F-Score"]
+        start = f"{split}cd_l1/"
+        names = [key.removeprefix(start) for key in found if key.startswith(start)]
+        lines.append(f"{split[:-1] or 'distances x 1000':22}" + "".join(f"{t:>14}" for t in titles))
+        for name in [*names, ""]:
+            values = [found[f"{key}/{name}" if name else key] for key in columns]
+            cells = (f"{v:14.4f}" if k.endswith("f_score") else f"{v:14.3f}"
+                     for k, v in zip(columns, values, strict=True))  # fmt: skip
+            lines.append(f"{name or 'mean of the categories':22}" + "".join(cells))
+    for key, said in _OF_SCANS.items():
+        if key in found:
+            lines.append(f"{said:50}{found[key]:8.3f}")
+    return lines
+
+
+_OF_SCANS = {
+    "fidelity": "fidelity of real scans, x 1000",
+    "fidelity/scan": "fidelity without the zeros that fill a scan up",
+    "mmd": "minimal matching distance, x 1000",
+    "retrieval": "captions found by the completed clouds",
+    "retrieval_of_truth": "captions found by the true clouds",
+}
+
+
 def fidelity(partial: ArrayLike, prediction: ArrayLike) -> float:
     """How well a prediction keeps its input: 1000 * mean squared distance of the input to it.
 

@@ -22,6 +22,7 @@ _TITLES = {
     "confusion": "What was taken for what, of the best weights",
     "batch": "The first samples, as the network sees them", "labels": "The training set",
 }  # fmt: skip
+_COUNTS = ("step", "samples", "categories")
 _PACKAGES = ("jaxaccum", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
@@ -47,7 +48,7 @@ def results(found: Sequence[Mapping[str, Any]], monitor: str) -> Image:
     measured = [r for r in found if r.get("kind") == "eval"]
     plain = [
         k for k, v in (measured[-1] if measured else {}).items()
-        if isinstance(v, float) and "/" not in k and k not in ("step", monitor)
+        if isinstance(v, float) and "/" not in k and k not in (*_COUNTS, monitor)
     ]  # fmt: skip
     for key in [monitor, *plain[:5]] if measured else []:
         panels[key.replace("_", " ")] = {key: _curve(measured, key)}

@@ -329,3 +329,31 @@ def test_baselines_are_the_partial_cloud_and_the_nearest_training_shape():
     assert baselines.mean([partial, nearest])["cd_l1"] == pytest.approx(
         (partial["cd_l1"] + nearest["cd_l1"]) / 2
     )
+
+
+def test_tables_have_a_line_for_every_category_of_every_split():
+    of = {"cd_l1": 2.5, "cd_l2": 1.25, "f_score": 0.5}
+    plain = of | {
+        f"{k}/{name}": v * i for k, v in of.items() for i, name in enumerate(("car", "bed"))
+    }
+    assert completion.tables(plain | {"samples": 9.0, "micro/cd_l1": 7.0}) == [
+        "distances x 1000               CD-L1         CD-L2       F-Score",
+        "car                            0.000         0.000        0.0000",
+        "bed                            2.500         1.250        0.5000",
+        "mean of the categories         2.500         1.250        0.5000",
+    ]
+    modes = {
+        f"{m}/{k}": i * v
+        for i, m in enumerate(("easy", "median", "hard"))
+        for k, v in plain.items()
+    }
+    found = {f"{p}{k}": v for p in ("", "unseen/") for k, v in (plain | modes).items()}
+    lines = completion.tables(found)
+    assert len(lines) == 8 and lines[4].startswith("unseen  ")
+    assert lines[0].split()[3:] == [
+        "easy", "CD-L1", "median", "CD-L1", "hard", "CD-L1", "CD-L1", "CD-L2", "F-Score"
+    ]  # fmt: skip
+    assert lines[6].split() == ["bed", "0.000", "2.500", "5.000", "2.500", "1.250", "0.5000"]
+    scans = {"fidelity": 1.5, "fidelity/scan": 1.25, "samples": 3.0, "mmd": 0.5}
+    assert [line.split()[-1] for line in completion.tables(scans)] == ["1.500", "1.250", "0.500"]
+    assert completion.tables({"samples": 0.0}) == []

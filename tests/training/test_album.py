@@ -1,15 +1,20 @@
 """The pictures and the report of a run: there, whole, of the best weights, and no run's end."""
 
 import base64
+import html
 import html.parser
+import json
 import re
+import shutil
+import subprocess
 
 import cv2
 import numpy as np
 import pytest
+import tiny_completion
 from tiny import tiny_config, tiny_config3d
 
-from jaxaccum import train
+from jaxaccum import data, tasks, train
 from jaxaccum.draw import figures
 from jaxaccum.training import album, logs, report
 
@@ -81,14 +86,86 @@ def test_without_a_report_there_is_none(tmp_path):
     assert not (tmp_path / album.FOLDER).exists() and not (tmp_path / "report.html").exists()
 
 
+# A page as a browser sees it: a script at its end writes into it what came of every image, and
+# errors.
+SEEN = """<pre id=seen></pre><script>
+const errors = []; addEventListener("error", (e) => errors.push(e.message), true);
+addEventListener("load", () => {
+  const shades = (i) => {
+    const c = document.createElement("canvas");
+    c.width = i.naturalWidth; c.height = i.naturalHeight;
+    const d = c.getContext("2d"); d.drawImage(i, 0, 0);
+    return new Set(d.getImageData(0, 0, c.width, c.height).data).size;
+  };
+  const images = [...document.images].map((i) => [i.naturalWidth, i.naturalHeight,
+    Math.round(i.getBoundingClientRect().width), shades(i)]);
+  const wide = document.documentElement.scrollWidth <= innerWidth;
+  document.getElementById("seen").textContent =
+    `seen:${JSON.stringify({images, errors, wide})}:end`;
+});
+</script>"""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def opened(file, tmp_path):
+    """A page as a browser opens it: sizes of its images, errors, and whether it fits its width."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium here, which would open the report")
+    page = tmp_path / "page.html"
+    page.write_text(file.read_text() + SEEN)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000",
+               "--window-size=1200,900", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search("seen:({.*}):end", done.stdout)
+    assert found, done.stderr[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+def looked_at(file, tmp_path, count):
+    seen = opened(file, tmp_path)
+    assert seen["errors"] == [] and seen["wide"] and len(seen["images"]) == count
+    for width, height, shown, shades in seen["images"]:
+        assert width > 100 and height > 50 and 100 < shown <= 1100 and shades > 20
+
+
+def test_a_browser_shows_all_of_it(reported, tmp_path):
+    looked_at(reported / "report.html", tmp_path, len(NAMES))
+
+
 @pytest.mark.slow
-@pytest.mark.long
-def test_another_task_has_one(tmp_path):
-    changes = {"log.report": True, "steps": 3, "data.path": ""}
-    train.train(tiny_config3d(**changes), tmp_path)
-    page = Parsed((tmp_path / "report.html").read_text())
-    assert len(page.images) >= 2
-    assert re.search(r"mean absolute error", (tmp_path / "report.html").read_text())
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(tiny_config3d, "mean absolute error"), (tiny_completion.tiny_config, "CD-L1")],
+    ids=["3d", "clouds"],
+)
+def test_the_other_tasks_have_one(config, said, tmp_path):
+    train.train(config(**{"log.report": True, "steps": 3}), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    page = Parsed(text)
+    assert {f.stem for f in (tmp_path / album.FOLDER).iterdir()} == {
+        "batch", "labels", "validation", "results"
+    }  # fmt: skip
+    assert len(page.images) == 4 and all(image.std() > 5 for image in page.images)
+    assert said in text
+    looked_at(tmp_path / "report.html", tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_samples_in_space_are_drawn_as_they_are_learned():
+    """Boxes lie on the objects after the image was turned round, and a padded row draws nothing."""
+    task = tasks.of(tiny_config3d()).create(tiny_config3d(), data.open_source3d("", "train").names,
+                                            np.dtype(np.float32))  # fmt: skip
+    source = data.open_source3d("", "train")
+    batch = next(iter(data.eval_batches3d(source, size=task.size, batch=4)))
+    drawn = task.drawn_samples(source, batch, 3)
+    assert len(drawn) == 3
+    for i, picture in enumerate(drawn):
+        assert picture.shape == batch["image"][i].shape
+        assert (picture != batch["image"][i]).any() == bool(batch["valid"][i].any())
+    batch["weight"][1:] = 0
+    assert len(task.drawn_samples(source, batch, 3)) == 1
 
 
 def test_lines_that_are_none_are_left_out(tmp_path):

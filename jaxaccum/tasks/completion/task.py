@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +18,11 @@ from jaxaccum.accumulate import Groups, Objective, Output, Term, sample_keys
 from jaxaccum.data.cloud_ops import NUM_INPUT
 from jaxaccum.data.cloud_sources import CroppedClouds
 from jaxaccum.data.formats.cloud_files import SUFFIXES
+from jaxaccum.draw import clouds as draw_clouds
+from jaxaccum.draw import figures
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses.chamfer import chamfer_l1
+from jaxaccum.metrics import completion as metrics
 from jaxaccum.models import completion, points
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.completion import captioned, pack, predict
@@ -325,6 +329,10 @@ class CompletionTask(Task):
             f"F-Score {best['f_score']:.4f}"
         )
 
+    def tables(self, found: dict[str, float]) -> list[str]:
+        """Distances by category, of each split and mode."""
+        return metrics.tables(found)
+
     def readable(self, record: dict[str, Any]) -> dict[str, float]:
         """CD-L1 x 1000 of every Chamfer term, without its gain."""
         gains = zip(("coarse", "fine", "denoise"), self.gains, strict=True)
@@ -337,6 +345,24 @@ class CompletionTask(Task):
     def read_file(self, path: Path) -> Iterator[Sample]:
         """A cloud."""
         return predict.read_cloud(path)
+
+    def drawn_samples(self, source: Any, batch: Any, count: int) -> list[np.ndarray]:
+        """Partial clouds beside the complete ones that are to be found."""
+        clouds, _ = captioned.parts(source)
+        return [
+            draw_clouds.draw_completion(
+                batch["partial"][i], None, batch["complete"][i],
+                title=clouds.names[clouds.category(int(batch["index"][i]))],
+            )
+            for i in np.flatnonzero(np.asarray(batch["weight"]) > 0)[:count]
+        ]  # fmt: skip
+
+    def drawn_source(self, source: Any) -> dict[str, np.ndarray]:
+        """How many clouds of which category."""
+        clouds, _ = captioned.parts(source)
+        counts = Counter(clouds.category(i) for i in range(len(clouds)))
+        named = {name: counts[i] for i, name in enumerate(clouds.names)}
+        return {"labels": figures.bars(named, f"{len(clouds)} clouds")}
 
     def sample(self, value: Any) -> Sample:
         """A cloud in memory."""

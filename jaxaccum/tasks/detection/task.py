@@ -344,11 +344,8 @@ class DetectionTask(Task):
 
     def drawn_source(self, source: data.Source) -> dict[str, np.ndarray]:
         """How many objects of which class."""
-        counts = np.zeros(len(source.names), int)
-        for i in range(len(source)):
-            counts += np.bincount(source.objects(i).classes, minlength=len(counts))
-        named = dict(zip(source.names, counts.tolist(), strict=True))
-        return {"labels": figures.bars(named, f"objects in {len(source)} images")}
+        classes = [source.objects(i).classes for i in range(len(source))]
+        return {"labels": figures.counted(classes, source.names, f"{len(source)} images")}
 
     def drawn_evaluation(self, evaluator: Any) -> dict[str, Callable[[], np.ndarray]]:
         """Precision and recall by confidence, and a confusion matrix."""

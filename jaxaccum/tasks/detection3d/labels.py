@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,24 @@ def chosen(labels: kitti.Labels, rows: np.ndarray) -> kitti.Labels:
     }
     kinds = tuple(kind for kind, keep in zip(labels.kinds, rows, strict=True) if keep)
     return kitti.Labels(kinds, **values)
+
+
+def of_sample(batch: Mapping[str, Any], row: int, names: Sequence[str]) -> kitti.Labels:
+    """The objects of a sample as the network learns them.
+
+    Args:
+      batch: of training. row: of the sample. names: of the classes.
+    """
+    real = np.asarray(batch["valid"][row], bool)
+    boxes, classes, where, sizes, yaw = (
+        np.asarray(batch[key][row])[real]
+        for key in ("boxes", "classes", "locations", "dimensions", "yaw")
+    )
+    n, kinds = len(yaw), tuple(names[c] for c in classes)
+    unknown, alpha = np.full(n, -1, np.float32), np.full(n, -10, np.float32)
+    return kitti.Labels(
+        kinds, unknown, unknown.astype(np.int32), alpha, boxes, sizes, where, yaw, None
+    )
 
 
 def none() -> kitti.Labels:

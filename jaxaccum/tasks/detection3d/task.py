@@ -17,6 +17,8 @@ from jaxaccum.accumulate import Groups, Objective, Output
 from jaxaccum.data import check
 from jaxaccum.data.base import require_objects
 from jaxaccum.data.formats import packed
+from jaxaccum.draw import boxes3d as draw_boxes3d
+from jaxaccum.draw import figures
 from jaxaccum.fields import ConfigError, Fields
 from jaxaccum.losses import boxes3d as losses
 from jaxaccum.losses import detection
@@ -25,7 +27,7 @@ from jaxaccum.models import boxes3d, yolo
 from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt, class_weights
-from jaxaccum.tasks.detection3d import predict
+from jaxaccum.tasks.detection3d import labels, predict
 from jaxaccum.tasks.detection3d.evaluator import Evaluator
 from jaxaccum.tasks.detection3d.fields import FIELDS, as_original
 from jaxaccum.tasks.results import Predictor, Sample
@@ -291,6 +293,21 @@ class Detection3DTask(Task):
     def read_file(self, path: Path) -> Iterator[Sample]:
         """An image, or the frames of an animation or a video, or the pages of a TIFF."""
         return files.read_pictures(path)
+
+    def drawn_samples(self, source: Any, batch: Any, count: int) -> list[np.ndarray]:
+        """Training images with their boxes in space, after augmentation."""
+        return [
+            draw_boxes3d.draw(
+                np.asarray(batch["image"][i]), labels.of_sample(batch, i, source.names),
+                batch["camera"][i], text=min(self.size) >= 192,
+            )
+            for i in np.flatnonzero(np.asarray(batch["weight"]) > 0)[:count]
+        ]  # fmt: skip
+
+    def drawn_source(self, source: data.Source3D) -> dict[str, np.ndarray]:
+        """How many objects of which class."""
+        classes = [source.objects(i).classes for i in range(len(source))]
+        return {"labels": figures.counted(classes, source.names, f"{len(source)} images")}
 
     def sample(self, value: Any) -> Sample:
         """An image in memory."""
