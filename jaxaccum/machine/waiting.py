@@ -15,6 +15,14 @@ from tqdm import tqdm
 
 _TICK = 0.5  # seconds between two looks
 _DELAY = 2.0  # seconds before a terminal's line appears
+SILENCE = 4.0  # seconds without a line, after which one is due while something is young
+_heard = time.monotonic() - time.process_time()  # nothing since the process began, about
+
+
+def heard() -> None:
+    """Says that a line was printed."""
+    global _heard
+    _heard = time.monotonic()
 
 
 def moments() -> Iterator[float]:
@@ -65,8 +73,11 @@ class _Wait:
         if sys.stderr.isatty():
             if self.seconds >= _DELAY:
                 self._draw()
-        elif self.seconds >= self._due:
+        elif self.seconds >= self._due or (
+            _DELAY <= self.seconds < 60 and time.monotonic() - _heard >= SILENCE
+        ):
             print(self, file=sys.stderr, flush=True)
+            heard()
             while self._due <= self.seconds:
                 self._due = next(self._moments)
 
@@ -142,7 +153,8 @@ def silent() -> Iterator[None]:
 def waiting(what: str, total: int = 0, unit: str = "") -> Iterator[Callable[[int], None]]:
     """Says on stderr what is going on while the block runs, if that takes longer than seconds.
 
-    On a terminal that is a line that counts and goes away; elsewhere plain lines, at `moments`. Of
+    On a terminal that is a line that counts and goes away; elsewhere plain lines, at `moments` and,
+    for a minute, after some silence. Of
     blocks in blocks the innermost is said. A block that is over soon costs microseconds.
 
     Args:

@@ -115,6 +115,8 @@ class Journal:
         self._since.update({k: v for k, v in log.items() if k.startswith("loss")})
         if self._cadence.due("log", int(log["step"])) and self._peers.first:
             self._write(number, log)
+        else:
+            self._console.sign()
         return True
 
     def evaluation(

@@ -22,8 +22,11 @@ from tqdm import tqdm
 
 from jaxaccum.data.texts import shown
 from jaxaccum.draw import Image, encode_image
-from jaxaccum.machine.waiting import Bar, width
+from jaxaccum.machine.waiting import Bar, heard, width
 from jaxaccum.training.workdir import WorkdirError, why_not_written
+
+# Without a bar, a run says how far it is after so many seconds of silence, for so many.
+_SILENCE, _YOUNG = 3.0, 600.0
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -280,7 +283,8 @@ class Console:
         self._clock = clock
         self._samples_per_update = samples_per_update
         self._unit = unit
-        self._left = total_updates - start
+        self._total, self._left = total_updates, total_updates - start
+        self._began = self._said = clock()
         self._paused = 0.0
         self._samples = 0
         # (seconds, samples) after each recent update, and one before the first.
@@ -323,6 +327,13 @@ class Console:
             with self._while_there():
                 self._bar.update(n)
 
+    def sign(self) -> None:
+        """Says how far a young run is, where there is no bar and nothing was said for seconds."""
+        now, rate = self._clock(), self.per_second
+        if self._bar is None and now - self._said >= _SILENCE and now - self._began < _YOUNG:
+            done = f"{self._total - self._left:>{len(str(self._total))}}/{self._total}"
+            self.line(f"update {done} | {rate:.1f} {self._unit}/s")
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent in this block (an evaluation, a checkpoint) is not training time."""
@@ -334,6 +345,8 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
+        self._said = self._clock()
+        heard()
         with self._while_there():
             if self._gone:
                 return

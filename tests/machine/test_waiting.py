@@ -60,6 +60,26 @@ def test_what_is_over_soon_is_not(stderr):
     assert stderr.getvalue() == ""
 
 
+def test_a_wait_after_a_silence_is_said_sooner(monkeypatch):
+    """The seconds without a word count, not those of the wait alone."""
+    stream = Stream(False)
+    monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=stream))
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    module.heard()
+    wait = module._Wait("evaluating", 0, "")
+    for now[0] in (1001.0, 1002.5, 1003.5):
+        wait.say()
+    assert stream.getvalue() == ""
+    later = module._Wait("evaluating", 0, "")  # begins 3.5 s after the last word
+    for now[0] in (1004.5, 1005.6, 1006.0, 1007.4):
+        later.say()
+    assert stream.getvalue() == "evaluating: 2 s\n"
+    for now[0] in (1007.6, 1008.0):  # four seconds of its own
+        later.say()
+    assert stream.getvalue() == "evaluating: 2 s\nevaluating: 4 s\n"
+
+
 def test_the_innermost_is_said(stderr):
     with waiting("outside"):
         with waiting("inside"):

@@ -308,6 +308,35 @@ def test_console_keeps_its_bar_below_the_lines():
     assert "120/520" in text.split("one line")[1]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_young_run_is_not_silent_where_there_is_no_bar(terminal):
+    stream, clock = Terminal() if terminal else io.StringIO(), Clock()
+    console = Console(5000, 0, 8, stream=stream, clock=clock)
+    for _ in range(1000):
+        clock.now += 1
+        console.update()
+        console.sign()
+    console.close()
+    lines = stream.getvalue().splitlines()
+    if terminal:
+        assert not [line for line in lines if line.startswith("update")]
+        return
+    assert lines[:2] == ["update    3/5000 | 8.0 images/s", "update    6/5000 | 8.0 images/s"]
+    assert len(lines) == 199  # every three seconds for ten minutes, then no more
+
+
+def test_a_line_is_no_silence():
+    stream, clock = io.StringIO(), Clock()
+    console = Console(50, stream=stream, clock=clock)
+    for _ in range(5):
+        clock.now += 2
+        console.line("said")
+        clock.now += 2
+        console.update()
+        console.sign()
+    assert stream.getvalue() == "said\n" * 5
+
+
 def test_format_line_of_an_update():
     record = {
         "step": 120,

@@ -283,7 +283,11 @@ class DetectionTask(Task):
         if not (config.augment.mosaic or config.augment.mixup):
             return self._chosen()
         until = mosaic_until(config, samples, len(source)) // config.nbs
-        lines = [f"mosaic and mixup until update {until} (augment.close_mosaic)"]
+        lines = [
+            f"mosaic and mixup until update {until} (augment.close_mosaic)" if until else
+            "no mosaic or mixup: the run is no longer than augment.close_mosaic="
+            f"{config.augment.close_mosaic:g} epochs"
+        ]  # fmt: skip
         return [*lines, *self._chosen()]
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
