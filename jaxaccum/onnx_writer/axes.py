@@ -246,6 +246,17 @@ def _reduce(graph: Graph, equation: Any, x: Value) -> list[Value]:
     return [graph.value(name, equation.outvars[0].aval, order)]
 
 
+@rule("reduce_or", "reduce_and")
+def _any_or_all(graph: Graph, equation: Any, x: Value) -> list[Value]:
+    if x.dtype != np.bool_:
+        raise UnwritableError("arithmetic on bits")
+    kind = "ReduceMax" if equation.primitive.name == "reduce_or" else "ReduceMin"
+    number = graph.add("Cast", [graph.tensor(x)], to=element_type(np.int32))
+    name = graph.add(kind, [number, graph.integers(equation.params["axes"])], keepdims=0)
+    out = equation.outvars[0].aval
+    return [graph.value(graph.add("Cast", [name], to=element_type(np.bool_)), out)]
+
+
 @rule("argmax", "argmin")
 def _where_best(graph: Graph, equation: Any, x: Value) -> list[Value]:
     (axis,) = equation.params["axes"]

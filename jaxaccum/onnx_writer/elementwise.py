@@ -90,13 +90,15 @@ for _primitive, _kind in _SAME_NAME.items():
     elementwise(_primitive)(_plainly(_kind))
 
 
-def _per_channel(value: Value, by: Value) -> np.ndarray | None:
+def _per_channel(value: Value, by: Value, shape: Sequence[Any]) -> np.ndarray | None:
     """A constant as one number, or one for each feature of a convolution's result."""
     if value.convolution is None or by.constant is None or by.dtype != value.dtype:
         return None
+    axis = value.order[1]
+    if value.shape != tuple(shape) or axis in value.stretched:  # its result is larger than itself
+        return None
     if by.constant.size == 1:
         return by.constant.reshape(1)
-    axis = value.order[1]
     if by.rank != value.rank or by.constant.shape[axis] != by.constant.size:
         return None
     return by.constant.reshape(-1)
@@ -105,8 +107,8 @@ def _per_channel(value: Value, by: Value) -> np.ndarray | None:
 @rule("add", "sub", "mul", "div")
 def _arithmetic(graph: Graph, equation: Any, a: Value, b: Value) -> list[Value]:
     """What follows a convolution and is one number for a feature goes into its kernel and bias."""
-    name, folded = equation.primitive.name, None
-    if (by := _per_channel(a, b)) is not None and a.convolution is not None:
+    name, folded, shape = equation.primitive.name, None, equation.outvars[0].aval.shape
+    if (by := _per_channel(a, b, shape)) is not None and a.convolution is not None:
         folded = {
             "add": lambda c: c.shifted(by),
             "sub": lambda c: c.shifted(-by),
@@ -114,7 +116,7 @@ def _arithmetic(graph: Graph, equation: Any, a: Value, b: Value) -> list[Value]:
             "div": lambda c: c.scaled(1 / by),
         }[name](a.convolution)
         return [dataclasses.replace(a, convolution=folded)]
-    if name in ("add", "mul") and (by := _per_channel(b, a)) is not None:
+    if name in ("add", "mul") and (by := _per_channel(b, a, shape)) is not None:
         assert b.convolution is not None
         folded = b.convolution.shifted(by) if name == "add" else b.convolution.scaled(by)
         return [dataclasses.replace(b, convolution=folded)]
@@ -191,9 +193,11 @@ def _rem(graph, equation, a, b):
 
 @elementwise("round")
 def _round(graph, equation, x):
-    if equation.params["rounding_method"] is not lax.RoundingMethod.TO_NEAREST_EVEN:
-        raise UnwritableError("rounding away from zero")
-    return graph.add("Round", [x])
+    if equation.params["rounding_method"] is lax.RoundingMethod.TO_NEAREST_EVEN:
+        return graph.add("Round", [x])
+    half = graph.array(0.5, equation.invars[0].aval.dtype)
+    size = graph.add("Floor", [graph.add("Add", [graph.add("Abs", [x]), half])])
+    return graph.add("Mul", [graph.add("Sign", [x]), size])
 
 
 @elementwise("atan2")
@@ -201,9 +205,9 @@ def _atan2(graph, equation, y, x):
     dtype = equation.outvars[0].aval.dtype
     zero, pi = graph.array(0, dtype), graph.array(np.pi, dtype)
     below, left = graph.add("Less", [y, zero]), graph.add("Less", [x, zero])
-    right = graph.add("Atan", [graph.add("Div", [y, x])])
+    right = graph.add("Atan", [graph.add("Div", [y, graph.add("Abs", [x])])])  # x may be -0
     half = graph.add("Where", [below, graph.add("Neg", [pi]), pi])
-    angle = graph.add("Where", [left, graph.add("Add", [right, half]), right])
+    angle = graph.add("Where", [left, graph.add("Sub", [half, right]), right])
     nowhere = graph.add("And", [graph.add("Equal", [y, zero]), graph.add("Equal", [x, zero])])
     return graph.add("Where", [nowhere, zero, angle])
 
@@ -216,8 +220,14 @@ def _clamp(graph, equation, low, x, high):
 @elementwise("select_n")
 def _select(graph, equation, which, *cases):
     if len(cases) != 2:
-        raise UnwritableError(f"a choice between {len(cases)} arrays")
-    return graph.add("Where", [which, cases[1], cases[0]])
+        raise UnwritableError(f"a choice between {len(cases)} arrays by number")
+    if equation.invars[0].aval.dtype != np.dtype(bool):
+        which = graph.add("Cast", [which], to=element_type(bool))
+    if equation.outvars[0].aval.dtype != np.dtype(bool):
+        return graph.add("Where", [which, cases[1], cases[0]])
+    # onnxruntime chooses between no booleans.
+    yes = graph.add("And", [which, cases[1]])
+    return graph.add("Or", [yes, graph.add("And", [graph.add("Not", [which]), cases[0]])])
 
 
 @elementwise("convert_element_type")

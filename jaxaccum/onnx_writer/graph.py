@@ -249,8 +249,19 @@ class Graph:
                 needed |= set(node.input)
                 for attribute in node.attribute:
                     if attribute.type == onnx.AttributeProto.GRAPH:
-                        needed |= {i for inner in attribute.g.node for i in inner.input}
+                        needed |= read_by(attribute.g)
         return kept[::-1]
+
+
+def read_by(body: onnx.GraphProto) -> set[str]:
+    """Names of the tensors that a loop's body, and those in it, read."""
+    names = {output.name for output in body.output}
+    for node in body.node:
+        names |= set(node.input)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= read_by(attribute.g)
+    return names
 
 
 def info(name: str, shape: Sequence[Any], dtype: Any) -> onnx.ValueInfoProto:

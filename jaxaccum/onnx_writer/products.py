@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax import lax
 
 from jaxaccum.onnx_writer.axes import places_of
 from jaxaccum.onnx_writer.elementwise import rule
@@ -28,6 +29,8 @@ def _convolution(graph: Graph, equation: Any, x: Value, kernel: Value) -> list[V
         raise UnwritableError("a transposed convolution")
     if kernel.constant is None:
         raise UnwritableError("a convolution by a computed kernel")
+    if x.dtype != np.float32 or min(n for pad in params["padding"] for n in (0, *pad)) < 0:
+        raise UnwritableError("a convolution that is not of float32, or pads by less than nothing")
     weights = np.asarray(kernel.whole().transpose(dims.rhs_spec), np.float32)
     made = Convolution(
         graph.tensor(x, dims.lhs_spec), weights, np.zeros(len(weights), np.float32),
@@ -105,43 +108,89 @@ def _all(sizes: Sequence[Any]) -> Any:
 
 @rule("gather")
 def _gather(graph: Graph, equation: Any, x: Value, indices: Value) -> list[Value]:
-    """Elements or rows at places; places outside of the array are an error of the runtime."""
+    """Elements or rows at places; what there is in place of those outside is as JAX has it."""
     params, out = equation.params, equation.outvars[0].aval
     dims = params["dimension_numbers"]
     sizes = params["slice_sizes"]
     if indices.constant is not None and indices.rank == 1:
         return [_fixed_part(graph, equation, x, places_of(indices))]
-    if indices.constant is not None:
-        x, indices = _same_part_for_all(graph, equation, x, indices)
+    starts = dims.start_index_map
+    if indices.constant is not None and indices.static:
+        x, indices, starts = _same_part_for_all(graph, equation, x, indices)
     batch = tuple(dims.operand_batching_dims)
-    axes = tuple(i for i in dims.start_index_map if i in dims.collapsed_slice_dims)
+    modes = lax.GatherScatterMode
+    clips, fills = params["mode"] == modes.CLIP, params["mode"] == modes.FILL_OR_DROP
+    columns = [  # Where a part is the whole axis, there is only one place for it.
+        column
+        for column, i in enumerate(starts)
+        if not clips or i in dims.collapsed_slice_dims or sizes[i] != x.shape[i]
+    ]
+    axes = tuple(starts[column] for column in columns)
     rest = [i for i in range(x.rank) if i not in axes and i not in batch]
     whole = all(sizes[i] == x.shape[i] for i in rest) and all(sizes[i] == 1 for i in axes)
-    if not whole or indices.shape[-1] != len(axes):
+    if not (whole and axes and set(dims.collapsed_slice_dims) <= set(axes)):
         raise UnwritableError("a gather of parts")
     batch_of_indices = tuple(dims.start_indices_batching_dims)
     free = [i for i in range(indices.rank - 1) if i not in batch_of_indices]
     order = (*batch_of_indices, *free, indices.rank - 1)
     places, data = graph.tensor(indices, order), graph.tensor(x, (*batch, *axes, *rest))
+    if len(columns) < indices.shape[-1]:
+        places = graph.add("Gather", [places, graph.integers(columns)], axis=indices.rank - 1)
+    inside = ""
+    if clips or fills:
+        asked = graph.add("Cast", [places], to=element_type(np.int64))
+        last = graph.add("Sub", [graph.sizes([x.shape[i] for i in axes]), graph.integers([1])])
+        places = graph.add("Max", [graph.add("Min", [asked, last]), graph.integers([0])])
+        if fills:
+            same = graph.add(
+                "Cast", [graph.add("Equal", [asked, places])], to=element_type(np.int32)
+            )
+            column = graph.integers([indices.rank - 1])
+            inside = graph.add("ReduceMin", [same, column], keepdims=0)
     if batch or len(axes) > 1:
         places = graph.add("Cast", [places], to=element_type(np.int64))
         name = graph.add("GatherND", [data, places], batch_dims=len(batch))
     else:
         places = graph.add("Squeeze", [places, graph.integers([indices.rank - 1])])
         name = graph.add("Gather", [data, places], axis=0)
+    if inside:
+        fill = _filler(params["fill_value"], x.dtype)
+        if rest:
+            ends = range(indices.rank - 1, indices.rank - 1 + len(rest))
+            inside = graph.add("Unsqueeze", [inside, graph.integers(ends)])
+        inside = graph.add("Cast", [inside], to=element_type(np.bool_))
+        name = graph.add("Where", [inside, name, graph.array(fill, x.dtype)])
     # The tensor: batch, places, rest. The program: the rest at offset_dims, the others around it.
     around = [i for i in range(len(out.shape)) if i not in dims.offset_dims]
     by_index = dict(zip((i for i in range(indices.rank - 1)), around, strict=True))
-    result = [by_index[i] for i in order[:-1]] + list(dims.offset_dims)
+    parts = [i for i in range(x.rank) if i not in dims.collapsed_slice_dims and i not in batch]
+    offsets = dict(zip(parts, dims.offset_dims, strict=True))
+    ones = [i for i in axes if i in parts]  # axes of size 1 in the result
+    if ones:
+        rank = len(out.shape)
+        name = graph.add("Unsqueeze", [name, graph.integers(range(rank - len(ones), rank))])
+    result = [by_index[i] for i in order[:-1]] + [offsets[i] for i in (*rest, *ones)]
     return [graph.value(name, out, result)]
+
+
+def _filler(value: Any, dtype: np.dtype) -> Any:
+    """What JAX gives for places outside: as it is told, else nan or the least integer."""
+    if dtype == np.bool_:
+        raise UnwritableError("a gather of booleans from places that may be outside")
+    if value is not None:
+        return value
+    if np.issubdtype(dtype, np.floating):
+        return np.nan
+    limits = np.iinfo(dtype)
+    return limits.min if limits.min < 0 else limits.max
 
 
 def _same_part_for_all(
     graph: Graph, equation: Any, x: Value, indices: Value
-) -> tuple[Value, Value]:
-    """The array cut where every index asks for the same part of an axis, and the other indices."""
+) -> tuple[Value, Value, tuple[int, ...]]:
+    """The array cut where all ask for the same part of an axis, the other indices, their axes."""
     dims, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    columns, left = places_of(indices), []
+    columns, left, whole = places_of(indices), [], x
     for i, axis in enumerate(dims.start_index_map):
         first = int(columns[..., i].flat[0])
         if axis in dims.collapsed_slice_dims or (columns[..., i] != first).any():
@@ -150,7 +199,10 @@ def _same_part_for_all(
             ends = (graph.integers([n]) for n in (first, first + sizes[axis], axis))
             shape = (*x.shape[:axis], sizes[axis], *x.shape[axis + 1 :])
             x = Value(shape, x.dtype, graph.add("Slice", [graph.tensor(x), *ends]))
-    return x, constant(columns[..., left], indices.dtype)
+    if not left:
+        return whole, indices, dims.start_index_map
+    axes = tuple(dims.start_index_map[i] for i in left)
+    return x, constant(columns[..., left], indices.dtype), axes
 
 
 def _fixed_part(graph: Graph, equation: Any, x: Value, starts: np.ndarray) -> Value:

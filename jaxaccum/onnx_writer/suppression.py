@@ -36,7 +36,12 @@ def best_of(
       (N, K, ...); where there are fewer than K, scores are 0.
     """
     classes = jnp.argmax(scores, -1).astype(jnp.int32)
-    best = jnp.where(jnp.arange(scores.shape[-1]) == classes[..., None], scores, 0)
+    # As there, a box that is not finite or has no area is none: a score of 0 is above no `conf`.
+    usable = jnp.isfinite(jnp.sum(boxes, -1))
+    for low, high in ((0, 2), (1, 3)):
+        usable &= boxes[..., high] > boxes[..., low]
+    best = jnp.arange(scores.shape[-1]) == classes[..., None]
+    best = jnp.where(best & usable[..., None], scores, 0)
     kept = _kept.bind(
         boxes, jnp.swapaxes(best, 1, 2), conf=float(conf), iou=float(iou), max_det=int(max_det)
     )

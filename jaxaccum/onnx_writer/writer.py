@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +79,10 @@ def to_onnx(
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
         producer_name="jaxaccum",
     )  # fmt: skip
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UnwritableError(f"ONNX does not accept it: {error}") from error
     return model
 
 
@@ -99,14 +104,31 @@ def _run(graph: Graph, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Va
     }
 
     def read(atom: Any) -> Value:
-        return constant(atom.val, atom.val.dtype) if isinstance(atom, Literal) else known[atom]
+        if isinstance(atom, Literal):
+            return constant(atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
+        return known[atom]
 
+    uses = collections.Counter(
+        atom
+        for atoms in (*(e.invars for e in jaxpr.eqns), jaxpr.outvars)
+        for atom in atoms
+        if not isinstance(atom, Literal)
+    )
+
+    def kept(var: Any, value: Value) -> Value:
+        """What is used more than once is convolved only once: nothing more goes into it."""
+        if value.convolution is None or uses[var] < 2:
+            return value
+        name = graph.tensor(value, value.order, whole=False)
+        return dataclasses.replace(value, name=name, convolution=None)
+
+    known = {var: kept(var, value) for var, value in known.items()}
     outside = graph.scope
     for equation in jaxpr.eqns:
         stack = str(equation.source_info.name_stack)
         graph.scope = "/".join(part for part in (outside, stack) if part)
         results = _equation(graph, equation, [read(atom) for atom in equation.invars])
-        known.update(zip(equation.outvars, results, strict=True))
+        known |= {v: kept(v, r) for v, r in zip(equation.outvars, results, strict=True)}
     graph.scope = outside
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -115,21 +137,28 @@ def _equation(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]
     name, params = equation.primitive.name, equation.params
     if name == "platform_index":
         default = [i for i, names in enumerate(params["platforms"]) if names is None]
-        return [constant(default[0], np.int32)]
-    if name == "cond":
-        return _chosen(graph, equation, *operands)
+        return [constant(default[0] if default else 0, np.int32)]
     if name in _CALLS:
         inner = params[_CALLS[name]]
         consts = getattr(inner, "consts", ())
         return _run(graph, getattr(inner, "jaxpr", inner), consts, operands)
     if (results := _worked_out(equation, operands)) is not None:
         return results
-    if name == "scan":
-        return _loop(graph, equation, operands)
+    if name == "cond" and operands[0].constant is not None:
+        return _chosen(graph, equation, *operands)
     try:
-        return RULES[name](graph, equation, *operands)
-    except (KeyError, UnwritableError) as error:
-        what = "no rule for it" if isinstance(error, KeyError) else str(error)
+        if name == "scan":
+            return _loop(graph, equation, operands)
+        if name not in RULES:
+            raise UnwritableError("a choice by the data" if name == "cond" else "no rule for it")
+        results = RULES[name](graph, equation, *operands)
+        for value, var in zip(results, equation.outvars, strict=True):
+            if value.shape != tuple(var.aval.shape) or value.dtype != var.aval.dtype:
+                raise UnwritableError(f"the rule gives {value.dtype}{list(value.shape)}")
+        return results
+    except (UnwritableError, jax.errors.InconclusiveDimensionOperation) as error:
+        is_size = not isinstance(error, UnwritableError)
+        what = "a size or a place that depends on the batch" if is_size else str(error)
         shapes = ", ".join(str(atom.aval) for atom in equation.invars)
         raise UnwritableError(
             f"the operation {name} of {shapes} in {graph.scope or 'the program'} cannot be written "
@@ -138,8 +167,7 @@ def _equation(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]
 
 
 def _chosen(graph: Graph, equation: Any, which: Value, *operands: Value) -> list[Value]:
-    if which.constant is None:
-        raise UnwritableError("a choice of programs by the data cannot be written as ONNX")
+    assert which.constant is not None
     branches = equation.params["branches"]
     branch = branches[int(np.clip(which.constant, 0, len(branches) - 1))]
     return _run(graph, branch.jaxpr, branch.consts, operands)
@@ -200,7 +228,7 @@ def _loop(graph: Graph, equation: Any, operands: Sequence[Value]) -> list[Value]
     fixed, carried = _parts_of_scan(equation)
     body, inner, length = params["jaxpr"], Graph(graph), params["length"]
     if not isinstance(length, int) or params["reverse"]:
-        raise UnwritableError("a scan backwards, or along the batch, cannot be written as ONNX")
+        raise UnwritableError("a scan backwards, or along the batch")
 
     def laid(value: Value) -> Value:
         if value.constant is not None and value.static:

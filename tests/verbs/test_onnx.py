@@ -59,6 +59,7 @@ RNG = np.random.default_rng(0)
 KERNEL = RNG.standard_normal((3, 3, 4, 6)).astype(np.float32)
 DEPTHWISE = RNG.standard_normal((3, 3, 1, 4)).astype(np.float32)
 EVERYWHERE = RNG.standard_normal((6, 5, 4, 2)).astype(np.float32)
+WHOLE = RNG.standard_normal((6, 5, 4, 6)).astype(np.float32)
 CHANNELS = RNG.standard_normal(6).astype(np.float32)
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -76,6 +77,16 @@ def farthest(x):
         return carry, (jnp.argmax(carry, -1), carry[:, 0])
 
     return lax.scan(step, jnp.full(x.shape[:2], 9.0), jnp.arange(12.0).reshape(3, 4) * first[0, 0])
+
+
+def twice(x):
+    """A loop whose inner one reads what was computed before both."""
+    w = jnp.sin(x)
+
+    def outer(carry, _):
+        return lax.scan(lambda d, _: (d + w, d[:, 0]), carry, None, length=2)
+
+    return lax.scan(outer, x, None, length=3)
 
 
 CASES = {
@@ -184,6 +195,44 @@ CASES = {
         ),
         IMAGE,
     ),
+    # JAX's arithmetic broadcasts axes of one element by itself.
+    "more than the convolution": (
+        lambda x: (
+            (conv(x, KERNEL[..., :1]) + CHANNELS).sum(-1), conv(x, KERNEL[..., :1]) * CHANNELS,
+            conv(x, WHOLE, pads=((0, 0), (0, 0))) * np.full((6, 5, 6), 2.0, np.float32),
+            conv(x.mean(0, keepdims=True)) + jnp.ones((x.shape[0], 6, 5, 6)),
+            jnp.broadcast_to(conv(x, KERNEL[..., :1]), (x.shape[0], 6, 5, 6)) + CHANNELS,
+            conv(x) * CHANNELS[:1], 3 - conv(x),
+        ),
+        IMAGE,
+    ),
+    "places outside": (
+        lambda x, i: (
+            jnp.take(x, jnp.array([0, -2, 9]), 1, mode="clip"),
+            jnp.take(x, jnp.array([0, -2, 9]), 1, mode="fill"),
+            jnp.take_along_axis(x, 3 * i - 9, 1, mode="clip"),
+            jnp.take_along_axis(x, 3 * i - 9, 1, mode="fill", fill_value=7.0),
+            jnp.take_along_axis(i, 3 * i - 9, 1), x.at[:, 3 * i[:, 0] - 9].get(mode="clip"),
+        ),
+        ROW, ((4,), np.int32),
+    ),
+    "choices": (
+        lambda x, y: (
+            jnp.where(x > 0, x > 1, x < -1), jnp.where(True, x, y),
+            jax.vmap(lambda a, b: lax.cond(a[0] > 0, lambda: a, lambda: b))(x, y),
+            jnp.any(x > 1, 1), jnp.all(x < 1, (0, 1)), x // 0.3, lax.round(2 * x),
+            jnp.isfinite(jnp.arange(3)), jnp.arctan2(x, -0.0 * abs(y)),
+        ),
+        ROW, ROW,
+    ),
+    "loops in loops": (twice, ROW),
+    "constant places": (
+        lambda x: (
+            jax.vmap(lambda a, i: a[i])(x, jnp.full((x.shape[0],), 3)),
+            jax.vmap(lambda a, i: a[i])(x, jnp.arange(x.shape[0]) % 5),
+        ),
+        ROW,
+    ),
     "windows": (
         lambda x: (
             lax.reduce_window(x, -jnp.inf, lax.max, (1, 5, 5, 1), (1, 1, 1, 1), "SAME"),
@@ -229,6 +278,14 @@ def test_every_rule(case):
         close(run(models[batch].SerializeToString(), inputs), jax.jit(function)(*inputs))
 
 
+def test_what_is_used_twice_is_convolved_once():
+    def function(x):
+        y = conv(x) * CHANNELS + 1
+        return jax.nn.leaky_relu(y), y
+
+    assert kinds(written(function, IMAGE)).count("Conv") == 1
+
+
 def test_of_platforms_the_default():
     def function(x):
         return lax.platform_dependent(x, cpu=lambda x: x + 100, default=lambda x: x + 1)
@@ -263,6 +320,8 @@ def test_what_follows_a_convolution_is_in_its_kernel():
          "while"),
         (lambda x: lax.cond(x[0, 0] > 0, lambda: x, lambda: -x), "by the data"),
         (lambda x: jnp.zeros((x.shape[0], 9)).at[:, jnp.arange(5)].set(x), "scatter"),
+        (lambda x: x[1:], "depends on the batch"),
+        (lambda x: (x < 0).astype(np.uint16).sum(dtype=np.uint16), "ONNX does not accept it"),
         (lambda x: jnp.linalg.cholesky(x[:, :, None] * x[:, None]), "cholesky"),
         (lambda x: lax.scan(lambda c, r: (c + r, c), x[0], x)[1], "along the batch"),
     ],
@@ -373,6 +432,9 @@ def test_suppression_of_drawn_boxes():
     boxes = np.concatenate([corner, corner + size], -1).astype(np.float32)
     scores = rng.uniform(0, 1, (3, 400, 4)).astype(np.float32) ** 3
     scores[2] *= 0.25
+    boxes[:, ::7, 2:] = boxes[:, ::7, :2]  # without area,
+    boxes[:, 1::7] = boxes[:, 1::7, [2, 1, 0, 3]]  # inside out,
+    boxes[:, 2::7, 3] = np.nan  # or nowhere
     choice = {"conf": 0.25, "iou": 0.45, "max_det": 50}
     model = written(
         lambda b, s: onnx_writer.best_of(b, s, **choice), ((400, 4), np.float32),
