@@ -74,7 +74,8 @@ class _Wait:
             if self.seconds >= _DELAY:
                 self._draw()
         elif self.seconds >= self._due or (
-            _DELAY <= self.seconds < 60 and time.monotonic() - _heard >= SILENCE
+            # Who has heard nothing for longer does not listen to a run: Python's prompt, say.
+            _DELAY <= self.seconds < 60 and SILENCE <= time.monotonic() - _heard < 2 * SILENCE
         ):
             print(self, file=sys.stderr, flush=True)
             heard()

@@ -332,7 +332,7 @@ class Console:
         now, rate = self._clock(), self.per_second
         if self._bar is None and now - self._said >= _SILENCE and now - self._began < _YOUNG:
             done = f"{self._total - self._left:>{len(str(self._total))}}/{self._total}"
-            self.line(f"update {done} | {rate:.1f} {self._unit}/s")
+            self.line(f"now    {done} | {rate:.1f} {self._unit}/s")
 
     @contextmanager
     def pause(self) -> Iterator[None]:

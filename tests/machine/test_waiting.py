@@ -78,6 +78,11 @@ def test_a_wait_after_a_silence_is_said_sooner(monkeypatch):
     for now[0] in (1007.6, 1008.0):  # four seconds of its own
         later.say()
     assert stream.getvalue() == "evaluating: 2 s\nevaluating: 4 s\n"
+    now[0] = 2000.0  # a new call, long after
+    call = module._Wait("predicting", 0, "")
+    for now[0] in (2002.0, 2003.9):
+        call.say()
+    assert "predicting" not in stream.getvalue()
 
 
 def test_the_innermost_is_said(stderr):

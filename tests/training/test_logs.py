@@ -319,9 +319,9 @@ def test_a_young_run_is_not_silent_where_there_is_no_bar(terminal):
     console.close()
     lines = stream.getvalue().splitlines()
     if terminal:
-        assert not [line for line in lines if line.startswith("update")]
+        assert not [line for line in lines if line.startswith("now")]
         return
-    assert lines[:2] == ["update    3/5000 | 8.0 images/s", "update    6/5000 | 8.0 images/s"]
+    assert lines[:2] == ["now       3/5000 | 8.0 images/s", "now       6/5000 | 8.0 images/s"]
     assert len(lines) == 199  # every three seconds for ten minutes, then no more
 
 
