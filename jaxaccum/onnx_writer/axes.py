@@ -11,8 +11,6 @@ import numpy as np
 from jaxaccum.onnx_writer.elementwise import is_number, rule
 from jaxaccum.onnx_writer.graph import Graph, UnwritableError, Value, element_type
 
-# --- Axes ---
-
 
 @rule("iota")
 def _iota(graph: Graph, equation: Any) -> list[Value]:

@@ -125,10 +125,6 @@ class Graph:
         self._kept: list[Any] = []  # what the keys of _made are the identity of
         self._batch: str = outer._batch if outer else ""
 
-    def root(self) -> Graph:
-        """The graph that is no body of another."""
-        return self.outer.root() if self.outer else self
-
     def name(self, kind: str) -> str:
         """A name that nothing else has."""
         return f"{self.scope}{'/' if self.scope else ''}{kind}_{next(self._numbers)}"
@@ -246,21 +242,19 @@ class Graph:
         for node in reversed(self.nodes):
             if needed & set(node.output):
                 kept.append(node)
-                needed |= set(node.input)
-                for attribute in node.attribute:
-                    if attribute.type == onnx.AttributeProto.GRAPH:
-                        needed |= read_by(attribute.g)
+                needed |= names_read([node])
         return kept[::-1]
 
 
-def read_by(body: onnx.GraphProto) -> set[str]:
-    """Names of the tensors that a loop's body, and those in it, read."""
-    names = {output.name for output in body.output}
-    for node in body.node:
+def names_read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Names of the tensors that nodes read, in the bodies of their loops, too."""
+    names: set[str] = set()
+    for node in nodes:
         names |= set(node.input)
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                names |= read_by(attribute.g)
+                names |= {output.name for output in attribute.g.output}
+                names |= names_read(attribute.g.node)
     return names
 
 

@@ -24,6 +24,7 @@ from jaxaccum.onnx_writer.graph import (
     constant,
     element_type,
     info,
+    names_read,
 )  # fmt: skip
 
 # Those that are a program of their own, and the name of the parameter that holds it.
@@ -68,7 +69,7 @@ def to_onnx(
     for value, wanted in zip(results, output_names, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.tensor(value)], [wanted]))
     nodes = graph.pruned(output_names)
-    used = _names_used(nodes)
+    used = names_read(nodes)
     model = helper.make_model(
         helper.make_graph(
             nodes, name,
@@ -84,15 +85,6 @@ def to_onnx(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UnwritableError(f"ONNX does not accept it: {error}") from error
     return model
-
-
-def _names_used(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    used = {name for node in nodes for name in node.input}
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                used |= _names_used(attribute.g.node) | {o.name for o in attribute.g.output}
-    return used
 
 
 def _run(graph: Graph, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value]):
