@@ -52,7 +52,7 @@ def assert_one_run(found, x64):
 
 
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("bn_group", "microbatch"),
     [("frozen", 1), ("frozen", 2), ("frozen", 4), ("frozen", 8), (4, 4), (4, 8)],

@@ -158,6 +158,8 @@ def test_a_sum_outside_of_a_group_is_refused():
 
 # --- The law. ---
 
+SLOW = pytest.mark.slow
+
 
 def trace(geometry, nbs, group, updates=3, **options):
     return equivalence.trace(
@@ -174,10 +176,13 @@ def whole(nbs, group, updates=3):
 
 
 @pytest.mark.parametrize("kind", ["scan", "multisteps"])
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("microbatch", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("nbs", "group"), [(16, "all"), (18, "all"), pytest.param(11, 8, id="uneven")]
+    ("microbatch", "devices"),
+    [(1, 1), (2, 2), (4, 1), *(pytest.param(*g, marks=SLOW) for g in ((1, 2), (2, 1), (4, 2)))],
+)
+@pytest.mark.parametrize(
+    ("nbs", "group"),
+    [(16, "all"), pytest.param(18, "all", marks=SLOW), pytest.param(11, 8, id="uneven")],
 )
 def test_groups_in_time_are_one_run(x64, nbs, group, microbatch, devices, kind):
     window = Window(Recipe(nbs, group), Geometry(microbatch, devices, kind))

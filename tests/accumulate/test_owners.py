@@ -146,8 +146,11 @@ def test_the_gradient_of_one_pass(x64, bn_group, amount):
 @pytest.mark.parametrize("engine", ["scan", "multisteps"])
 @pytest.mark.parametrize(
     ("bn_group", "microbatch", "devices"),
-    [("frozen", 1, 1), ("frozen", 2, 2), (4, 4, 1), (4, 4, 2), (4, 2, 4)],
-)
+    [
+        ("frozen", 2, 2), (4, 4, 1), (4, 2, 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("frozen", 1, 1), (4, 4, 2))),
+    ],
+)  # fmt: skip
 def test_every_geometry_is_one_run(x64, bn_group, microbatch, devices, engine):
     found = equivalence.differences(run(Geometry(microbatch, devices, engine), bn_group),
                                     whole(bn_group))  # fmt: skip
@@ -217,7 +220,11 @@ def test_the_usual_rule_divides_by_each_microbatchs_own(x64, devices):
     assert equivalence.distance(found.gradient, gradient) < 1e-13
 
 
-@pytest.mark.parametrize("geometry", [Geometry(4), Geometry(4, 1, "multisteps")], ids=str)
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(4), pytest.param(Geometry(4, 1, "multisteps"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_noise_scale_is_that_of_two_accumulators(x64, geometry):
     kept = {}
     for one in (owner, None):

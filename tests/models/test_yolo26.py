@@ -326,6 +326,7 @@ def test_networks(x64, name):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_one_to_one_branch_gives_no_gradient_to_what_it_reads():
     task = task_of("tiny-26-t")
     params, stats = task.initialise(0)

@@ -83,6 +83,7 @@ def losses(workdir: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_it_holds_the_law(images):
     """Microbatches of 4 and 3 that do not divide 10, an image without objects in the batch."""

@@ -70,6 +70,7 @@ def test_it_is_as_it_was_after_a_start_that_finds_all_done(reported):
     assert (reported / "report.html").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, capsys):
     def broken(*given, **named):
         raise RuntimeError("no fonts here")

@@ -617,6 +617,7 @@ def test_recipe_differences_name_what_is_missing():
     }
 
 
+@pytest.mark.slow
 def test_a_line_has_the_mean_of_its_updates(tmp_path, capfd):
     """One update's loss, of few samples, says little; metrics.jsonl has it."""
     train.train(tiny_config(**{"log.every": 5, "steps": 10}), tmp_path / "five")
@@ -641,7 +642,16 @@ def scored(monkeypatch, values):
 
 
 @pytest.mark.parametrize(
-    "geometry", [{}, {"engine": "multisteps"}, {"microbatch": 4}, {"devices": 2}], ids=str
+    "geometry",
+    [
+        {},
+        pytest.param({"devices": 2}, marks=pytest.mark.slow),
+        *(
+            pytest.param(geometry, marks=[pytest.mark.slow, pytest.mark.long])
+            for geometry in ({"engine": "multisteps"}, {"microbatch": 4})
+        ),
+    ],
+    ids=str,
 )
 def test_patience_ends_a_run_and_a_new_start_knows_it(tmp_path, monkeypatch, capfd, geometry):
     """After the same update on every geometry."""

@@ -381,7 +381,7 @@ NETWORKS = {
         for name in ("yolov8-p2-n", "yolo11-n", "yolo12-n", "yolo26-n", "yolov12-turbo-n")
     },
 }  # fmt: skip
-SLOW = {name for name in NETWORKS if "-n" in name}
+SLOW = {"pointr", "captioned"} | {name for name in NETWORKS if "-n" in name}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_convert import Call, Name, New, TorchFile, numpy_scalar
+from torch_files import Call, Name, New, TorchFile, numpy_scalar
 
 from jaxaccum.models import completion
 from jaxaccum.weights import torch_file

@@ -6,7 +6,6 @@ The .pt files here are written opcode by opcode, in the layout that PyTorch and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch_files import Call, Name, New, Raw, TorchFile, dumps, numpy_scalar, opcodes
 
 from jaxaccum import convert, export, models
 from jaxaccum.models import yolo
@@ -30,130 +30,6 @@ from jaxaccum.training.checkpoint import CheckpointError
 from jaxaccum.weights import initial, torch_file
 from jaxaccum.weights import transfer as weights
 from jaxaccum.weights.transfer import Weights, WeightsError
-
-STORAGE = {
-    "float16": "HalfStorage", "float32": "FloatStorage", "float64": "DoubleStorage",
-    "int64": "LongStorage", "bfloat16": "BFloat16Storage",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """A global."""
-
-    module: str
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A REDUCE."""
-
-    function: Any
-    args: tuple
-
-
-@dataclasses.dataclass(eq=False)
-class New:
-    """An object made by NEWOBJ and BUILD."""
-
-    kind: Name
-    state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Persistent:
-    identity: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Raw:
-    """Opcodes as they are."""
-
-    code: bytes
-
-
-class TorchFile:
-    """Writes what torch.save writes: a zip with data.pkl and the storages."""
-
-    def __init__(self):
-        self.storages: list[bytes] = []
-
-    def storage(self, values: np.ndarray, dtype: str = "") -> Persistent:
-        self.storages.append(values.tobytes())
-        kind = Name("torch", STORAGE[dtype or values.dtype.name])
-        return Persistent(("storage", kind, str(len(self.storages) - 1), "cpu", values.size))
-
-    def view(self, storage, offset, shape, strides) -> Call:
-        hooks = Call(Name("collections", "OrderedDict"), ())
-        return Call(
-            Name("torch._utils", "_rebuild_tensor_v2"),
-            (storage, offset, tuple(shape), tuple(strides), False, hooks),
-        )
-
-    def tensor(self, values: np.ndarray) -> Call:
-        values = np.ascontiguousarray(values)
-        strides = [s // values.itemsize for s in values.strides]
-        return self.view(self.storage(values), 0, values.shape, strides)
-
-    def parameter(self, values: np.ndarray) -> Call:
-        hooks = Call(Name("collections", "OrderedDict"), ())
-        return Call(Name("torch._utils", "_rebuild_parameter"), (self.tensor(values), True, hooks))
-
-    def module(self, state: dict[str, np.ndarray], kind=("ultralytics.nn.tasks", "DetectionModel"),
-               **more) -> New:  # fmt: skip
-        """The module whose state dict that is."""
-        own: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
-        children: dict[str, dict[str, np.ndarray]] = {}
-        for key, value in state.items():
-            head, dot, rest = key.partition(".")
-            if dot:
-                children.setdefault(head, {})[rest] = value
-            elif head.startswith(("running_", "num_batches")):
-                own["_buffers"][head] = self.tensor(value)
-            else:
-                own["_parameters"][head] = self.parameter(value)
-        for name, child in children.items():
-            own["_modules"][name] = self.module(child, ("torch.nn.modules.module", "Module"))
-        own["_non_persistent_buffers_set"] = Call(Name("__builtin__", "set"), ([],))
-        return New(Name(*kind), {"training": False, **own, **more})
-
-    def write(self, path: Path, root: Any, **members: bytes) -> Path:
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("archive/data.pkl", dumps(root))
-            file.writestr("archive/byteorder", "little")
-            for i, data in enumerate(self.storages):
-                file.writestr(f"archive/data/{i}", data)
-            file.writestr("archive/version", "3\n")
-            for name, data in members.items():
-                file.writestr(f"archive/{name}", data)
-        return path
-
-
-def dumps(value: Any) -> bytes:
-    return b"\x80\x02" + _code(value) + b"."
-
-
-def _code(value: Any) -> bytes:
-    if isinstance(value, Raw):
-        return value.code
-    if isinstance(value, Name):
-        return f"c{value.module}\n{value.name}\n".encode()
-    if isinstance(value, Call):
-        return _code(value.function) + _code(value.args) + b"R"
-    if isinstance(value, New):
-        return _code(value.kind) + b")\x81" + _code(value.state) + b"b"
-    if isinstance(value, Persistent):
-        return _code(value.identity) + b"Q"
-    if isinstance(value, dict):
-        pairs = (_code(k) + _code(v) for k, v in value.items())
-        return b"}(" + b"".join(pairs) + b"u"
-    if isinstance(value, list):
-        return b"](" + b"".join(map(_code, value)) + b"e"
-    if isinstance(value, tuple):
-        return b"(" + b"".join(map(_code, value)) + b"t"
-    return pickle.dumps(value, 2)[2:-1]
-
 
 CLASSES = ("person", "dog", "cat")
 
@@ -215,14 +91,6 @@ def checkpoint(file, state, training: bool, **more):
     }
 
 
-def numpy_scalar(value: float) -> Call:
-    dtype = New(Name("numpy", "dtype"), (3, "<", None, None, None, -1, -1, 0))
-    made = Raw(_code(Call(dtype.kind, ("f8", False, True))) + _code(dtype.state) + b"b")
-    text = struct.pack("<d", value).decode("latin1")
-    data = Call(Name("_codecs", "encode"), (text, "latin1"))
-    return Call(Name("numpy._core.multiarray", "scalar"), (made, data))
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_checkpoint_of_the_reference(tmp_path, file, training):
     *_, state = tiny()
@@ -246,7 +114,7 @@ def test_a_state_dict(tmp_path, file, wrapper):
     *_, state = tiny()
     tensors = {f"{wrapper}{k}": file.tensor(v) for k, v in state.items()}
     ordered = Call(Name("collections", "OrderedDict"), ([(k, v) for k, v in tensors.items()],))
-    with_attributes = Raw(_code(ordered) + _code({"_metadata": {}}) + b"b")
+    with_attributes = Raw(opcodes(ordered) + opcodes({"_metadata": {}}) + b"b")
     same(torch_file.read(file.write(tmp_path / "x.pt", with_attributes)).state, state)
     same(torch_file.read(file.write(tmp_path / "y.pt", {"state_dict": tensors})).state, state)
 
@@ -363,10 +231,10 @@ def attacks(marker: Path) -> dict[str, tuple[Any, str]]:
             Call(Call(getattr_, (Call(Name("builtins", "__import__"), ("os",)), "system")), ()),
             "builtins.getattr",
         ),
-        "inst": (Raw(b"(" + _code(touch) + b"ios\nsystem\n"), "os.system"),
-        "obj": (Raw(b"(" + _code(system) + _code(touch) + b"o"), "os.system"),
-        "newobj": (Raw(_code(system) + _code((touch,)) + b"\x81"), "os.system"),
-        "dotted": (Raw(_code("torch.nn") + _code("modules.module.warnings.sys") + b"\x93"),
+        "inst": (Raw(b"(" + opcodes(touch) + b"ios\nsystem\n"), "os.system"),
+        "obj": (Raw(b"(" + opcodes(system) + opcodes(touch) + b"o"), "os.system"),
+        "newobj": (Raw(opcodes(system) + opcodes((touch,)) + b"\x81"), "os.system"),
+        "dotted": (Raw(opcodes("torch.nn") + opcodes("modules.module.warnings.sys") + b"\x93"),
                    "modules.module.warnings.sys"),
         "nested": ({"model": New(stub, {"_modules": {"0": New(stub, {"x": [Call(system, (touch,))]})
                                                      }})}, "os.system"),
@@ -400,13 +268,15 @@ def test_the_attack_is_real(tmp_path):
 def test_methods_set_on_a_description_are_never_called(tmp_path, file):
     """Attributes named as pickle's hooks, made of names that are admitted, are only kept."""
     stub = New(Name("ultralytics.nn.tasks", "X"), {"__setstate__": Name("torch", "Size")})
-    root = Raw(_code(stub) + _code({"append": Name("torch", "Size")}) + b"b" + _code(1) + b"a")
+    root = Raw(
+        opcodes(stub) + opcodes({"append": Name("torch", "Size")}) + b"b" + opcodes(1) + b"a"
+    )
     found = torch_file.unpickle(dumps(root))
     assert isinstance(found, torch_file.Record)
     assert found.items == [1]
     assert found.state["__setstate__"] == torch_file.Global("torch.Size")
     with pytest.raises(WeightsError, match="sets attributes of a Global"):
-        torch_file.unpickle(dumps(Raw(_code(Name("torch", "Size")) + _code({"x": 1}) + b"b")))
+        torch_file.unpickle(dumps(Raw(opcodes(Name("torch", "Size")) + opcodes({"x": 1}) + b"b")))
 
 
 @pytest.mark.parametrize(
@@ -434,7 +304,7 @@ def test_values_that_refer_to_themselves():
     nested = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
     with pytest.raises(WeightsError, match="as a key"):  # or its hash would take for ever
         torch_file.unpickle(dumps(Raw(nested + b"}h\x01Ns")))
-    loop = Raw(_code(New(Name("torch.nn", "M"), {})) + b"q\x00}(X\x08\x00\x00\x00_modules"
+    loop = Raw(opcodes(New(Name("torch.nn", "M"), {})) + b"q\x00}(X\x08\x00\x00\x00_modules"
                b"}(X\x01\x00\x00\x00ah\x00uub")  # fmt: skip
     record = torch_file.unpickle(dumps(loop))
     with pytest.raises(WeightsError, match="without end"):

@@ -14,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 from damaged_files import cases, damaged, memory_below
-from test_convert import Call, Name, New, Raw, TorchFile, _code, dumps
+from torch_files import Call, Name, New, Raw, TorchFile, dumps, opcodes
 
 from jaxaccum.weights import pickle_parts, torch_file
 from jaxaccum.weights.transfer import WeightsError
@@ -116,7 +116,7 @@ def products(call: Name, text: str = "a" * 1000) -> bytes:
     """Strings of ten times the one before, fifteen times."""
     code = plain(text) + memo(0)
     for n in range(15):
-        code += _code(call) + b"(" + get(n) * 10 + b"tR" + memo(n + 1)
+        code += opcodes(call) + b"(" + get(n) * 10 + b"tR" + memo(n + 1)
     return code
 
 
@@ -133,16 +133,16 @@ def items(count: int, values: bool = False) -> bytes:
 LARGE = b"(" + items(5000) + b"t"
 PAIRS = b"(" + b"".join(plain(f"k{i}") + b"N\x86" for i in range(5000)) + b"t"
 LARGE_DICT = b"}(" + items(5000, values=True) + b"u"
-RECORD = _code(Name("torch.nn", "M")) + b")\x81"
+RECORD = opcodes(Name("torch.nn", "M")) + b")\x81"
 
 
 def bombs() -> dict[str, bytes]:
     """Programs of at most some 500 kB that copy without end."""
 
     def called(module, name):
-        return _code(Name(module, name)) + get(0) + b"\x85R"
+        return opcodes(Name(module, name)) + get(0) + b"\x85R"
 
-    collide = [_code(i * (2**61 - 1)) for i in range(1, 30_000)]
+    collide = [opcodes(i * (2**61 - 1)) for i in range(1, 30_000)]
     return {
         **{f"{m}.{n}": products(Name(m, n)) for m, n in (
             ("pathlib", "Path"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
@@ -155,17 +155,17 @@ def bombs() -> dict[str, bytes]:
         "encode": copies(plain("\xe9" * 10_000), called("_codecs", "encode")),
         "build": copies(LARGE_DICT, RECORD + get(0) + b"b"),
         "build of two": copies(LARGE_DICT, RECORD + get(0) + get(0) + b"\x86b"),
-        "tensor": copies(b"(" + _code(TorchFile().tensor(np.zeros(1))) + items(5000) + b"t",
-                         _code(Name("torch._utils", "_rebuild_parameter")) + get(0) + b"R"),
+        "tensor": copies(b"(" + opcodes(TorchFile().tensor(np.zeros(1))) + items(5000) + b"t",
+                         opcodes(Name("torch._utils", "_rebuild_parameter")) + get(0) + b"R"),
         "keys that are tuples": copies(LARGE, b"}" + get(0) + b"Ns"),
         "keys that are long": copies(plain("a" * 100_000), b"}" + get(0) + b"Ns"),
         "keys that collide": b"}(" + b"N".join(collide) + b"Nu",
         "members that collide": b"\x8f(" + b"".join(collide) + b"\x90",
-        "keys that are large": b"}(" + b"".join(_code(i << 40) + b"N" for i in range(1, 12_000))
+        "keys that are large": b"}(" + b"".join(opcodes(i << 40) + b"N" for i in range(1, 12_000))
                                + b"u",
         "long names": copies(plain("a" * 900), plain("torch.nn") + get(0) + b"\x93"),
         "empty sets": b"](" + b"\x8f" * 400_000 + b"e",
-        "empty records": b"](" + _code(Name("torch.nn", "M")) + memo(0)
+        "empty records": b"](" + opcodes(Name("torch.nn", "M")) + memo(0)
                          + (get(0) + b")\x81") * 60_000 + b"e",
         "instructions": b"N0" * 2_000_000 + b"N",
     }  # fmt: skip
@@ -222,7 +222,7 @@ def module(**state) -> New:
 
 
 def tensor_code(torch) -> bytes:
-    return _code(torch.tensor(np.float32([1])))
+    return opcodes(torch.tensor(np.float32([1])))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def tensor_code(torch) -> bytes:
 def test_modules_that_share_what_they_hold_are_bounded(tmp_path, code):
     torch = TorchFile()
     code = code.replace(b"%tN", tensor_code(torch)).replace(b"%t", tensor_code(torch))
-    nn = _code(Name("torch.nn", "M"))
+    nn = opcodes(Name("torch.nn", "M"))
     leaf = nn + b")\x81" + code + b"b" + memo(2)
     many = b"}(" + b"".join(plain(f"m{i}") + get(2) for i in range(3000)) + b"u"
     root = leaf + b"0" + nn + b")\x81}(" + plain("_modules") + many + b"ub"
