@@ -91,7 +91,11 @@ def as_json(choice: Choice, target: targets.Target, memory: int, dtype: str) -> 
 
 def main() -> int:
     run.use_compilation_cache()
-    config, target = _CONFIG.value, targets.find(_TARGET.value)
+    config = _CONFIG.value
+    if _TARGET.value in targets.TARGETS and not jax.config.jax_platforms:
+        # Its compiler needs no device of its kind; asked for one, JAX's plugin wants all of CUDA.
+        jax.config.update("jax_platforms", "cpu")
+    target = targets.find(_TARGET.value)
     if _CLASSES.value:
         names, samples = [str(i) for i in range(_CLASSES.value)], 1000
         tasks.of(config)

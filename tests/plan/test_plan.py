@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -359,3 +360,23 @@ def test_auto_is_the_dtype_of_what_is_planned_for(monkeypatch, name, wanted):
 
 def test_auto_is_the_dtype_of_the_device_at_hand():
     assert small().config.dtype == "float32" and small(dtype="tf32").config.dtype == "tf32"
+
+
+@pytest.mark.slow
+def test_a_described_gpu_needs_no_cuda(tmp_path):
+    """JAX's plugin raises, and is not there, where it is asked for GPUs and finds no cuDNN."""
+    plugin = tmp_path / "jax_plugins" / "other" / "__init__.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(
+        "import jax\n"
+        "def initialize():\n"
+        "    print('asked for', jax.config.jax_platforms, flush=True)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxaccum.plan", "--config=configs/quickstart.py", "--target=h100",
+         "--classes=2"],
+        cwd=ROOT, env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert "asked for cpu" in done.stdout, done.stderr

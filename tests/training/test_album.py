@@ -154,6 +154,25 @@ def test_the_other_tasks_have_one(config, said, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "path", "changes"),
+    [
+        (tiny_config, "detect2d/bccd/data.yaml", {"data.max_objects": 128}),
+        (tiny_config3d, "detect3d/kitti", {}),
+        (tiny_completion.tiny_config, "completion/sweethome3d:ShapeNet-34",
+         {"eval.viewpoints": 1, "eval.unseen": "auto"}),
+    ],
+    ids=["BCCD", "KITTI", "furniture"],
+)  # fmt: skip
+def test_a_browser_shows_that_of_a_real_set(config, path, changes, shared, tmp_path):
+    changes = changes | {"data.path": str(shared / "data" / path), "log.report": True, "steps": 3}
+    train.train(config(**changes), tmp_path)
+    count = len(Parsed((tmp_path / "report.html").read_text()).images)
+    assert count >= 4
+    looked_at(tmp_path / "report.html", tmp_path, count)
+
+
+@pytest.mark.slow
 def test_samples_in_space_are_drawn_as_they_are_learned():
     """Boxes lie on the objects after the image was turned round, and a padded row draws nothing."""
     task = tasks.of(tiny_config3d()).create(tiny_config3d(), data.open_source3d("", "train").names,
