@@ -1,7 +1,8 @@
 """Speed and memory, measured in one run and written down: see docs/benchmarks.md.
 
 python scripts/benchmark.py --out=docs/benchmarks.md [--results=FOLDER] [--only=update,memory,...]
-    [--quick] [--again] [--torch=DIR] [--torch_python=PYTHON] [--list]
+    [--quick] [--again] [--torch=DIR] [--torch_python=PYTHON]
+    [--kyolo_python=PYTHON] [--list]
 
 Measures on what JAX computes on here, a CPU or one GPU. Every part of a measure runs in a process
 of its own; its result is kept in FOLDER (by default beside the document) as soon as it is there, so
@@ -12,7 +13,9 @@ there is measured anew with --again. The document is made from all results, afte
 --torch names the folder of a PyTorch that this Python does not find by itself:
     python -m pip install --target=DIR torch==2.13.0
 --torch_python is the Python to run it with, where it is not for this one.
-Without PyTorch the comparisons with it are skipped, and listed as skipped.
+--kyolo_python is the Python of an environment with kyolo and a backend of Keras, jax or torch:
+    python -m venv DIR && DIR/bin/pip install kyolo jax
+Without PyTorch the comparisons with it are skipped, and listed as skipped; so are those with kyolo.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ TORCH = flags.DEFINE_string("torch", "", "folder that PyTorch is installed in")
 TORCH_PYTHON = flags.DEFINE_string(
     "torch_python", "", "Python that runs PyTorch; this one if empty"
 )
+KYOLO_PYTHON = flags.DEFINE_string(
+    "kyolo_python", "", "Python of an environment with kyolo; without it kyolo is skipped"
+)
 LIST = flags.DEFINE_bool("list", False, "print the measures and end")
 INSIDE = flags.DEFINE_string("inside", "", "used by this script itself: the part to measure here")
 WARM = flags.DEFINE_bool("warm", False, "with --inside: only compile, to fill the caches")
@@ -61,7 +67,9 @@ def main(_) -> int:
     unknown = set(ONLY.value) - {m.name for m in MEASURES} - {k for m in MEASURES for k in m.keys}
     if unknown:
         raise app.UsageError(f"no measure {', '.join(sorted(unknown))}; see --list")
-    context = harness.Context(here, QUICK.value, TORCH.value, TORCH_PYTHON.value)
+    context = harness.Context(
+        here, QUICK.value, TORCH.value, TORCH_PYTHON.value, KYOLO_PYTHON.value
+    )
     failed = []
     for key in wanted:
         if not AGAIN.value and harness.is_done(results, key, context):
@@ -114,7 +122,7 @@ def measure_here(results: Path, key: str) -> None:
     backend = jax.default_backend()
     context = harness.Context(
         "cpu" if backend == "cpu" else "gpu", QUICK.value, TORCH.value, TORCH_PYTHON.value,
-        WARM.value, results,
+        KYOLO_PYTHON.value, WARM.value, results,
     )  # fmt: skip
     name, _, part = key.partition(".")
     measure = next(m for m in MEASURES if m.name == name)

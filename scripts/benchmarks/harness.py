@@ -21,9 +21,14 @@ from typing import Any, Literal
 from jaxaccum.machine import host_memory
 
 PEER = Path(__file__).with_name("torch_peer.py")
+KYOLO_PEER = Path(__file__).with_name("kyolo_peer.py")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
 HOW_TORCH = (
     "PyTorch is not here: python -m pip install --target=DIR torch==2.13.0, then --torch=DIR"
+)
+HOW_KYOLO = (
+    "kyolo is not here: pip install kyolo and jax (or torch) in a virtual environment, then "
+    "--kyolo_python=ITS_PYTHON"
 )
 
 Platform = Literal["cpu", "gpu"]
@@ -46,6 +51,7 @@ class Context:
       quick: at tiny sizes, to see that it works; the figures mean nothing.
       torch: folder that PyTorch is installed in; "" if it is where this Python finds it.
       torch_python: the Python that runs it; "" for this one.
+      kyolo_python: the Python of an environment with kyolo; "" where there is none.
       warm: only compile, so that what is measured later finds its programs in the caches.
       keep: folder for more than figures, such as the text of a program; None to keep nothing.
     """
@@ -54,6 +60,7 @@ class Context:
     quick: bool = False
     torch: str = ""
     torch_python: str = ""
+    kyolo_python: str = ""
     warm: bool = False
     keep: Path | None = None
 
@@ -400,22 +407,43 @@ def torch_version(folder: str) -> str:
 
 
 class Peer:
-    """A process that runs PyTorch and does a step when it is asked to, to time beside ours.
+    """A process that runs others' code and does a step when it is asked to, to time beside ours.
 
-    It has as many threads as there are processors. Its waiting threads follow OMP_WAIT_POLICY
-    where that is set, so that a busy machine can be told not to let them spin.
+    PyTorch's has as many threads as there are processors. Its waiting threads follow
+    OMP_WAIT_POLICY where that is set, so that a busy machine can be told not to let them spin.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]):
+        self._name = name
+        self._process = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=dict(environment),
+        )  # fmt: skip
+
+    @classmethod
+    def torch(cls, context: Context) -> Peer:
+        """PyTorch's.
+
+        Raises:
+          SkippedError: it is not here.
+        """
         if not torch_version(context.torch):
             raise SkippedError(HOW_TORCH)
-        self._process = subprocess.Popen(
-            [
-                context.torch_python or sys.executable, str(PEER), context.torch, str(cores()),
-                context.platform,
-            ],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        python = context.torch_python or sys.executable
+        command = [python, str(PEER), context.torch, str(cores()), context.platform]
+        return cls("PyTorch", command, os.environ)
+
+    @classmethod
+    def kyolo(cls, context: Context, backend: str) -> Peer:
+        """kyolo's, on one of Keras's backends.
+
+        Raises:
+          SkippedError: no Python with it was named.
+        """
+        if not context.kyolo_python:
+            raise SkippedError(HOW_KYOLO)
+        environment = os.environ | {"KERAS_BACKEND": backend}
+        return cls("kyolo", [context.kyolo_python, str(KYOLO_PEER)], environment)
 
     def __enter__(self) -> Peer:
         return self
@@ -451,10 +479,10 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"PyTorch's process ended with {self._process.wait()}")
+            raise RuntimeError(f"{self._name}'s process ended with {self._process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(f"in PyTorch's process:\n{answer['error']}")
+            raise RuntimeError(f"in {self._name}'s process:\n{answer['error']}")
         return answer["result"]
 
     def seconds(self, case: str, steps: int = 1) -> Took:

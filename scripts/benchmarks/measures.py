@@ -21,6 +21,7 @@ MEASURES = (
         training.YOLO,
         gpu_only=training.TF32,
     ),
+    Measure("kyolo", "Training detectors, against kyolo", training.kyolo, training.KYOLO),
     Measure(
         "program",
         "What an update is made of",

@@ -108,7 +108,7 @@ def _compare(
     steps = context.choose(1, 1, 10)
     unit = this.task.unit
     names = {_words(variant): variant for variant in variants}
-    with Peer(context) as peer, tempfile.TemporaryDirectory() as folder:
+    with Peer.torch(context) as peer, tempfile.TemporaryDirectory() as folder:
         params, stats = this.task.initialise(0)
         batch = runs.random_batch(this)
         file = Path(folder) / "case.npz"
@@ -170,3 +170,44 @@ def _compare(
     for name, error in failed.items():
         note += f"; {name}: failed with {error}"
     return [row], [note]
+
+
+KYOLO = tuple(
+    f"{model}.{backend}" for model in ("yolov8-n", "yolo11-n") for backend in ("jax", "torch")
+)
+
+
+def kyolo(context: Context, part: str) -> Found:
+    """Images per second of a detector beside kyolo's `fit` (Keras)."""
+    model, _, backend = part.rpartition(".")
+    size, count = context.choose((64, 2), (320, 4), (640, 16))
+    rounds, steps = context.choose((2, 1), (5, 4), (5, 10))
+    this = runs.prepare(
+        "detection", model, nbs=count, microbatch=count, bn_group=count, data__image_size=size,
+        data__max_objects=16, ema__decay=0.0, lr__base=1e-4, optimizer__weight_decay=0.0,
+    )  # fmt: skip
+    batch = runs.random_batch(this)
+    with Peer.kyolo(context, backend) as peer, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "case.npz"
+        np.savez(file, count=runs.CLASSES, **batch)
+        name = model.replace("-", "")
+        peer.begin("make", case="fit", model=name, file=str(file))
+        ours = runs.Updates(this, batch)
+        facts = peer.answer()
+        context.compiled()
+        times = interleaved(
+            {"ours": lambda: ours.seconds(steps), "kyolo": lambda: peer.seconds("fit", steps)},
+            rounds, narrow=is_narrow("kyolo", "ours"),
+        )  # fmt: skip
+    rate = {k: count / statistics.median(v) for k, v in times.items()}
+    row = ratio_row(
+        f"{model}, float32: ours / kyolo on {backend}", times["kyolo"], times["ours"],
+        target=(">=", 2.0) if backend == "jax" else None,
+        note=f"{rate['ours']:.3g} against {rate['kyolo']:.3g} images/s",
+    )  # fmt: skip
+    parameters = sum(a.size for a in jax.tree.leaves(this.task.initialise(0)[0]))
+    note = (
+        f"{model}: {facts['versions']}, {facts['parameters']} parameters, ours {parameters}; "
+        f"its own loss and assigner, SGD with momentum, `fit` over one batch; {times.words()}"
+    )
+    return Found(f"{size} px, batch {count}, 8 objects an image, SGD", [row], [note])
