@@ -21,8 +21,8 @@ from jaxaccum.errors import UserError
 # Fields that decide only how a run is computed, watched or stored, and places of what is known by
 # its contents; all others, but for those that a task names, are the recipe.
 NOT_LEARNED = (
-    "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "epochs", "log", "eval",
-    "checkpoint", "max_skipped", "hours", "data.path", "data.on_error", "data.cache",
+    "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "offload", "epochs", "log",
+    "eval", "checkpoint", "max_skipped", "hours", "data.path", "data.on_error", "data.cache",
     "data.cache_gib", "data.workers", "data.prefetch",
 )  # fmt: skip
 
@@ -146,6 +146,8 @@ def geometry(c: ml_collections.ConfigDict) -> None:
     # Devices that divide parameters, optimizer and average among themselves; 0: all, 1: none.
     c.fsdp = 1
     c.remat = False  # compute every block's activations again in the backward pass: less memory
+    # What a batch-norm group of several microbatches keeps lies in the host's memory.
+    c.offload = False
 
 
 def run(c: ml_collections.ConfigDict) -> None:

@@ -254,7 +254,8 @@ class BaseEngine(abc.ABC):
     def _computed(self, function: Callable, fixed: PyTree, batches: PyTree):
         """function(fixed, microbatch) -> (totals, values) over the microbatches of a call."""
         if self.window.together > 1:
-            return in_time.computed(function, self.window.together, fixed, batches)
+            offload = self.window.geometry.offload
+            return in_time.computed(function, self.window.together, fixed, batches, offload)
         totals, values = function(fixed, jax.tree.map(lambda a: a[0], batches))
         return totals, jax.tree.map(lambda a: a[None], values)
 

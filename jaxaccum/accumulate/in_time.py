@@ -17,6 +17,10 @@ inside of a segment there is never more than one microbatch. What costs next to 
 activation, a normalisation: elementwise functions of what is kept) is computed anew instead of
 kept, so that of a convolution, its batch norm and its activation one array is kept: the
 convolution's result. Rematerialised blocks keep what they are given alone.
+
+What is kept may lie in the host's memory (`offload`): a loop writes a microbatch's part of it there
+while it computes the next one, and reads it back in the same way. Then a device needs the room of
+one microbatch, whatever the group. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ CHEAP = frozenset({
 })  # fmt: skip
 
 MOST_ROOTS = 8  # values that one is computed from again
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+LEAST_OFFLOADED = 2**16  # bytes of a microbatch's part; smaller ones stay on the device
 
 over_group_p = core.Primitive("over_group")
 
@@ -272,6 +278,7 @@ def computed(
     microbatches: int,
     fixed: PyTree,
     batches: PyTree,
+    offload: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """Runs a function for each microbatch of a group, with its sums over the group.
 
@@ -279,6 +286,7 @@ def computed(
       function: (fixed, batch) -> (totals, values), in which `over_group` adds up.
       microbatches: of the group.
       fixed: what all of them share. batches: leaves (microbatches, ...).
+      offload: keep in the host's memory what a later segment needs.
     Returns:
       totals, summed over the microbatches, and values, leaves (microbatches, ...).
     Raises:
@@ -288,7 +296,7 @@ def computed(
     closed, (totals, values) = jax.make_jaxpr(function, return_shape=True)(fixed, first)
     leaves = jax.tree.leaves(fixed)
     program = _Program(closed, len(leaves), len(jax.tree.leaves(totals)))
-    run = _Run(program, microbatches, leaves, jax.tree.leaves(batches))
+    run = _Run(program, microbatches, leaves, jax.tree.leaves(batches), offload)
     summed, stacked = run.results()
     return (
         jax.tree.unflatten(jax.tree.structure(totals), summed),
@@ -299,9 +307,12 @@ def computed(
 class _Run:
     """The segments of a program, one after the other, on values (or what stands for them)."""
 
-    def __init__(self, program: _Program, microbatches: int, fixed: list, batches: list):
+    def __init__(
+        self, program: _Program, microbatches: int, fixed: list, batches: list, offload: bool
+    ):
         self._program, self._plan = program, _Plan(program)
-        self._microbatches = microbatches
+        self._microbatches, self._offload = microbatches, offload
+        self._on_host: set[int] = set()
         self._shared = program.known | dict(zip(program.fixed, fixed, strict=True))
         self._kept = dict(zip(program.varying, batches, strict=True))
         self._totals: dict[int, Any] = {}
@@ -321,7 +332,7 @@ class _Run:
 
         def each(v: int) -> Any:
             if self._plan.varies[v]:
-                return self._kept[v]
+                return _moved(self._kept[v], _DEVICE) if v in self._on_host else self._kept[v]
             shared = self._value(v)
             return jnp.broadcast_to(shared, (count, *jnp.shape(shared)))
 
@@ -358,7 +369,7 @@ class _Run:
         def body(carry, given):
             totals, kept = carry
             index, parts = given
-            values = shared | parts
+            values = shared | parts | {v: _moved(parts[v], _DEVICE) for v in parts if v in back}
             for node in inside:
                 made = node.run(*(values[v] for v in node.inputs))
                 values.update(zip(node.outputs, made, strict=True))
@@ -367,16 +378,24 @@ class _Run:
                 v: jax.lax.dynamic_update_index_in_dim(room, values[v], index, 0)
                 for v, room in kept.items()
             }
-            return (totals, kept), {v: values[v] for v in keys}
+            collected = {v: values[v] for v in keys} | {v: _moved(values[v], _HOST) for v in away}
+            return (totals, kept), collected
 
         keys = [v for v in keep if jnp.issubdtype(program.avals[v].dtype, jax.dtypes.extended)]
+        back = self._on_host & set(read)
+        away = [v for v in keep if v not in keys and self._is_offloaded(program.avals[v])]
         start = (
             [self._zeros(program.avals[v]) for v in adding],
-            {v: self._zeros(program.avals[v], self._microbatches) for v in keep if v not in keys},
+            {
+                v: self._zeros(program.avals[v], self._microbatches)
+                for v in keep
+                if v not in keys and v not in away
+            },
         )
         given = jnp.arange(self._microbatches), {v: self._kept[v] for v in read}
-        (done, kept), kept_keys = jax.lax.scan(body, start, given)
-        self._kept.update(kept | kept_keys)
+        (done, kept), collected = jax.lax.scan(body, start, given)
+        self._kept.update(kept | collected)
+        self._on_host.update(away)
         # Of sums, which are finite in an update that counts; what is kept may have NaN in places
         # that are masked later.
         floating = (total for total in done if jnp.issubdtype(total.dtype, jnp.floating))
@@ -384,6 +403,9 @@ class _Run:
         for node, total in zip(sums, done, strict=False):
             self._shared[node.outputs[0]] = total
         self._totals.update(zip(totals, done[len(sums) :], strict=True))
+
+    def _is_offloaded(self, aval: Any) -> bool:
+        return self._offload and _bytes(aval) >= LEAST_OFFLOADED
 
     def _zeros(self, aval: Any, *leading: int) -> jax.Array:
         """Zeros to add to or to write into, made when the segment before is done.
@@ -456,6 +478,11 @@ def _alone(jaxpr: core.Jaxpr, equation: Any) -> Callable[..., list[Any]]:
         (),
     )  # fmt: skip
     return core.jaxpr_as_fun(closed)
+
+
+def _moved(value: jax.Array, space: Any) -> jax.Array:
+    """A value of a program in another memory; XLA copies it while other things are computed."""
+    return jax.device_put(value, space)
 
 
 def _size(aval: Any) -> int:

@@ -87,12 +87,15 @@ class Geometry:
       engine: "scan" (one jitted call per update) or "multisteps" (one per microbatch).
       fsdp: devices that divide the parameters, the optimizer's state and the moving average among
         themselves, instead of each holding all; it divides `devices`.
+      offload: whether what a group of several microbatches keeps for later (accumulate.in_time)
+        lies in the host's memory; other groups keep nothing.
     """
 
     microbatch: int
     devices: int = 1
     engine: Engine = "scan"
     fsdp: int = 1
+    offload: bool = False
 
     def __post_init__(self):
         if self.engine not in ("scan", "multisteps"):
@@ -253,6 +256,7 @@ class Window:
             f"{f', fsdp {geometry.fsdp}' if geometry.fsdp > 1 else ''}"
             f"{f', groups on {self.span} devices' if self.span > 1 else ''}"
             f"{f', groups of {self.together} microbatches' if self.together > 1 else ''}"
+            f"{' kept on the host' if geometry.offload and self.together > 1 else ''}"
         )
 
 

@@ -16,7 +16,7 @@ from jaxaccum import command_line, config_files, tasks
 from jaxaccum.accumulate.recipe import Engine
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Measure, Planner, cache_folder
-from jaxaccum.plan.search import Choice, choose
+from jaxaccum.plan.search import Choice, choose, ways_of
 from jaxaccum.plan.targets import GIB, PlanError
 from jaxaccum.training import run
 
@@ -52,16 +52,19 @@ def microbatch(text: str) -> int:
 def table(choice: Choice) -> list[str]:
     """The rows of a plan as text."""
     fastest = min(m.seconds for m in choice.rows) or 1.0
+    hosts = any(m.host for m in choice.rows)
     lines = [
         f"{'microbatch':>10} {'steps':>5} {'engine':>10} {'remat':>5} {'peak MiB':>9} "
-        f"{'state':>7} {'batch':>7} {'temp':>7} {'GFLOP':>8} {'time':>5}"
+        f"{'state':>7} {'batch':>7} {'temp':>7} "
+        f"{' on host ' if hosts else ''}{'GFLOP':>8} {'time':>5}"
     ]
     for m in choice.rows:
         mark = "<- chosen" if m == choice.chosen else "" if m.peak <= choice.budget else "no"
         lines.append(
             f"{m.microbatch:>10} {m.steps:>5} {m.engine:>10} {'yes' if m.remat else 'no':>5} "
             f"{'' if m.compiled else '~':>1}{m.peak / MIB:>8.0f} {m.state / MIB:>7.1f} "
-            f"{m.batch / MIB:>7.1f} {m.temp / MIB:>7.0f} {m.flops / 1e9:>8.0f} "
+            f"{m.batch / MIB:>7.1f} {m.temp / MIB:>7.0f} "
+            f"{f'{m.host / MIB:>8.0f} ' if hosts else ''}{m.flops / 1e9:>8.0f} "
             f"{m.seconds / fastest:>5.2f}  {mark}".rstrip()
         )
     return lines
@@ -74,7 +77,8 @@ def as_json(choice: Choice, target: targets.Target, memory: int, dtype: str) -> 
     def row(m: Measure) -> dict:
         return {
             "microbatch": m.microbatch, "steps": m.steps, "devices": m.devices,
-            "engine": m.engine, "remat": m.remat, "peak_bytes": m.peak, "temp_bytes": m.temp,
+            "engine": m.engine, "remat": m.remat, "offload": m.offload, "peak_bytes": m.peak,
+            "host_bytes": m.host, "temp_bytes": m.temp,
             "argument_bytes": m.state + m.batch, "state_bytes": m.state, "batch_bytes": m.batch,
             "output_bytes": m.outputs, "flops": m.flops, "relative_time": m.seconds / fastest,
             "compiled": m.compiled, "fits": m.peak <= choice.budget,
@@ -160,7 +164,7 @@ def _print(choice: Choice, target: targets.Target, memory: int) -> None:
     print(
         f"choice: microbatch {m.microbatch} x {m.steps} steps x {m.devices} "
         f"{'device' if m.devices == 1 else 'devices'}, {m.engine}"
-        f"{', remat' if m.remat else ''}: {choice.why}"
+        f"{ways_of(m)}: {choice.why}"
     )
     if target.platform == "gpu":
         if target.topology is None and not target.at_hand:

@@ -39,11 +39,12 @@ class Measure:
     """Memory and work of an update on one geometry, for one device.
 
     Attributes:
-      microbatch, steps, devices, engine, remat: the geometry.
+      microbatch, steps, devices, engine, remat, offload: the geometry.
       state: bytes of parameters, statistics, optimizer, average and, with multisteps, accumulators.
       batch: bytes of samples on the device.
       temp: bytes that the program uses while it runs.
       outputs: bytes of results that do not take the place of an argument.
+      host: bytes of the host's memory that the program uses while it runs (`offload`).
       flops: floating-point operations of the update.
       seconds: a lower bound of its time, from operations and traffic of memory.
       compiled: whether it is the compiler's word; else it lies on the line through two that are.
@@ -54,10 +55,12 @@ class Measure:
     devices: int
     engine: Engine
     remat: bool
+    offload: bool
     state: int
     batch: int
     temp: int
     outputs: int
+    host: int
     flops: float
     seconds: float
     compiled: bool
@@ -101,9 +104,22 @@ class Planner:
         self.config, self.names, self.samples = config.copy_and_resolve_references(), names, samples
         self.target, self.number, self.whole, self.cache = target, devices, whole, cache
         self._devices = target.devices(devices)
+        self._offloading: Planner | None = None
         self._known: dict[tuple[str, bool, int], Measure] = {}
         self._counts: dict[tuple[str, bool, int], tuple[float, float]] = {}
         self.compilations = 0  # that were not in the cache
+
+    def offloading(self) -> Planner:
+        """The planner of the same with `offload`."""
+        if self._offloading is None:
+            config = self.config.copy_and_resolve_references()
+            with config.unlocked():
+                config.offload = True
+            self._offloading = Planner(
+                config, names=self.names, samples=self.samples, target=self.target,
+                devices=self.number, whole=self.whole, cache=self.cache,
+            )  # fmt: skip
+        return self._offloading
 
     @property
     def unit(self) -> int:
@@ -157,7 +173,8 @@ class Planner:
         made = make_engine(this.forward, this.rule, this.window, self._devices)
         state = _state_of(this)
         batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
-        with waiting(f"compiling microbatch {microbatch}, {engine}{', remat' if remat else ''}"):
+        ways = f"{', remat' if remat else ''}{', offload' if self.config.offload else ''}"
+        with waiting(f"compiling microbatch {microbatch}, {engine}{ways}"):
             programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
         own = _bytes(state, made.shardings(state))
         held = own + self._accumulators(this, state)
@@ -169,11 +186,12 @@ class Planner:
             max(loop["bytes"] - (2 * own if loop is close else 0), 0.0),
         )
         measure = Measure(
-            microbatch, this.window.steps, self.number, engine, remat,
+            microbatch, this.window.steps, self.number, engine, remat, self.config.offload,
             state=held,
             batch=one * (this.window.steps if engine == "scan" else 1),
             temp=worst["temp"],
             outputs=max(worst["outputs"] - worst["aliased"], 0),
+            host=worst["host"],
             flops=this.window.steps * self._counts[key][0],
             seconds=self._seconds(this.window.steps, *self._counts[key], own),
             compiled=True,
@@ -208,11 +226,12 @@ class Planner:
         counts = tuple(max(line(x, y), 0.0) for x, y in zip(first, last, strict=True))
         per_sample = a.batch / a.microbatch / (a.steps if engine == "scan" else 1)
         return Measure(
-            microbatch, window.steps, self.number, engine, remat,
+            microbatch, window.steps, self.number, engine, remat, self.config.offload,
             state=a.state,
             batch=round(per_sample * microbatch * (window.steps if engine == "scan" else 1)),
             temp=max(round(line(a.temp, b.temp)), 0),
             outputs=a.outputs,
+            host=max(round(line(a.host, b.host)), 0),
             flops=window.steps * counts[0],
             seconds=self._seconds(window.steps, counts[0], counts[1], a.state),
             compiled=False,
@@ -272,7 +291,7 @@ class Planner:
         text = lowered.as_text()
         key = hashlib.sha256(
             "\n".join(
-                [text, repr(self.target.description), repr(self.target.topology),
+                ["2", text, repr(self.target.description), repr(self.target.topology),
                  self._devices[0].device_kind, jax.__version__, jaxlib.__version__]
             ).encode()
         ).hexdigest()[:32]  # fmt: skip
@@ -286,7 +305,8 @@ class Planner:
             needed = _needed(str(error))
             if needed is None:
                 raise
-            account = {"temp": needed, "outputs": 0, "aliased": 0, "arguments": 0, "bytes": 0}
+            account = {"temp": needed, "outputs": 0, "aliased": 0, "arguments": 0, "bytes": 0,
+                       "host": 0}  # fmt: skip
         else:
             memory: Any = compiled.memory_analysis()
             cost = compiled.cost_analysis() or {}
@@ -295,6 +315,7 @@ class Planner:
                 "outputs": memory.output_size_in_bytes,
                 "aliased": memory.alias_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
+                "host": memory.host_temp_size_in_bytes,
                 "bytes": round(cost.get("bytes accessed", 0)),
             }
         if file is not None:

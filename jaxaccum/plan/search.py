@@ -53,7 +53,8 @@ def choose(
 
     Of all that fit: the one with the least estimated time; within two percent of it the one
     without rematerialisation and with the largest microbatch. Microbatches smaller than a
-    batch-norm group are tried where no whole group fits.
+    batch-norm group are tried where no whole group fits, and what they keep is put on the host
+    where they do not fit either (not on a CPU).
 
     Args:
       memory: bytes of a device.
@@ -90,6 +91,12 @@ def choose(
             smaller = _parts_of_a_group(planner, engine, remat, budget)
             fitting += [m for m in smaller if m.peak <= budget]
             rows += smaller
+    if not fitting and planner.parts and planner.target.platform != "cpu":
+        # What the parts of a group keep may lie on the host; a CPU's memory is the host's.
+        for engine, remat in itertools.product(engines, remats):
+            smaller = _parts_of_a_group(planner.offloading(), engine, remat, budget)
+            fitting += [m for m in smaller if m.peak <= budget]
+            rows += smaller
     needed = planner.evaluation() if evaluation else 0
     if not fitting:
         return Choice(rows, None, _what_would_fit(planner, rows, budget), needed, budget)
@@ -101,11 +108,12 @@ def choose(
         close = [m for m in fitting if m.seconds <= 1.02 * least]
         best = max(close, key=lambda m: (not m.remat, m.engine == "scan", m.microbatch))
         why = "least estimated time of what fits; the largest microbatch of those within 2 %"
-    best = planner.compiled(best.microbatch, best.engine, best.remat)
+    of_best = planner.offloading() if best.offload and not planner.config.offload else planner
+    best = of_best.compiled(best.microbatch, best.engine, best.remat)
     if best.peak > budget:  # the line said it fits, the compiler does not
         best = max((m for m in rows if m.compiled and m.peak <= budget), key=lambda m: m.microbatch)
     rows = [m for m in rows if _key(m) != _key(best)] + [best]
-    rows.sort(key=lambda m: (engines.index(m.engine), m.remat, m.microbatch))
+    rows.sort(key=lambda m: (engines.index(m.engine), m.offload, m.remat, m.microbatch))
     if needed > budget:
         why += (
             f". Evaluation at eval.batch={planner.config.eval.batch} needs {needed / GIB:.2f} GiB, "
@@ -142,17 +150,23 @@ def settle(
     config = config.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
         config.microbatch, config.remat, config.devices = best.microbatch, best.remat, devices
+        config.offload = best.offload
     lines = [
         f"microbatch auto: {best.microbatch} x {best.steps} steps"
-        f"{', remat' if best.remat else ''}, planned {best.peak / GIB:.2f} GiB of "
+        f"{ways_of(best)}, planned {best.peak / GIB:.2f} GiB of "
         f"{target.memory / GIB:.2f} GiB a device ({chosen.why}; {planner.compilations} "
         "compilations)"
     ]
     return config, lines
 
 
-def _key(m: Measure) -> tuple[str, bool, int]:
-    return m.engine, m.remat, m.microbatch
+def ways_of(m: Measure) -> str:
+    """ ", remat", ", offload" or both, where they are used."""
+    return f"{', remat' if m.remat else ''}{', offload' if m.offload else ''}"
+
+
+def _key(m: Measure) -> tuple[str, bool, bool, int]:
+    return m.engine, m.remat, m.offload, m.microbatch
 
 
 def _largest(
@@ -231,7 +245,7 @@ def _what_would_fit(planner: Planner, rows: list[Measure], budget: int) -> str:
     ways.append("a smaller model, or a device with more memory")
     return (
         f"nothing fits into {budget / GIB:.2f} GiB: the least is microbatch {least.microbatch}"
-        f"{' with remat' if least.remat else ''}, {least.peak / GIB:.2f} GiB (state "
+        f"{ways_of(least)}, {least.peak / GIB:.2f} GiB (state "
         f"{least.state / GIB:.2f}, samples {least.batch / GIB:.2f}, temporary "
         f"{least.temp / GIB:.2f}). What could: {'; '.join(ways)}"
     )

@@ -109,7 +109,8 @@ def prepare(
     if usual:
         recipe = usual_rule.recipe(recipe, sizes, config.microbatch)
     window = Window(
-        recipe, Geometry(config.microbatch, devices, config.engine, config.fsdp or devices)
+        recipe,
+        Geometry(config.microbatch, devices, config.engine, config.fsdp or devices, config.offload),
     )
     task = tasks.of(config).create(config, names, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)

@@ -191,6 +191,45 @@ def test_groups_in_time_are_one_run(x64, nbs, group, microbatch, devices, kind):
     assert equivalence.within(found, equivalence.Tolerance.of(True)), (window, found)
 
 
+@pytest.mark.parametrize(("devices", "kind"), [(1, "scan"), (2, "multisteps")])
+def test_what_is_kept_may_lie_on_the_host(x64, monkeypatch, devices, kind):
+    """The same bits, on a CPU, where both memories are one."""
+    here = trace(Geometry(2, devices, kind), 16, "all")
+    monkeypatch.setattr(in_time, "LEAST_OFFLOADED", 1)
+    there = trace(Geometry(2, devices, kind, offload=True), 16, "all")
+    assert set(equivalence.differences(there, here).values()) == {0.0}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_where_it_is_kept(monkeypatch, offload):
+    monkeypatch.setattr(in_time, "LEAST_OFFLOADED", 64)
+
+    def one(scale, x):
+        y = jnp.sin(x) @ jnp.ones((32, 32))
+        centred = y - in_time.over_group(jnp.sum(y, 0)) / 12
+        return jnp.sum(scale * centred**3), y
+
+    def run(scale, x):
+        return in_time.computed(one, 3, scale, x, offload)
+
+    x = jax.random.normal(jax.random.key(0), (3, 4, 32))
+    # Lowered for a CPU they are nothing.
+    assert ("device_put" in str(jax.make_jaxpr(run)(2.0, x))) == offload
+    total, kept = jax.jit(run)(2.0, x)
+    assert kept.sharding.memory_kind in ("device", "unpinned_host")
+    flat = jnp.sin(x.reshape(12, 32)) @ jnp.ones((32, 32))
+    np.testing.assert_allclose(kept.reshape(12, 32), flat, rtol=1e-5, atol=1e-5)
+    assert float(total) == pytest.approx(float(jnp.sum(2 * (flat - flat.mean(0)) ** 3)), rel=1e-3)
+
+
+def test_a_run_says_where_it_is_kept():
+    recipe = Recipe(16, "all")
+    assert "groups of 4 microbatches kept on the host" in str(
+        Window(recipe, Geometry(4, offload=True))
+    )
+    assert "host" not in str(Window(recipe, Geometry(16, offload=True)))
+
+
 def test_a_divided_state(x64, monkeypatch):
     from jaxaccum.accumulate import fsdp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ class Straight(Planner):
         self.names, self.samples, self.target = ["a"], 100, target()
         self.number, self.whole, self._known, self._counts = 1, False, {}, {}
         self.base, self.slope, self.bend, self.kept = base, slope, bend, remat
-        self.compilations = 0
+        self.compilations, self.hosted = 0, None
 
     def compiled(self, microbatch, engine="scan", remat=False):
         key = (engine, remat, microbatch)
@@ -58,14 +59,23 @@ class Straight(Planner):
             work = 1e9 * microbatch * (1.3 if remat else 1.0)
             self._counts[key] = (work, 0.0)
             self._known[key] = Measure(
-                microbatch, steps, 1, engine, remat, state=1000, batch=steps * microbatch,
-                temp=round(self.base + curve), outputs=0, flops=steps * work,
+                microbatch, steps, 1, engine, remat, self.config.offload, state=1000,
+                batch=steps * microbatch, temp=round(self.base + curve), outputs=0,
+                host=9 if self.config.offload else 0, flops=steps * work,
                 seconds=self._seconds(steps, work, 0.0, 1000), compiled=True,
             )  # fmt: skip
         return self._known[key]
 
     def evaluation(self):
         return 0
+
+    def offloading(self):
+        """What a group keeps is its base; on the host it is not here."""
+        if self.hosted is None:
+            self.hosted = Straight(
+                0, self.slope, nbs=self.config.nbs, bn_group=self.config.bn_group, offload=True
+            )
+        return self.hosted
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,6 +123,20 @@ def test_parts_of_a_group_where_no_whole_group_fits():
     assert whole and (whole.microbatch, whole.remat) == (12, True)
     made.number = 4  # a group of 12 as 4 or more microbatches on 4 devices, or 2 on each pair
     assert made.parts == [6, 3, 1]
+
+
+def test_what_a_group_keeps_is_put_on_the_host_where_nothing_else_fits():
+    made = Straight(50_000, 10_000, nbs=48, bn_group=12)
+    assert choose(made, 45_000, margin=0.0).chosen is None and made.hosted is None  # a CPU's
+    made.target = dataclasses.replace(target(), platform="gpu")
+    choice = choose(made, 45_000, margin=0.0)
+    assert choice.chosen and choice.chosen.offload and choice.chosen.microbatch == 4
+    assert choice.chosen in choice.rows and {m.offload for m in choice.rows} == {False, True}
+    rows = table(choice)
+    assert "on host" in rows[0] and sum(row.endswith("<- chosen") for row in rows) == 1
+    assert as_json(choice, made.target, 45_000, "float32")["choice"]["offload"] is True
+    assert not choose(made, 65_000, margin=0.0).chosen.offload  # microbatch 1 fits without
+    assert "on host" not in table(choose(made, GIB))[0]
 
 
 def test_what_would_fit_is_said():
