@@ -193,7 +193,7 @@ class Planner:
             outputs=max(worst["outputs"] - worst["aliased"], 0),
             host=worst["host"],
             flops=this.window.steps * self._counts[key][0],
-            seconds=self._seconds(this.window.steps, *self._counts[key], own),
+            seconds=self._seconds(this.window.steps, *self._counts[key], own, worst["host"]),
             compiled=True,
         )  # fmt: skip
         # What the compiler pads arguments to (a TPU's tiles) counts as held.
@@ -224,6 +224,7 @@ class Planner:
         )
         first, last = (self._counts[engine, remat, m.microbatch] for m in (a, b))
         counts = tuple(max(line(x, y), 0.0) for x, y in zip(first, last, strict=True))
+        host = max(round(line(a.host, b.host)), 0)
         per_sample = a.batch / a.microbatch / (a.steps if engine == "scan" else 1)
         return Measure(
             microbatch, window.steps, self.number, engine, remat, self.config.offload,
@@ -231,9 +232,9 @@ class Planner:
             batch=round(per_sample * microbatch * (window.steps if engine == "scan" else 1)),
             temp=max(round(line(a.temp, b.temp)), 0),
             outputs=a.outputs,
-            host=max(round(line(a.host, b.host)), 0),
+            host=host,
             flops=window.steps * counts[0],
-            seconds=self._seconds(window.steps, counts[0], counts[1], a.state),
+            seconds=self._seconds(window.steps, counts[0], counts[1], a.state, host),
             compiled=False,
         )  # fmt: skip
 
@@ -281,10 +282,14 @@ class Planner:
             return 0
         return this.rule.objective.accumulators * _bytes(state.params)
 
-    def _seconds(self, steps: int, flops: float, traffic: float, state: float) -> float:
-        """Roofline: microbatches one after the other, then the optimizer over the state."""
+    def _seconds(
+        self, steps: int, flops: float, traffic: float, state: float, host: float = 0.0
+    ) -> float:
+        """Roofline: microbatches one after the other, then the optimizer over the state. What lies
+        on the host goes there and comes back meanwhile, once each."""
         rate, bandwidth = self.target.rates[self.config.dtype], self.target.bandwidth
-        return steps * max(flops / rate, traffic / bandwidth) + 2 * state / bandwidth
+        microbatches = steps * max(flops / rate, traffic / bandwidth)
+        return max(microbatches, host / self.target.link) + 2 * state / bandwidth
 
     def _account(self, lowered: jax.stages.Lowered) -> dict[str, int]:
         """What the compiler says of a program; from the cache if it has compiled the same."""

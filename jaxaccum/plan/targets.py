@@ -51,6 +51,7 @@ class Target:
       memory: bytes of one device that programs may use.
       rates: floating-point operations per second, by dtype of the config.
       bandwidth: bytes per second of its memory.
+      link: bytes per second between it and the host's memory, in each direction.
       description: of a GPU that is not here, for the compiler.
       topology: of a TPU that is not here: its smallest slice, chips of it.
       kind: what JAX calls the device, where it is at hand.
@@ -64,6 +65,7 @@ class Target:
     description: Gpu | None = None
     topology: tuple[str, int] | None = None
     kind: str = ""
+    link: float = 16e9
 
     @property
     def at_hand(self) -> bool:
@@ -96,9 +98,9 @@ class Target:
         return _tpus(self, number)
 
 
-def _gpu(memory, bandwidth, f32, bf16, tf32, **description):
+def _gpu(memory, bandwidth, f32, bf16, tf32, *, link, **description):
     return {
-        "platform": "gpu", "memory": int(memory * GIB), "bandwidth": bandwidth,
+        "platform": "gpu", "memory": int(memory * GIB), "bandwidth": bandwidth, "link": link,
         "rates": {"float32": f32, "float64": f32 / 2, "tf32": tf32, "bfloat16": bf16},
         "description": Gpu(**description),
     }  # fmt: skip
@@ -113,35 +115,41 @@ def _tpu(memory, bandwidth, bf16, topology, chips):
     }  # fmt: skip
 
 
+PCIE3, PCIE4, PCIE5 = 15.8e9, 31.5e9, 63e9  # 16 lanes
+
 # Vendors' data sheets: memory in GiB, bytes/s, dense FLOP/s; and the figures of the CUDA
 # programming guide's table of compute capabilities.
 TARGETS = {
     name: Target(name, **fields)
     for name, fields in {
         "h100": _gpu(
-            80, 3.35e12, 67e12, 989e12, 495e12, capability=(9, 0), cores=132, clock_ghz=1.98,
-            fpus_per_core=128, threads_per_core=2048, shared_per_core=233472,
-            shared_per_block=232448, l2=52428800, name="NVIDIA H100 80GB HBM3",
+            80, 3.35e12, 67e12, 989e12, 495e12, link=PCIE5, capability=(9, 0),
+            cores=132, clock_ghz=1.98, fpus_per_core=128, threads_per_core=2048,
+            shared_per_core=233472, shared_per_block=232448, l2=52428800,
+            name="NVIDIA H100 80GB HBM3",
         ),
         "a100": _gpu(
-            80, 2.04e12, 19.5e12, 312e12, 156e12, capability=(8, 0), cores=108, clock_ghz=1.41,
-            fpus_per_core=64, threads_per_core=2048, shared_per_core=167936,
-            shared_per_block=166912, l2=41943040, name="NVIDIA A100-SXM4-80GB",
+            80, 2.04e12, 19.5e12, 312e12, 156e12, link=PCIE4, capability=(8, 0),
+            cores=108, clock_ghz=1.41, fpus_per_core=64, threads_per_core=2048,
+            shared_per_core=167936, shared_per_block=166912, l2=41943040,
+            name="NVIDIA A100-SXM4-80GB",
         ),
         "a100-40": _gpu(
-            40, 1.56e12, 19.5e12, 312e12, 156e12, capability=(8, 0), cores=108, clock_ghz=1.41,
-            fpus_per_core=64, threads_per_core=2048, shared_per_core=167936,
-            shared_per_block=166912, l2=41943040, name="NVIDIA A100-SXM4-40GB",
+            40, 1.56e12, 19.5e12, 312e12, 156e12, link=PCIE4, capability=(8, 0),
+            cores=108, clock_ghz=1.41, fpus_per_core=64, threads_per_core=2048,
+            shared_per_core=167936, shared_per_block=166912, l2=41943040,
+            name="NVIDIA A100-SXM4-40GB",
         ),
         "rtx4090": _gpu(
-            24, 1.01e12, 82.6e12, 165e12, 82.6e12, capability=(8, 9), cores=128, clock_ghz=2.52,
-            fpus_per_core=128, threads_per_core=1536, shared_per_core=102400,
-            shared_per_block=101376, l2=75497472, name="NVIDIA GeForce RTX 4090",
+            24, 1.01e12, 82.6e12, 165e12, 82.6e12, link=PCIE4, capability=(8, 9),
+            cores=128, clock_ghz=2.52, fpus_per_core=128, threads_per_core=1536,
+            shared_per_core=102400, shared_per_block=101376, l2=75497472,
+            name="NVIDIA GeForce RTX 4090",
         ),
         "t4": _gpu(
-            16, 0.32e12, 8.1e12, 8.1e12, 8.1e12, capability=(7, 5), cores=40, clock_ghz=1.59,
-            fpus_per_core=64, threads_per_core=1024, shared_per_core=65536,
-            shared_per_block=65536, l2=4194304, name="Tesla T4",
+            16, 0.32e12, 8.1e12, 8.1e12, 8.1e12, link=PCIE3, capability=(7, 5),
+            cores=40, clock_ghz=1.59, fpus_per_core=64, threads_per_core=1024,
+            shared_per_core=65536, shared_per_block=65536, l2=4194304, name="Tesla T4",
         ),
         "v4": _tpu(32, 1.2e12, 275e12, "v4:2x2x1", 4),
         "v5e": _tpu(16, 0.82e12, 197e12, "v5e:2x2", 4),
@@ -167,7 +175,7 @@ def here() -> Target:
     like = alike[0] if alike else TARGETS["a100" if device.platform == "gpu" else "v5e"]
     return Target(
         device.platform, device.platform, int(stats["bytes_limit"]), like.rates, like.bandwidth,
-        kind=kind,
+        kind=kind, link=like.link,
     )  # fmt: skip
 
 
