@@ -259,3 +259,61 @@ def geometries(context: Context, part: str) -> Found:
     if model != "adapointr-projected":
         notes.append("The small network of the quickstart: the full one takes minutes here.")
     return Found(f"{model}, {points} points, bn_group {group}, AdamW, {dtype}", rows, notes)
+
+
+def groups(context: Context, part: str) -> Found:
+    """Batch statistics over the whole effective batch, in small microbatches: time and memory
+    beside those of groups that fit into the microbatch."""
+    del part
+    model = context.choose("small-t", "yolov8-n", "yolov8-m")
+    size, microbatch, nbs = context.choose((32, 2, 4), (320, 8, 32), (640, 8, 64))
+    rounds = context.choose(2, 7, 7)
+    dtype = context.choose("float32", "float32", "bfloat16")
+    ways: dict[str, dict[str, Any]] = {
+        f"groups of {microbatch}": {"bn_group": microbatch},
+        "all, in time": {"bn_group": "all"},
+        "all, in time, remat": {"bn_group": "all", "remat": True},
+    }
+    if context.platform != "cpu":  # whose memory is the host's
+        ways["all, in time, offload"] = {"bn_group": "all", "offload": True}
+        ways["all, in time, remat, offload"] = {"bn_group": "all", "remat": True, "offload": True}
+    made = {
+        name: runs.Updates(
+            runs.prepare(
+                "detection", model, nbs=nbs, microbatch=microbatch, data__image_size=size,
+                data__max_objects=16, dtype=dtype, **fields,
+            )
+        )
+        for name, fields in ways.items()
+    }  # fmt: skip
+    context.compiled()
+    accounts = {}
+    for name, updates in made.items():
+        (program,) = updates.engine.lowered(
+            runs.state_of(updates.run), updates.run.task.example(nbs)
+        )
+        accounts[name] = program.compile().memory_analysis()
+    times = interleaved({name: updates.seconds for name, updates in made.items()}, rounds)
+    plain = next(iter(ways))
+    rows = []
+    for name, account in accounts.items():
+        host = account.host_temp_size_in_bytes
+        rows.append(
+            Row(
+                f"{name}: temporary memory", account.temp_size_in_bytes / MIB, "MiB",
+                note=f"and {host / MIB:.0f} of the host's" if host else "",
+            )
+        )  # fmt: skip
+        if name != plain:
+            rows.append(
+                ratio_row(
+                    f"{name}: time / {plain}", times[name], times[plain],
+                    target=("<=", 1.6) if name == "all, in time" else None,
+                    note=f"{1e3 * statistics.median(times[name]):.0f} against "
+                    f"{1e3 * statistics.median(times[plain]):.0f} ms",
+                )
+            )  # fmt: skip
+    return Found(
+        f"{model}, {size} px, effective batch {nbs}, microbatch {microbatch}, {dtype}", rows,
+        [times.words()],
+    )  # fmt: skip

@@ -13,6 +13,7 @@ MEASURES = (
     Measure("update", "An update of k microbatches", accumulation.update),
     Measure("memory", "Memory of more microbatches", accumulation.memory),
     Measure("state", "What is held between updates", accumulation.state),
+    Measure("groups", "Statistics of the whole effective batch", accumulation.groups),
     Measure("plans", "Planned memory, and what is used", device.plans, device.PLANS),
     Measure(
         "yolo",
