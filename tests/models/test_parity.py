@@ -251,6 +251,7 @@ def test_a_wrong_formula_is_not_excused(tiny_fixture, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_half_precision_does_not_excuse_itself(tiny_fixture):
     """As far from float64 as from the fixture: four times the one allows the other."""
 
@@ -358,6 +359,7 @@ def completion_facts(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_turned_neighbour_is_found(monkeypatch):
     """In a fixture of our own, in which one query has another neighbour."""
     monkeypatch.setitem(completion.MODELS, "tiny", TINY)

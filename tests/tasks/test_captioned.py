@@ -127,6 +127,7 @@ def test_contrast_over_the_effective_batch(x64, in_one_pass, microbatch, devices
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_contrast_through_multisteps(x64, in_one_pass):
     found = trace(Geometry(8, 2, "multisteps"), dtype="float64", **ALIGNED)
     assert relative(found.gradient, in_one_pass[1]) < 1e-12

@@ -40,8 +40,9 @@ def trace(geometry, bn_group, x64=True, objects=None):
 
 CASES = [
     ("frozen", Geometry(1, 4)), ("frozen", Geometry(4, 1, "multisteps")),
-    (4, Geometry(4)), (4, Geometry(4, 2)), (4, Geometry(8, 1, "multisteps")),
-    (4, Geometry(4, 4, "multisteps")),
+    (4, Geometry(4, 2)), (4, Geometry(4, 4, "multisteps")),
+    pytest.param(4, Geometry(4), marks=pytest.mark.long),
+    pytest.param(4, Geometry(8, 1, "multisteps"), marks=pytest.mark.long),
 ]  # fmt: skip
 
 

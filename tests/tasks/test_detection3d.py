@@ -235,8 +235,11 @@ def trace(geometry, x64=True, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bn_group", "geometry"),
-    [("frozen", Geometry(1, 4)), ("frozen", Geometry(4, 1, "multisteps")), (4, Geometry(4, 2)),
-     (4, Geometry(8, 1, "multisteps")), (4, Geometry(2))],
+    [
+        ("frozen", Geometry(1, 4)), (4, Geometry(8, 1, "multisteps")), (4, Geometry(2)),
+        pytest.param("frozen", Geometry(4, 1, "multisteps"), marks=pytest.mark.long),
+        pytest.param(4, Geometry(4, 2), marks=pytest.mark.long),
+    ],
 )  # fmt: skip
 def test_one_run(x64, whole, bn_group, geometry):
     found = equivalence.differences(trace(geometry, bn_group=bn_group), whole[bn_group])

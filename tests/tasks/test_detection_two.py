@@ -62,9 +62,14 @@ def whole(bn_group, objects=None):
 @pytest.mark.parametrize(
     ("bn_group", "geometry"),
     [
-        ("frozen", Geometry(1, 2)), ("frozen", Geometry(4, 1, "multisteps")),
-        (2, Geometry(2)), (2, Geometry(4, 2)), (2, Geometry(4, 2, "multisteps")),
-        (2, Geometry(2, 2, fsdp=2)), (2, Geometry(1)),
+        ("frozen", Geometry(1, 2)), (2, Geometry(4, 2, "multisteps")), (2, Geometry(1)),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("frozen", Geometry(4, 1, "multisteps")), (2, Geometry(2)), (2, Geometry(4, 2)),
+                (2, Geometry(2, 2, fsdp=2)),
+            )
+        ),
     ],
     ids=str,
 )  # fmt: skip

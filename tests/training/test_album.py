@@ -136,6 +136,7 @@ def test_a_browser_shows_all_of_it(reported, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "said"),
     [(tiny_config3d, "mean absolute error"), (tiny_completion.tiny_config, "CD-L1")],

@@ -212,6 +212,7 @@ def test_saved_by_one_and_continued_by_two(one, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_multisteps_in_two_processes(tmp_path):
     changes = SMALL | {"steps": 6, "eval.every": -1, "checkpoint.every": 6, "log.every": 1}
     train.train(tiny_config(**changes), tmp_path / "one")

@@ -49,9 +49,12 @@ def whole():
 
 @pytest.mark.parametrize(
     "geometry",
-    [Geometry(2), Geometry(2, 2), Geometry(2, 1, "multisteps"), Geometry(2, 2, "scan", 2)],
+    [
+        Geometry(2, 1, "multisteps"), Geometry(2, 2, "scan", 2),
+        *(pytest.param(g, marks=pytest.mark.long) for g in (Geometry(2), Geometry(2, 2))),
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.slow
 def test_one_run_on_any_geometry(x64, whole, geometry):
     found = equivalence.differences(trace(FROZEN, geometry), whole)
