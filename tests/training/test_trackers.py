@@ -172,7 +172,7 @@ def test_they_get_all_that_the_workdir_gets(fakes, tmp_path, capsys):
     facts = ours.given["config"]
     assert facts["fingerprint"] == records(tmp_path / "mine")[0]["fingerprint"]
     assert facts["geometry"] == {
-        "microbatch": 2, "devices": 1, "engine": "scan", "fsdp": 1, "steps": 2
+        "microbatch": 2, "devices": 1, "engine": "scan", "fsdp": 1, "offload": False, "steps": 2
     }  # fmt: skip
     assert facts["recipe"]["nbs"] == 4 and facts["config"]["lr"]["base"] == 1e-3
     assert theirs.dicts == {"run.json": facts} and json.dumps(facts)
