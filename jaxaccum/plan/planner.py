@@ -39,7 +39,8 @@ class Measure:
     """Memory and work of an update on one geometry, for one device.
 
     Attributes:
-      microbatch, steps, devices, engine, remat, offload: the geometry.
+      microbatch, steps, devices, engine, remat, offload: the geometry; the last where it has
+        something to put on the host.
       state: bytes of parameters, statistics, optimizer, average and, with multisteps, accumulators.
       batch: bytes of samples on the device.
       temp: bytes that the program uses while it runs.
@@ -121,6 +122,9 @@ class Planner:
             )  # fmt: skip
         return self._offloading
 
+    def _offloads(self, window: Window) -> bool:
+        return self.config.offload and window.together > 1
+
     @property
     def unit(self) -> int:
         """The smallest microbatch; all others are multiples of it."""
@@ -186,7 +190,7 @@ class Planner:
             max(loop["bytes"] - (2 * own if loop is close else 0), 0.0),
         )
         measure = Measure(
-            microbatch, this.window.steps, self.number, engine, remat, self.config.offload,
+            microbatch, this.window.steps, self.number, engine, remat, self._offloads(this.window),
             state=held,
             batch=one * (this.window.steps if engine == "scan" else 1),
             temp=worst["temp"],
@@ -227,7 +231,7 @@ class Planner:
         host = max(round(line(a.host, b.host)), 0)
         per_sample = a.batch / a.microbatch / (a.steps if engine == "scan" else 1)
         return Measure(
-            microbatch, window.steps, self.number, engine, remat, self.config.offload,
+            microbatch, window.steps, self.number, engine, remat, self._offloads(window),
             state=a.state,
             batch=round(per_sample * microbatch * (window.steps if engine == "scan" else 1)),
             temp=max(round(line(a.temp, b.temp)), 0),
