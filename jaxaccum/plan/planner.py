@@ -197,7 +197,9 @@ class Planner:
             outputs=max(worst["outputs"] - worst["aliased"], 0),
             host=worst["host"],
             flops=this.window.steps * self._counts[key][0],
-            seconds=self._seconds(this.window.steps, *self._counts[key], own, worst["host"]),
+            seconds=self._seconds(
+                this.window.steps, *self._counts[key], own, _over_the_link(this.window, worst["host"])
+            ),
             compiled=True,
         )  # fmt: skip
         # What the compiler pads arguments to (a TPU's tiles) counts as held.
@@ -238,7 +240,9 @@ class Planner:
             outputs=a.outputs,
             host=host,
             flops=window.steps * counts[0],
-            seconds=self._seconds(window.steps, counts[0], counts[1], a.state, host),
+            seconds=self._seconds(
+                window.steps, counts[0], counts[1], a.state, _over_the_link(window, host)
+            ),
             compiled=False,
         )  # fmt: skip
 
@@ -287,13 +291,13 @@ class Planner:
         return this.rule.objective.accumulators * _bytes(state.params)
 
     def _seconds(
-        self, steps: int, flops: float, traffic: float, state: float, host: float = 0.0
+        self, steps: int, flops: float, traffic: float, state: float, moved: float = 0.0
     ) -> float:
-        """Roofline: microbatches one after the other, then the optimizer over the state. What lies
-        on the host goes there and comes back meanwhile, once each."""
+        """Roofline: microbatches one after the other, then the optimizer over the state; meanwhile
+        so many bytes go to the host and come back."""
         rate, bandwidth = self.target.rates[self.config.dtype], self.target.bandwidth
         microbatches = steps * max(flops / rate, traffic / bandwidth)
-        return max(microbatches, host / self.target.link) + 2 * state / bandwidth
+        return max(microbatches, moved / self.target.link) + 2 * state / bandwidth
 
     def _account(self, lowered: jax.stages.Lowered) -> dict[str, int]:
         """What the compiler says of a program; from the cache if it has compiled the same."""
@@ -336,6 +340,11 @@ class Planner:
         if self.target.topology is None:
             return {}
         return {"compiler_options": {"exec_time_optimization_effort": -1.0}}
+
+
+def _over_the_link(window: Window, host: int) -> int:
+    """Bytes that an update moves to the host, of a program that holds so many there for a group."""
+    return host * (window.steps // window.together)
 
 
 def cache_folder() -> Path:

@@ -91,7 +91,8 @@ def choose(
             smaller = _parts_of_a_group(planner, engine, remat, budget)
             fitting += [m for m in smaller if m.peak <= budget]
             rows += smaller
-    if not fitting and planner.parts and planner.target.platform != "cpu":
+    on_host = planner.config.offload or planner.target.platform == "cpu"
+    if not fitting and planner.parts and not on_host:
         # What the parts of a group keep may lie on the host; a CPU's memory is the host's.
         for engine, remat in itertools.product(engines, remats):
             smaller = _parts_of_a_group(planner.offloading(), engine, remat, budget)
