@@ -198,7 +198,8 @@ class Planner:
             host=worst["host"],
             flops=this.window.steps * self._counts[key][0],
             seconds=self._seconds(
-                this.window.steps, *self._counts[key], own, _over_the_link(this.window, worst["host"])
+                this.window.steps, *self._counts[key], own,
+                _over_the_link(this.window, worst["host"]),
             ),
             compiled=True,
         )  # fmt: skip
