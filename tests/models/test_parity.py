@@ -118,6 +118,30 @@ def test_the_rule_at_its_edges():
     assert not parity.Comparison({}).passed
 
 
+@pytest.mark.parametrize(
+    ("decides", "at", "runs", "passed"),
+    [(True, 5, 6, True), (True, 1, 3, True), (True, 99, 9, False), (False, 5, 3, False)],
+)
+def test_a_jump_that_one_run_of_several_makes(decides, at, runs, passed):
+    """More runs are made only of what decides, and only until nothing is beyond the rule."""
+
+    class Jumping(parity.Fixture):
+        def numbers(self, dtype):
+            if dtype == jnp.float64:
+                return {"value": 1.0}
+            return {"value": 1.001 if self.jitter and self.draw == at else 1.0 + 1e-6}
+
+        def distances(self, ours, theirs):
+            return {"value": abs(ours["value"] - theirs["value"])}
+
+        def jumps(self, a, b):
+            return {"value"} if decides else set()
+
+    result = Jumping({"state": {}}, {"value": 1.003}).compare()
+    assert result.passed == passed
+    assert f"rounding is the largest of {runs} float32 runs" in result.notes
+
+
 def test_distances():
     assert parity.distance([1.0, 2.0], [1.0, 2.001]) == pytest.approx(0.001 / 2.001)
     assert parity.distance([np.nan], [1.0]) == float("inf")
