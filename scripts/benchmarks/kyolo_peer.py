@@ -9,15 +9,12 @@ own.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-import traceback
 from typing import Any
 
-ANSWERS = os.fdopen(os.dup(1), "w")  # what is printed by others goes to stderr
-os.dup2(2, 1)
+import peer  # beside this file
+
+ANSWERS = peer.answers()
 
 import keras
 import kyolo
@@ -64,17 +61,6 @@ def took(case: str, steps: int) -> tuple[float, float]:
     return (time.perf_counter() - start) / steps, (time.process_time() - cpu) / steps
 
 
-def main() -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            result = {"make": make, "time": took}[request["do"]](**request["options"])
-            answer: dict[str, Any] = {"result": result}
-        except Exception:
-            answer = {"error": traceback.format_exc()}
-        ANSWERS.write(json.dumps(answer) + "\n")
-        ANSWERS.flush()
-
-
 if __name__ == "__main__":
-    main()
+    DO = {"make": make, "time": took}
+    peer.serve(lambda name, **options: DO[name](**options), ANSWERS)

@@ -7,17 +7,14 @@ It makes cases, each a step on fixed data, checks them once, and times steps whe
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-# What is printed by others goes to stderr: stdout holds the answers.
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
+import peer  # beside this file
+
+ANSWERS = peer.answers()
 if sys.argv[1]:
     sys.path.append(sys.argv[1])  # last: numpy and the like are those of this Python
 sys.path += [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
@@ -74,16 +71,13 @@ def main() -> None:
         server: Any = None
     else:
         server = Server("cuda" if platform == "gpu" else "cpu")
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if server is None:
-                raise RuntimeError("this PyTorch sees no GPU: install one that is built for CUDA")
-            answer = {"result": getattr(server, request["do"])(**request["options"])}
-        except Exception:
-            answer = {"error": traceback.format_exc()}
-        ANSWERS.write(json.dumps(answer) + "\n")
-        ANSWERS.flush()
+
+    def do(name: str, **options: Any) -> Any:
+        if server is None:
+            raise RuntimeError("this PyTorch sees no GPU: install one that is built for CUDA")
+        return getattr(server, name)(**options)
+
+    peer.serve(do, ANSWERS)
 
 
 if __name__ == "__main__":
