@@ -1,4 +1,4 @@
-"""python -m jaxaccum.calibrate --config=FILE[:arg] --geometries=8,16,8:remat,8:multisteps
+"""python -m jaxaccum.calibrate --config=FILE[:arg] --geometries=8,16,8:blocks,8:multisteps
 
 Holds plans against what the device here really takes. Every geometry (a microbatch, then what
 else differs from the config) is planned, and run for two updates in a process of its own. The
@@ -30,6 +30,7 @@ from absl import flags
 
 from jaxaccum import command_line, config_files
 from jaxaccum.accumulate import make_engine
+from jaxaccum.fields import REMATS
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Planner, cache_folder
 from jaxaccum.plan.targets import PlanError
@@ -39,17 +40,20 @@ MIB = 2**20
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Geometry fields of "8:remat:multisteps".
+    """Geometry fields of "8:blocks:multisteps".
 
     Raises:
       PlanError: it is no such text.
     """
     microbatch, *rest = text.split(":")
-    known = set(rest) <= {"remat", "multisteps", "scan"}
+    known = set(rest) <= {*REMATS, "multisteps", "scan"}
     if not re.fullmatch(r"[1-9]\d{0,5}", microbatch, re.ASCII) or not known:
-        raise PlanError(f"a geometry is a microbatch, then :remat or :multisteps; got {text!r}")
+        raise PlanError(
+            f"a geometry is a microbatch, then :{', :'.join(REMATS)} or :multisteps; got {text!r}"
+        )
     engine = "multisteps" if "multisteps" in rest else "scan"
-    return {"microbatch": int(microbatch), "engine": engine, "remat": "remat" in rest}
+    remat = next((word for word in rest if word in REMATS), "none")
+    return {"microbatch": int(microbatch), "engine": engine, "remat": remat}
 
 
 def measure(
@@ -149,14 +153,14 @@ def main() -> int:
 
 if __name__ == "__main__":
     _CONFIG = config_files.define()
-    _GEOMETRIES = flags.DEFINE_list("geometries", [], "what to measure, such as 8,16,8:remat")
+    _GEOMETRIES = flags.DEFINE_list("geometries", [], "what to measure, such as 8,16,8:blocks")
     _ONE = flags.DEFINE_string("one", "", "measure one geometry in this process, print two numbers")
     command_line.run_verb(
         main,
         __doc__,
         (
             (
-                "calibrate --config=configs/yolo_s.py --geometries=8,16,8:remat",
+                "calibrate --config=configs/yolo_s.py --geometries=8,16,8:blocks",
                 "on the device that plans are to be right for",
             ),
         ),

@@ -72,6 +72,7 @@ def run_verb(main: Callable[[], int], told: str | None, examples: Examples) -> N
       told: the docstring of the verb's module, for its help.
       examples: for its help.
     """
+    start.imported()
     start.prepare()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -125,7 +126,7 @@ def _clear(call: Callable[[], int]) -> int:
             raise
         _say(
             f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller microbatch "
-            "(a multiple of bn_group or a part of it), or set remat=True. Smaller images are "
+            "(a multiple of bn_group or a part of it), or set remat=blocks. Smaller images are "
             "another recipe."
         )
     return 1

@@ -8,7 +8,7 @@ import numbers
 import re
 from collections.abc import Callable, Container, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import ml_collections
@@ -21,7 +21,7 @@ from jaxaccum.errors import UserError
 # Fields that decide only how a run is computed, watched or stored, and places of what is known by
 # its contents; all others, but for those that a task names, are the recipe.
 NOT_LEARNED = (
-    "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "offload", "epochs", "log",
+    "init_from", "microbatch", "devices", "engine", "fsdp", "remat", "epochs", "log",
     "eval", "checkpoint", "max_skipped", "hours", "data.path", "data.on_error", "data.cache",
     "data.cache_gib", "data.workers", "data.prefetch",
 )  # fmt: skip
@@ -34,6 +34,10 @@ LATER: Mapping[str, Any] = {
 }  # fmt: skip
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}
+
+# How activations are held, in the order in which they are tried: each needs less memory.
+Remat = Literal["none", "blocks", "host"]
+REMATS = get_args(Remat)
 
 # Updates of a run at most: float32, in which schedules are computed, counts to 16.7 million.
 MOST_UPDATES = 10_000_000
@@ -91,6 +95,15 @@ class ConfigError(UserError, ValueError):
     """A config that cannot be run; the message says which field and what would work."""
 
 
+def of_earlier(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with what was named otherwise when it was stored under today's names."""
+    stored = dict(stored)
+    if isinstance(stored.get("remat"), bool):  # that was the field, beside `offload`
+        blocks, host = stored["remat"], stored.pop("offload", False)
+        stored["remat"] = "blocks" if blocks else "host" if host else "none"
+    return stored
+
+
 def any_of(value) -> config_dict.FieldReference:
     """A field that takes a number or a word, such as bn_group = 8 or "all"."""
     reference = config_dict.placeholder(object)
@@ -145,9 +158,10 @@ def geometry(c: ml_collections.ConfigDict) -> None:
     c.engine = "scan"  # or "multisteps"
     # Devices that divide parameters, optimizer and average among themselves; 0: all, 1: none.
     c.fsdp = 1
-    c.remat = False  # compute every block's activations again in the backward pass: less memory
-    # What a batch-norm group of several microbatches keeps lies in the host's memory.
-    c.offload = False
+    # What of an update's activations is held: "none" are computed again; "blocks": what lies inside
+    # of a block is, in the backward pass; "host": none are, but what a batch-norm group of several
+    # microbatches keeps lies in the host's memory.
+    c.remat = "none"
 
 
 def run(c: ml_collections.ConfigDict) -> None:
@@ -210,6 +224,7 @@ def validate(c: ml_collections.ConfigDict, own: Fields) -> None:
     words = {
         "dtype": (*DTYPES, "auto"),
         "engine": ("scan", "multisteps"),
+        "remat": REMATS,
         "optimizer.name": ("sgd", "adamw", "musgd", "auto"),
         "optimizer.weight_decay_scaling": ("none", "linear"),
         "lr.scaling": ("none", "linear", "sqrt"),

@@ -209,7 +209,7 @@ def onnx(trained: Trained, batch: int, suppression: Suppression | None):
         ) from error
     config = trained.config.copy_and_resolve_references()
     with config.unlocked():
-        config.update(dtype="float32", remat=False)
+        config.update(dtype="float32", remat="none")
     task = type(trained.task).create(config, trained.names, jnp.float32)
     params, stats = jax.device_get((trained.params, trained.stats))
     inputs, outputs = interface.onnx

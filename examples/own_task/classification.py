@@ -78,8 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def _check(c: ml_collections.ConfigDict) -> None:
-    if c.remat:
-        raise fields.ConfigError("remat: this network has no blocks to compute again")
+    if c.remat == "blocks":
+        raise fields.ConfigError("remat=blocks: this network has no blocks to compute again")
 
 
 FIELDS = fields.Fields(

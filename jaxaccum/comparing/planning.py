@@ -44,7 +44,7 @@ def plan(model: Model, memory: str | None, most: int, folder: Path) -> dict[str,
     config = model.config
     arguments = [
         f"--config={model.file}", "--json", "--largest",
-        f"--remat={'yes' if config.remat else 'no'}", f"--engines={config.engine}",
+        f"--remat={config.remat}", f"--engines={config.engine}",
         *([f"--devices={config.devices}"] if config.devices else []),
         *([f"--memory={memory}"] if memory else []), *as_flags(model.overrides),
     ]  # fmt: skip

@@ -144,7 +144,11 @@ def _phases_of(name: str, own: Mapping, fair: Mapping) -> list[tuple[str, dict[s
 
 def _geometry(geometry: Mapping[str, Any]) -> str:
     text = f"{geometry['microbatch']} x {geometry['steps']} x {geometry['devices']}, "
-    return text + geometry["engine"] + (", remat" if geometry["remat"] else "")
+    return (
+        text
+        + geometry["engine"]
+        + ("" if geometry["remat"] == "none" else f", remat={geometry['remat']}")
+    )
 
 
 def _plan_part(results: Mapping[str, Any]) -> str:

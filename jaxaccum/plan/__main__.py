@@ -14,6 +14,7 @@ from absl import flags
 
 from jaxaccum import command_line, config_files, tasks
 from jaxaccum.accumulate.recipe import Engine
+from jaxaccum.fields import REMATS
 from jaxaccum.plan import calibration, targets
 from jaxaccum.plan.planner import Measure, Planner, cache_folder
 from jaxaccum.plan.search import Choice, choose, ways_of
@@ -54,14 +55,14 @@ def table(choice: Choice) -> list[str]:
     fastest = min(m.seconds for m in choice.rows) or 1.0
     hosts = any(m.host for m in choice.rows)
     lines = [
-        f"{'microbatch':>10} {'steps':>5} {'engine':>10} {'remat':>5} {'peak MiB':>9} "
+        f"{'microbatch':>10} {'steps':>5} {'engine':>10} {'remat':>6} {'peak MiB':>9} "
         f"{'state':>7} {'batch':>7} {'temp':>7} "
         f"{' on host ' if hosts else ''}{'GFLOP':>8} {'time':>5}"
     ]
     for m in choice.rows:
         mark = "<- chosen" if m == choice.chosen else "" if m.peak <= choice.budget else "no"
         lines.append(
-            f"{m.microbatch:>10} {m.steps:>5} {m.engine:>10} {'yes' if m.remat else 'no':>5} "
+            f"{m.microbatch:>10} {m.steps:>5} {m.engine:>10} {m.remat:>6} "
             f"{'' if m.compiled else '~':>1}{m.peak / MIB:>8.0f} {m.state / MIB:>7.1f} "
             f"{m.batch / MIB:>7.1f} {m.temp / MIB:>7.0f} "
             f"{f'{m.host / MIB:>8.0f} ' if hosts else ''}{m.flops / 1e9:>8.0f} "
@@ -77,7 +78,7 @@ def as_json(choice: Choice, target: targets.Target, memory: int, dtype: str) -> 
     def row(m: Measure) -> dict:
         return {
             "microbatch": m.microbatch, "steps": m.steps, "devices": m.devices,
-            "engine": m.engine, "remat": m.remat, "offload": m.offload, "peak_bytes": m.peak,
+            "engine": m.engine, "remat": m.remat, "peak_bytes": m.peak,
             "host_bytes": m.host, "temp_bytes": m.temp,
             "argument_bytes": m.state + m.batch, "state_bytes": m.state, "batch_bytes": m.batch,
             "output_bytes": m.outputs, "flops": m.flops, "relative_time": m.seconds / fastest,
@@ -127,7 +128,7 @@ def main() -> int:
     for memory in memories:
         choice = choose(
             made, memory, engines=cast(list[Engine], engines),
-            remats={"auto": (False, True), "no": (False,), "yes": (True,)}[_REMAT.value],
+            remats=REMATS if _REMAT.value == "auto" else (_REMAT.value,),
             microbatches=[microbatch(m) for m in _MICROBATCHES.value],
             evaluation=_EVALUATION.value,
             margin=_MARGIN.value,
@@ -183,7 +184,7 @@ if __name__ == "__main__":
         "devices", 0, "devices that share an update; 0: all, or one", 0, 10**6
     )
     _ENGINES = flags.DEFINE_list("engines", ["scan"], "engines to try: scan, multisteps")
-    _REMAT = flags.DEFINE_enum("remat", "auto", ["auto", "no", "yes"], "rematerialisation to try")
+    _REMAT = flags.DEFINE_enum("remat", "auto", ["auto", *REMATS], "how to hold activations")
     _MICROBATCHES = flags.DEFINE_list("microbatches", [], "microbatches to show")
     _CLASSES = flags.DEFINE_integer(
         "classes", 0, "plan without the data, for that many classes", 0, 10**5

@@ -26,6 +26,7 @@ import numpy as np
 from jaxaccum import config as configs
 from jaxaccum.accumulate import Geometry, Recipe, Window, make_engine
 from jaxaccum.accumulate.recipe import Engine
+from jaxaccum.fields import Remat
 from jaxaccum.machine import onednn, user_cache
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.plan.targets import PlanError, Target
@@ -39,13 +40,12 @@ class Measure:
     """Memory and work of an update on one geometry, for one device.
 
     Attributes:
-      microbatch, steps, devices, engine, remat, offload: the geometry; the last where it has
-        something to put on the host.
+      microbatch, steps, devices, engine, remat: the geometry.
       state: bytes of parameters, statistics, optimizer, average and, with multisteps, accumulators.
       batch: bytes of samples on the device.
       temp: bytes that the program uses while it runs.
       outputs: bytes of results that do not take the place of an argument.
-      host: bytes of the host's memory that the program uses while it runs (`offload`).
+      host: bytes of the host's memory that the program uses while it runs (remat=host).
       flops: floating-point operations of the update.
       seconds: a lower bound of its time, from operations and traffic of memory.
       compiled: whether it is the compiler's word; else it lies on the line through two that are.
@@ -55,8 +55,7 @@ class Measure:
     steps: int
     devices: int
     engine: Engine
-    remat: bool
-    offload: bool
+    remat: Remat
     state: int
     batch: int
     temp: int
@@ -105,25 +104,9 @@ class Planner:
         self.config, self.names, self.samples = config.copy_and_resolve_references(), names, samples
         self.target, self.number, self.whole, self.cache = target, devices, whole, cache
         self._devices = target.devices(devices)
-        self._offloading: Planner | None = None
-        self._known: dict[tuple[str, bool, int], Measure] = {}
-        self._counts: dict[tuple[str, bool, int], tuple[float, float]] = {}
+        self._known: dict[tuple[str, str, int], Measure] = {}
+        self._counts: dict[tuple[str, str, int], tuple[float, float]] = {}
         self.compilations = 0  # that were not in the cache
-
-    def offloading(self) -> Planner:
-        """The planner of the same with `offload`."""
-        if self._offloading is None:
-            config = self.config.copy_and_resolve_references()
-            with config.unlocked():
-                config.offload = True
-            self._offloading = Planner(
-                config, names=self.names, samples=self.samples, target=self.target,
-                devices=self.number, whole=self.whole, cache=self.cache,
-            )  # fmt: skip
-        return self._offloading
-
-    def _offloads(self, window: Window) -> bool:
-        return self.config.offload and window.together > 1
 
     @property
     def unit(self) -> int:
@@ -154,7 +137,7 @@ class Planner:
         share = -(-self.config.nbs // self.number)
         return -(-share // self.unit) * self.unit
 
-    def prepared(self, microbatch: int, engine: Engine, remat: bool) -> run.Run:
+    def prepared(self, microbatch: int, engine: Engine, remat: Remat) -> run.Run:
         """The run on a geometry."""
         config = self.config.copy_and_resolve_references()
         with config.unlocked(), config.ignore_type():
@@ -164,7 +147,7 @@ class Planner:
                 config.nbs = microbatch * self.number
         return run.prepare(config, names=self.names, samples=self.samples, identity={})
 
-    def compiled(self, microbatch: int, engine: Engine = "scan", remat: bool = False) -> Measure:
+    def compiled(self, microbatch: int, engine: Engine = "scan", remat: Remat = "none") -> Measure:
         """The compiler's account of a geometry.
 
         Raises:
@@ -177,8 +160,7 @@ class Planner:
         made = make_engine(this.forward, this.rule, this.window, self._devices)
         state = _state_of(this)
         batch = this.task.example(self._samples_of(this.window.geometry, this.window.steps))
-        ways = f"{', remat' if remat else ''}{', offload' if self.config.offload else ''}"
-        with waiting(f"compiling microbatch {microbatch}, {engine}{ways}"):
+        with waiting(f"compiling microbatch {microbatch}, {engine}, remat {remat}"):
             programs = [self._account(lowered) for lowered in made.lowered(state, batch)]
         own = _bytes(state, made.shardings(state))
         held = own + self._accumulators(this, state)
@@ -190,7 +172,7 @@ class Planner:
             max(loop["bytes"] - (2 * own if loop is close else 0), 0.0),
         )
         measure = Measure(
-            microbatch, this.window.steps, self.number, engine, remat, self._offloads(this.window),
+            microbatch, this.window.steps, self.number, engine, remat,
             state=held,
             batch=one * (this.window.steps if engine == "scan" else 1),
             temp=worst["temp"],
@@ -209,7 +191,7 @@ class Planner:
         self._known[key] = measure
         return measure
 
-    def predicted(self, microbatch: int, engine: Engine = "scan", remat: bool = False) -> Measure:
+    def predicted(self, microbatch: int, engine: Engine = "scan", remat: Remat = "none") -> Measure:
         """A geometry on the line through the compiled ones to both sides of it, or through the two
         nearest if there are none beyond it."""
         key = (engine, remat, microbatch)
@@ -234,7 +216,7 @@ class Planner:
         host = max(round(line(a.host, b.host)), 0)
         per_sample = a.batch / a.microbatch / (a.steps if engine == "scan" else 1)
         return Measure(
-            microbatch, window.steps, self.number, engine, remat, self._offloads(window),
+            microbatch, window.steps, self.number, engine, remat,
             state=a.state,
             batch=round(per_sample * microbatch * (window.steps if engine == "scan" else 1)),
             temp=max(round(line(a.temp, b.temp)), 0),
@@ -249,7 +231,7 @@ class Planner:
 
     def evaluation(self) -> int:
         """Bytes of an evaluation at `eval.batch`, with the training state beside it."""
-        this = self.prepared(self.unit, "scan", False)
+        this = self.prepared(self.unit, "scan", "none")
         function, batch = this.task.evaluation(self.config.eval.batch)
         state = _state_of(this)
         place = jax.sharding.SingleDeviceSharding(self._devices[0])
@@ -261,7 +243,7 @@ class Planner:
         return _bytes(state) + _bytes(batch) + found["temp"] + found["outputs"]
 
     @functools.cache  # noqa: B019 (a planner lives as long as its plan)
-    def _operations(self, remat: bool) -> float:
+    def _operations(self, remat: Remat) -> float:
         """Floating-point operations of forward and backward pass per sample.
 
         Counted before compilation: what libraries compute is opaque in the compiled program.

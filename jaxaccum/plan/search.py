@@ -14,6 +14,7 @@ import ml_collections
 
 from jaxaccum import config as configs
 from jaxaccum.accumulate.recipe import Engine
+from jaxaccum.fields import REMATS, Remat
 from jaxaccum.plan import calibration
 from jaxaccum.plan.planner import Measure, Planner, cache_folder
 from jaxaccum.plan.targets import GIB, PlanError, Target
@@ -44,7 +45,7 @@ def choose(
     memory: int,
     *,
     engines: Sequence[Engine] = ("scan",),
-    remats: Sequence[bool] = (False, True),
+    remats: Sequence[Remat] = REMATS,
     microbatches: Sequence[int] = (),
     evaluation: bool = True,
     margin: float | None = None,
@@ -54,7 +55,7 @@ def choose(
     Of all that fit: the one with the least estimated time; within two percent of it the one
     without rematerialisation and with the largest microbatch. Microbatches smaller than a
     batch-norm group are tried where no whole group fits, and what they keep is put on the host
-    where they do not fit either (not on a CPU).
+    (remat "host") where they do not fit either (not on a CPU, whose memory is the host's).
 
     Args:
       memory: bytes of a device.
@@ -69,9 +70,11 @@ def choose(
     unit, top = planner.unit, planner.top
     rows: list[Measure] = []
     fitting: list[Measure] = []
+    last = [r for r in remats if r == "host"] if len(remats) > 1 else []
+    first = [r for r in remats if r not in last]
     for engine in engines:
-        for remat in remats:
-            if remat and _covered(fitting, engine, top):
+        for remat in first:
+            if remat != first[0] and _covered(fitting, engine, top):
                 continue
             largest, tried = _largest(planner, engine, remat, budget, unit, top)
             asked = [m for m in microbatches if m <= top]
@@ -86,35 +89,27 @@ def choose(
                 for m in range(unit, largest + 1, unit)
                 if planner.predicted(m, engine, remat).peak <= budget
             ]
-    if not fitting:
-        for engine, remat in itertools.product(engines, remats):
+    for ways in (first, last if planner.target.platform != "cpu" else []):
+        for engine, remat in itertools.product(engines, ways if not fitting else ()):
             smaller = _parts_of_a_group(planner, engine, remat, budget)
-            fitting += [m for m in smaller if m.peak <= budget]
-            rows += smaller
-    on_host = planner.config.offload or planner.target.platform == "cpu"
-    if not fitting and planner.parts and not on_host:
-        # What the parts of a group keep may lie on the host; a CPU's memory is the host's.
-        for engine, remat in itertools.product(engines, remats):
-            smaller = _parts_of_a_group(planner.offloading(), engine, remat, budget)
             fitting += [m for m in smaller if m.peak <= budget]
             rows += smaller
     needed = planner.evaluation() if evaluation else 0
     if not fitting:
         return Choice(rows, None, _what_would_fit(planner, rows, budget), needed, budget)
     if planner.whole:
-        best = max(fitting, key=lambda m: (m.microbatch, not m.remat, m.engine == "scan"))
+        best = max(fitting, key=lambda m: (m.microbatch, -_rank(m), m.engine == "scan"))
         why = "the largest microbatch that fits, as an effective batch of its own"
     else:
         least = min(m.seconds for m in fitting)
         close = [m for m in fitting if m.seconds <= 1.02 * least]
-        best = max(close, key=lambda m: (not m.remat, m.engine == "scan", m.microbatch))
+        best = max(close, key=lambda m: (-_rank(m), m.engine == "scan", m.microbatch))
         why = "least estimated time of what fits; the largest microbatch of those within 2 %"
-    of_best = planner.offloading() if best.offload and not planner.config.offload else planner
-    best = of_best.compiled(best.microbatch, best.engine, best.remat)
+    best = planner.compiled(best.microbatch, best.engine, best.remat)
     if best.peak > budget:  # the line said it fits, the compiler does not
         best = max((m for m in rows if m.compiled and m.peak <= budget), key=lambda m: m.microbatch)
     rows = [m for m in rows if _key(m) != _key(best)] + [best]
-    rows.sort(key=lambda m: (engines.index(m.engine), m.offload, m.remat, m.microbatch))
+    rows.sort(key=lambda m: (engines.index(m.engine), _rank(m), m.microbatch))
     if needed > budget:
         why += (
             f". Evaluation at eval.batch={planner.config.eval.batch} needs {needed / GIB:.2f} GiB, "
@@ -143,7 +138,7 @@ def settle(
     )  # fmt: skip
     chosen = choose(
         planner, target.memory, engines=(config.engine,),
-        remats=(True,) if config.remat else (False, True), evaluation=False,
+        remats=REMATS if config.remat == "none" else (config.remat,), evaluation=False,
     )  # fmt: skip
     best = chosen.chosen
     if best is None:
@@ -151,7 +146,6 @@ def settle(
     config = config.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
         config.microbatch, config.remat, config.devices = best.microbatch, best.remat, devices
-        config.offload = best.offload
     lines = [
         f"microbatch auto: {best.microbatch} x {best.steps} steps"
         f"{ways_of(best)}, planned {best.peak / GIB:.2f} GiB of "
@@ -162,16 +156,20 @@ def settle(
 
 
 def ways_of(m: Measure) -> str:
-    """ ", remat", ", offload" or both, where they are used."""
-    return f"{', remat' if m.remat else ''}{', offload' if m.offload else ''}"
+    """Such as ", remat=blocks"; nothing where nothing is recomputed or moved."""
+    return "" if m.remat == "none" else f", remat={m.remat}"
 
 
-def _key(m: Measure) -> tuple[str, bool, bool, int]:
-    return m.engine, m.remat, m.offload, m.microbatch
+def _rank(m: Measure) -> int:
+    return REMATS.index(m.remat)
+
+
+def _key(m: Measure) -> tuple[str, str, int]:
+    return m.engine, m.remat, m.microbatch
 
 
 def _largest(
-    planner: Planner, engine: Engine, remat: bool, budget: int, unit: int, top: int
+    planner: Planner, engine: Engine, remat: Remat, budget: int, unit: int, top: int
 ) -> tuple[int, list[Measure]]:
     """The largest microbatch whose plan is within the budget (0: none), and all compiled ones.
 
@@ -202,7 +200,7 @@ def _largest(
             return at, tried
 
 
-def _parts_of_a_group(planner: Planner, engine: Engine, remat: bool, budget: int) -> list[Measure]:
+def _parts_of_a_group(planner: Planner, engine: Engine, remat: Remat, budget: int) -> list[Measure]:
     """Microbatches smaller than a batch-norm group, compiled, down to the first that fits."""
     tried = []
     for m in planner.parts:
@@ -230,8 +228,8 @@ def _what_would_fit(planner: Planner, rows: list[Measure], budget: int) -> str:
     least = min(rows, key=lambda m: m.peak)
     config = planner.config
     ways = []
-    if not any(m.remat for m in rows):
-        ways.append("remat=True")
+    if all(m.remat == "none" for m in rows):
+        ways.append("remat=blocks")
     if config.bn_group not in ("frozen", 1):
         ways.append(
             f"a smaller bn_group than {config.bn_group} (another recipe: another training run)"

@@ -13,6 +13,7 @@ import numpy as np
 from jaxaccum import config as configs
 from jaxaccum import tasks
 from jaxaccum.data import texts
+from jaxaccum.fields import of_earlier
 from jaxaccum.tasks import Trained
 from jaxaccum.training.checkpoint import CheckpointError, Checkpoints
 from jaxaccum.training.run import compute_dtype
@@ -49,7 +50,7 @@ def load(workdir: Path, weights: str = "", *, computes: bool = True) -> Trained:
         meta = checkpoints.meta(best=evaluated)
         config = configs.defaults(meta["config"]["task"])
         with config.unlocked():
-            config.update(meta["config"])
+            config.update(of_earlier(meta["config"]))
         names = tuple(meta["names"])
         task = tasks.of(config).create(config, names, _dtype(config) if computes else np.float32)
         params, stats = task.initialise(0)

@@ -110,7 +110,13 @@ def prepare(
         recipe = usual_rule.recipe(recipe, sizes, config.microbatch)
     window = Window(
         recipe,
-        Geometry(config.microbatch, devices, config.engine, config.fsdp or devices, config.offload),
+        Geometry(
+            config.microbatch,
+            devices,
+            config.engine,
+            config.fsdp or devices,
+            config.remat == "host",
+        ),
     )
     task = tasks.of(config).create(config, names, compute_dtype(config))
     schedule = optim.make_schedule(config, sizes, samples)

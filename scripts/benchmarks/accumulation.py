@@ -272,11 +272,10 @@ def groups(context: Context, part: str) -> Found:
     ways: dict[str, dict[str, Any]] = {
         f"groups of {microbatch}": {"bn_group": microbatch},
         "all, in time": {"bn_group": "all"},
-        "all, in time, remat": {"bn_group": "all", "remat": True},
+        "all, in time, blocks recomputed": {"bn_group": "all", "remat": "blocks"},
     }
     if context.platform != "cpu":  # whose memory is the host's
-        ways["all, in time, offload"] = {"bn_group": "all", "offload": True}
-        ways["all, in time, remat, offload"] = {"bn_group": "all", "remat": True, "offload": True}
+        ways["all, in time, on the host"] = {"bn_group": "all", "remat": "host"}
     made = {
         name: runs.Updates(
             runs.prepare(

@@ -160,7 +160,7 @@ def plans(context: Context, part: str) -> Found:
         optimizer__momentum=0.9,
     )  # fmt: skip
     names = [f"class {i}" for i in range(runs.CLASSES)]
-    geometry = {"engine": "scan", "remat": False}
+    geometry = {"engine": "scan", "remat": "none"}
     if part == "largest":
         config = this.config.copy_and_resolve_references()
         with config.unlocked(), config.ignore_type():
@@ -170,7 +170,7 @@ def plans(context: Context, part: str) -> Found:
         geometry["engine"] = config.engine
     else:
         microbatch, lines = int(part.partition("-")[0]), []
-        geometry["remat"] = part.endswith("remat")
+        geometry["remat"] = "blocks" if part.endswith("remat") else "none"
     if context.warm:
         Planner(this.config, names=names, samples=10_000, target=plan.here(), cache=None).compiled(
             microbatch=microbatch, **geometry

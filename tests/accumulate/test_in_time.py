@@ -238,7 +238,7 @@ def test_a_divided_state(x64, monkeypatch):
     assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 
-def detector(geometry, remat=False, dtype="float64", **changes):
+def detector(geometry, remat="none", dtype="float64", **changes):
     source = data.Scenes("train", size=64, length=40)
     config = tiny_config(
         nbs=16, bn_group="all", microbatch=geometry.microbatch, remat=remat,
@@ -247,7 +247,7 @@ def detector(geometry, remat=False, dtype="float64", **changes):
     return run.prepare(config, names=source.names, samples=len(source), identity={}), source
 
 
-def detector_trace(geometry, remat=False, updates=5):
+def detector_trace(geometry, remat="none", updates=5):
     this, source = detector(geometry, remat)
     return equivalence.trace(
         this.forward, this.rule, this.recipe, geometry, *this.task.initialise(0, np.float64),
@@ -266,9 +266,9 @@ def whole_detector():
 @pytest.mark.parametrize(
     ("geometry", "remat"),
     [
-        (Geometry(2), False), (Geometry(2), True), (Geometry(1, 2, "multisteps"), False),
-        pytest.param(Geometry(1), True, marks=pytest.mark.long),
-        pytest.param(Geometry(4, 2), True, marks=pytest.mark.long),
+        (Geometry(2), "none"), (Geometry(2), "blocks"), (Geometry(1, 2, "multisteps"), "none"),
+        pytest.param(Geometry(1), "blocks", marks=pytest.mark.long),
+        pytest.param(Geometry(4, 2), "blocks", marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_a_detector_with_statistics_of_the_whole_effective_batch(x64, geometry, remat):
@@ -339,7 +339,7 @@ def test_windows_of_groups_in_time(nbs, group, geometry, together, steps):
 # --- What it takes. ---
 
 
-def temporary(geometry, remat=False):
+def temporary(geometry, remat="none"):
     """Bytes of the update's temporaries."""
     this, _ = detector(geometry, remat, "float32", **{"data.image_size": 256})
     made = make_engine(this.forward, this.rule, this.window)
@@ -351,7 +351,7 @@ def temporary(geometry, remat=False):
 @pytest.mark.slow
 def test_memory_is_less_than_that_of_one_pass():
     one_pass = temporary(Geometry(16))
-    kept, blocks = temporary(Geometry(2)), temporary(Geometry(2), remat=True)
+    kept, blocks = temporary(Geometry(2)), temporary(Geometry(2), remat="blocks")
     assert kept < 0.45 * one_pass
     assert blocks < 0.95 * kept
 

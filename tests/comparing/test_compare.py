@@ -47,13 +47,13 @@ MIB = 2**20
 
 def fake_plan(arguments, log):
     """Stands for `python -m jaxaccum.plan`: 10 MiB an image for tiny-t, 5 for the slim one."""
-    assert {"--json", "--largest", "--remat=no", "--devices=1", "--memory=1GiB"} <= set(arguments)
+    assert {"--json", "--largest", "--remat=none", "--devices=1", "--memory=1GiB"} <= set(arguments)
     model = "tiny-slim-t" if "--config.model=tiny-slim-t" in arguments else "tiny-t"
     rows = [
         {"microbatch": m, "steps": 1, "devices": 1, "engine": "scan", "remat": remat,
-         "peak_bytes": m * 40 * MIB // LARGEST[model] // (2 if remat else 1),
+         "peak_bytes": m * 40 * MIB // LARGEST[model] // (2 if remat == "blocks" else 1),
          "batch_bytes": m * MIB, "fits": m <= LARGEST[model]}
-        for remat in (False, True) for m in (2, 4, 8, 16)
+        for remat in ("none", "blocks") for m in (2, 4, 8, 16)
     ]  # fmt: skip
     choice = next(r for r in rows if r["microbatch"] == LARGEST[model])
     Path(log).write_text("planned\n")

@@ -19,6 +19,7 @@ from tiny import tiny_config
 from jaxaccum import calibrate, plan, train
 from jaxaccum import config as configs
 from jaxaccum.accumulate import make_engine
+from jaxaccum.fields import REMATS
 from jaxaccum.plan import calibration, search, targets
 from jaxaccum.plan.__main__ import as_json, size, table
 from jaxaccum.plan.planner import Measure, Planner
@@ -47,35 +48,29 @@ class Straight(Planner):
         self.names, self.samples, self.target = ["a"], 100, target()
         self.number, self.whole, self._known, self._counts = 1, False, {}, {}
         self.base, self.slope, self.bend, self.kept = base, slope, bend, remat
-        self.compilations, self.hosted = 0, None
+        self.compilations = 0
 
-    def compiled(self, microbatch, engine="scan", remat=False):
+    def compiled(self, microbatch, engine="scan", remat="none"):
         key = (engine, remat, microbatch)
         if key not in self._known:
             self.compilations += 1
             steps = -(-self.config.nbs // microbatch)
-            curve = self.slope * microbatch * (self.kept if remat else 1)
+            curve = self.slope * microbatch * (self.kept if remat == "blocks" else 1)
             curve += self.bend * microbatch**0.5
-            work = 1e9 * microbatch * (1.3 if remat else 1.0)
+            # What a group keeps is its base; on the host it is not here.
+            base = 0 if remat == "host" else self.base
+            work = 1e9 * microbatch * (1.3 if remat == "blocks" else 1.0)
             self._counts[key] = (work, 0.0)
             self._known[key] = Measure(
-                microbatch, steps, 1, engine, remat, self.config.offload, state=1000,
-                batch=steps * microbatch, temp=round(self.base + curve), outputs=0,
-                host=9 if self.config.offload else 0, flops=steps * work,
+                microbatch, steps, 1, engine, remat, state=1000,
+                batch=steps * microbatch, temp=round(base + curve), outputs=0,
+                host=9 if remat == "host" else 0, flops=steps * work,
                 seconds=self._seconds(steps, work, 0.0, 1000), compiled=True,
             )  # fmt: skip
         return self._known[key]
 
     def evaluation(self):
         return 0
-
-    def offloading(self):
-        """What a group keeps is its base; on the host it is not here."""
-        if self.hosted is None:
-            self.hosted = Straight(
-                0, self.slope, nbs=self.config.nbs, bn_group=self.config.bn_group, offload=True
-            )
-        return self.hosted
 
 
 @settings(deadline=None, max_examples=60)
@@ -86,7 +81,7 @@ class Straight(Planner):
 def test_the_search_finds_the_largest_microbatch(base, slope, bend, budget, nbs, group):
     made = Straight(base, slope, bend, nbs=nbs, bn_group=group)
     unit, top = made.unit, made.top
-    found, tried = search._largest(made, "scan", False, budget, unit, top)
+    found, tried = search._largest(made, "scan", "none", budget, unit, top)
     compilations = made.compilations
     fits = [m for m in range(unit, top + 1, unit) if made.compiled(m).peak <= budget]
     if bend == 0 or not fits:
@@ -100,49 +95,50 @@ def test_the_search_finds_the_largest_microbatch(base, slope, bend, budget, nbs,
 def test_the_choice_is_the_largest_without_padding():
     choice = choose(Straight(0, 10, nbs=20, bn_group=2), GIB)
     assert choice.chosen and (choice.chosen.microbatch, choice.chosen.steps) == (20, 1)
-    assert not choice.chosen.remat and not any(m.remat for m in choice.rows)
+    assert {m.remat for m in choice.rows} == {"none"} == {choice.chosen.remat}
     # 14 of 20 would fit, but two steps of 14 compute eight samples too many; two of 10 do not.
-    tight = choose(Straight(0, 10_000, nbs=20, bn_group=2), 141_100, margin=0.0, remats=(False,))
+    tight = choose(Straight(0, 10_000, nbs=20, bn_group=2), 141_100, margin=0.0, remats=("none",))
     assert tight.chosen and (tight.chosen.microbatch, tight.chosen.steps) == (10, 2)
 
 
 def test_rematerialisation_only_where_memory_is_short():
     made = Straight(0, 10_000, nbs=20, bn_group=4)
     choice = choose(made, 30_000, margin=0.0)
-    assert choice.chosen and choice.chosen.remat and choice.chosen.microbatch == 4
-    assert {m.remat for m in choice.rows} == {False, True}
+    assert choice.chosen and choice.chosen.remat == "blocks" and choice.chosen.microbatch == 4
+    assert {m.remat for m in choice.rows} == {"none", "blocks"}
     assert all(m.compiled for m in choice.rows if m == choice.chosen)
 
 
 def test_parts_of_a_group_where_no_whole_group_fits():
     made = Straight(0, 10_000, nbs=48, bn_group=12)
     choice = choose(made, 45_000, margin=0.0)
-    assert choice.chosen and (choice.chosen.microbatch, choice.chosen.remat) == (4, False)
+    assert choice.chosen and (choice.chosen.microbatch, choice.chosen.remat) == (4, "none")
     # A whole group, if only with rematerialisation, comes first.
     whole = choose(Straight(0, 10_000, nbs=48, bn_group=12), 65_000, margin=0.0).chosen
-    assert whole and (whole.microbatch, whole.remat) == (12, True)
+    assert whole and (whole.microbatch, whole.remat) == (12, "blocks")
     made.number = 4  # a group of 12 as 4 or more microbatches on 4 devices, or 2 on each pair
     assert made.parts == [6, 3, 1]
 
 
 def test_what_a_group_keeps_is_put_on_the_host_where_nothing_else_fits():
     made = Straight(50_000, 10_000, nbs=48, bn_group=12)
-    assert choose(made, 45_000, margin=0.0).chosen is None and made.hosted is None  # a CPU's
+    on_cpu = choose(made, 45_000, margin=0.0)
+    assert on_cpu.chosen is None and all(m.remat != "host" for m in on_cpu.rows)
     made.target = dataclasses.replace(target(), platform="gpu")
     choice = choose(made, 45_000, margin=0.0)
-    assert choice.chosen and choice.chosen.offload and choice.chosen.microbatch == 4
-    assert choice.chosen in choice.rows and {m.offload for m in choice.rows} == {False, True}
+    assert choice.chosen and choice.chosen.remat == "host" and choice.chosen.microbatch == 4
+    assert choice.chosen in choice.rows and {m.remat for m in choice.rows} == set(REMATS)
     rows = table(choice)
     assert "on host" in rows[0] and sum(row.endswith("<- chosen") for row in rows) == 1
-    assert as_json(choice, made.target, 45_000, "float32")["choice"]["offload"] is True
-    assert not choose(made, 65_000, margin=0.0).chosen.offload  # microbatch 1 fits without
+    assert as_json(choice, made.target, 45_000, "float32")["choice"]["remat"] == "host"
+    assert choose(made, 65_000, margin=0.0).chosen.remat != "host"  # microbatch 1 fits without
     assert "on host" not in table(choose(made, GIB))[0]
 
 
 def test_what_would_fit_is_said():
-    choice = choose(Straight(0, 10_000, nbs=20, bn_group=8), 9_000, remats=(False,))
+    choice = choose(Straight(0, 10_000, nbs=20, bn_group=8), 9_000, remats=("none",))
     assert choice.chosen is None
-    for words in ("remat=True", "bn_group", "another recipe", "resolution", "more memory"):
+    for words in ("remat=blocks", "bn_group", "another recipe", "resolution", "more memory"):
         assert words in choice.why
 
 
@@ -322,7 +318,7 @@ def test_a_damaged_calibration_is_none(content):
 
 
 def test_geometries_of_a_calibration():
-    assert calibrate.parse("8:remat") == {"microbatch": 8, "engine": "scan", "remat": True}
+    assert calibrate.parse("8:blocks") == {"microbatch": 8, "engine": "scan", "remat": "blocks"}
     assert calibrate.parse("4:multisteps")["engine"] == "multisteps"
     for text in ("x", "8:fast", ""):
         with pytest.raises(plan.PlanError, match="a geometry is a microbatch"):

@@ -121,7 +121,7 @@ def test_one_sum_for_both_branches_is_another_gradient(x64):
 
 @pytest.mark.slow
 def test_rematerialised_it_is_the_same_run(x64):
-    found = equivalence.differences(trace(Geometry(4), remat=True), whole(2))
+    found = equivalence.differences(trace(Geometry(4), remat="blocks"), whole(2))
     assert equivalence.within(found, equivalence.Tolerance.of(True)), found
 
 

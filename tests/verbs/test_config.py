@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxaccum import config as configs
-from jaxaccum import config_files, tasks
+from jaxaccum import config_files, fields, tasks
 from jaxaccum.training import optim
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.py"))
@@ -133,7 +133,7 @@ def test_numbers_that_are_none_or_out_of_reason(task, field):
 
 
 # What is of the field's type, or is made so by the config itself.
-FITTING = [("remat", True), ("lr.base", True), ("model", "8"), ("data.path", "8")]
+FITTING = [("lr.base", True), ("model", "8"), ("data.path", "8")]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,18 @@ def test_values_of_another_type(field, value):
         config.update_from_flattened_dict({field: value})
     with pytest.raises(configs.ConfigError, match=field):
         configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("stored", "now"),
+    [
+        ({"remat": True, "offload": False}, "blocks"), ({"remat": False, "offload": True}, "host"),
+        ({"remat": False}, "none"), ({"remat": "host"}, "host"),
+    ],
+)  # fmt: skip
+def test_a_config_that_was_stored_earlier(stored, now):
+    kept = dict(stored)
+    assert fields.of_earlier(stored | {"nbs": 8}) == {"remat": now, "nbs": 8} and stored == kept
 
 
 def test_a_field_that_is_missing():

@@ -157,7 +157,7 @@ class Alignment:
         if not options.point_encoder:
             return None
         model = pointbert.PointBert(
-            pointbert.table_of(options.point_encoder), dtype, remat=config.remat
+            pointbert.table_of(options.point_encoder), dtype, remat=config.remat == "blocks"
         )
         return cls(model, width, config.loss.align, options.temperature, options.compat)
 

@@ -103,7 +103,9 @@ class CompletionTask(Task):
         if name:
             width = captioned.text_encoder(name).width
         try:
-            model = completion.create(config.model, dtype, width).clone(remat=config.remat)
+            model = completion.create(config.model, dtype, width).clone(
+                remat=config.remat == "blocks"
+            )
         except ValueError as error:
             raise ConfigError(f"text.encoder: {error}") from None
         loss = config.loss

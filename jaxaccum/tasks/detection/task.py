@@ -131,7 +131,7 @@ class DetectionTask(Task):
           ConfigError: its weights of classes are not those of the names.
         """
         model = models.create(config.model, num_classes=len(names), dtype=dtype)
-        model = model.clone(remat=config.remat)
+        model = model.clone(remat=config.remat == "blocks")
         loss = config.loss
         return cls(
             model, config.data.image_size, (loss.box, loss.cls, loss.dfl),

@@ -121,7 +121,7 @@ class Detection3DTask(Task):
         loss, coding = config.loss, boxes3d.Coding(**config.box3d.to_dict())
         gains = (loss.box, loss.cls, loss.dfl, loss.location, loss.size, loss.heading)
         return cls(
-            model.clone(remat=config.remat, outputs3d=boxes3d.outputs(coding)),
+            model.clone(remat=config.remat == "blocks", outputs3d=boxes3d.outputs(coding)),
             (config.data.height, config.data.width), gains, loss.metres, coding,
             config.data.max_objects, tuple(names), config.compat,
             class_weights.by_class(loss.class_weights, names),
