@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if sys.argv[:1] == ["-m"]:  # so it is while `python -m jaxaccum.VERB` imports this package
     host_memory.restart("jaxaccum")
     start.prepare()
+    start.importing()
 
 xla_flags.set_needed(os.environ)
 

@@ -7,6 +7,7 @@ import sys
 from difflib import get_close_matches
 
 import jaxaccum
+from jaxaccum import start
 from jaxaccum.machine import host_memory
 
 VERBS = {
@@ -46,6 +47,8 @@ def main() -> None:
     elif word in VERBS:
         host_memory.restart("jaxaccum")
         del sys.argv[1]
+        start.prepare()
+        start.importing()
         runpy.run_module(f"jaxaccum.{word.replace('-', '_')}", run_name="__main__", alter_sys=True)
         return
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 STOPPED_BY_HAND = 130  # what shells expect of Ctrl-C, so that a loop around the run ends, too
 
 stderr_was_closed = False  # then errors are said on stdout
+_importing = contextlib.ExitStack()
 
 
 def prepare() -> None:
@@ -42,6 +44,21 @@ def prepare() -> None:
     sys.excepthook = _name_the_extra
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED_BY_HAND))
+
+
+def importing() -> None:
+    """Says now and then, until `imported`, that packages are being imported, which takes a second
+    or, the first time after an installation, many."""
+    from jaxaccum.machine.waiting import waiting
+
+    _importing.close()
+    if not os.environ.get("JAXACCUM_SILENT_IMPORTS"):
+        _importing.enter_context(waiting("importing JAX, Flax and what else is needed"))
+
+
+def imported() -> None:
+    """All packages of the verb are there."""
+    _importing.close()
 
 
 def _name_the_extra(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -15,6 +15,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tests/accumulate/test_hardware.py compile as users do; XLA_FLAGS= scripts/test.sh does so for all.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Processes that tests start say nothing of their imports, however busy the machine is.
+os.environ.setdefault("JAXACCUM_SILENT_IMPORTS", "1")
+
 import jax
 import pytest
 

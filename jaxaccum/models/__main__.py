@@ -11,7 +11,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import models
+from jaxaccum import models, start
 from jaxaccum.machine import onednn
 from jaxaccum.models import completion, init
 from jaxaccum.models.listing import KNOWN
@@ -51,6 +51,7 @@ def measured(name: str, classes: int = CLASSES, size: int = SIZE) -> tuple[int, 
 
 
 def main() -> None:
+    start.imported()
     parser = argparse.ArgumentParser(prog="jaxaccum models", description="Lists the models.")
     parser.add_argument("text", nargs="?", default="", help="only names that contain this")
     parser.add_argument("--classes", type=int, default=CLASSES, help="of a detector")

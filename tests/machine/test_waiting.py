@@ -3,10 +3,14 @@
 import io
 import itertools
 import os
+import re
 import struct
+import subprocess
+import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +165,19 @@ def test_a_terminal_that_knows_no_width(columns, expected):
         assert module.width(stream) == expected
     os.close(outer)
     assert module.width(io.StringIO()) == {"dynamic_ncols": True}
+
+
+def test_imports_that_take_long_are_said_too(tmp_path):
+    """Until the verb begins; as of a package that is slow to come, and then lacks another."""
+    (tmp_path / "ml_collections.py").write_text("import time\ntime.sleep(6)\nimport no_such_one\n")
+    environment = {k: v for k, v in os.environ.items() if k != "JAXACCUM_SILENT_IMPORTS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxaccum.train", "--help"], cwd=Path(__file__).parents[2],
+        env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    *said, error = done.stderr.splitlines()
+    assert said and all(
+        re.fullmatch(r"importing JAX, Flax and what else is needed: \d+ s", line) for line in said
+    )
+    assert error.startswith("error: no package 'no_such_one'")

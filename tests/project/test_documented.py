@@ -1,7 +1,8 @@
 """Every command that README and docs show is in documented.toml, and what needs no GPU, no network
-and no weights of others runs as it is shown, in the order of its page, on small data.
+and no weights of others runs as it is shown, in the order of its page, on small data, and says what
+the page says that it says, numbers aside.
 
-A command that a page shows and the table lacks is an error, and the other way round.
+A command or an output that a page shows and the table lacks is an error, and the other way round.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jaxaccum.data.synthetic.shapes import Shapes
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KNOWN = tomllib.loads((HERE / "documented.toml").read_text())
-SMALL = KNOWN.pop("small")
+SMALL, OUTPUTS = KNOWN.pop("small"), KNOWN.pop("outputs")
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
@@ -46,9 +47,19 @@ def shown(page: str) -> list[str]:
     return found
 
 
+def blocks(page: str) -> list[str]:
+    """The other blocks of a page: what commands say, folders, formulas."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [text for language, text in found if not language]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_the_table_has_what_the_page_shows(page):
     assert shown(page) == [entry["command"] for entry in KNOWN.get(page, [])]
+    known = [output for output in OUTPUTS if output["page"] == page]
+    assert len(blocks(page)) == len(known)
+    for block, output in zip(blocks(page), known, strict=True):
+        assert block.startswith(output["begins"]), page
 
 
 def test_the_table_names_pages_and_tests_that_exist():
@@ -58,6 +69,51 @@ def test_the_table_names_pages_and_tests_that_exist():
             assert ("says" in entry) != ("not_run" in entry), (page, entry)
             for file in re.findall(r"[\w/]+\.(?:py|md)\b", entry.get("not_run", "")):
                 assert (ROOT / file).is_file(), (page, file)
+    for output in OUTPUTS:
+        assert {*output} & {"after", "command", "not_compared"}, output
+        page = output.get("by", output["page"])
+        for file in re.findall(r"[\w/]+\.(?:py|md)\b", output.get("not_compared", "")):
+            assert (ROOT / file).is_file(), (page, file)
+        assert output.get("command", "") in (ROOT / page).read_text()
+        if "after" in output:
+            (entry,) = [e for e in KNOWN[page] if e["command"].startswith(output["after"])]
+            assert "says" in entry, output
+
+
+def masked(line: str) -> str:
+    """A line without its numbers and the width of its columns."""
+    line = re.sub(r"\b[0-9a-f]{8}\b|\d[\d,.]*(e[+-]\d+)?(?<![,.])", "#", line)
+    return " ".join(line.split())
+
+
+def missing(output: dict, said: str) -> list[str]:
+    """The lines of a page's block that are not in what was said, in that order."""
+    (block,) = [b for b in blocks(output["page"]) if b.startswith(output["begins"])]
+    rest, lacking, last = iter([masked(line) for line in said.splitlines()]), [], ""
+    for line in block.splitlines():
+        if line in ("", "...") or line.startswith(tuple(output.get("may_lack", ()))):
+            continue
+        for word, other in output.get("instead", {}).items():
+            line = line.replace(word, other)
+        if masked(line) != last and masked(line) not in rest:
+            lacking.append(line)
+            rest = iter([masked(line) for line in said.splitlines()])
+        last = masked(line)
+    return lacking
+
+
+def test_what_is_missing_in_an_output_is_found():
+    page, begins = "docs/your_model.md", "eval   160/640"
+    output = {"page": page, "begins": begins}
+    assert (
+        missing(output, "eval 2/2 | accuracy 0.1\nbest: update 2, accuracy 1 in runs/classes/best")
+        == []
+    )
+    assert missing(
+        output, "best: update 2, accuracy 1 in runs/classes/best\neval 2/2 | accuracy 0.1"
+    ) == ["best: update 640, accuracy 0.5185 in runs/classes/best"]
+    assert len(missing(output, "eval 2/2 | precision 0.1")) == 2
+    assert masked("recipe 3d28b7fd: 1,024 x 1.7e-14, 5 s.") == "recipe #: # x #, # s."
 
 
 def write_images(folder: Path) -> None:
@@ -142,7 +198,12 @@ def run(command: str, folder: Path, path: str = "") -> str:
     return done.stdout
 
 
-RUN = [page for page in PAGES if any("says" in entry for entry in KNOWN.get(page, []))]
+RUN = [
+    page
+    for page in PAGES
+    if any("says" in entry for entry in KNOWN.get(page, []))
+    or any("command" in output for output in OUTPUTS if output["page"] == page)
+]
 MINUTES = ("docs/completion.md", "docs/tutorials/small_memory.md")
 
 
@@ -151,7 +212,7 @@ MINUTES = ("docs/completion.md", "docs/tutorials/small_memory.md")
     "page", [pytest.param(p, marks=[pytest.mark.long] * (p in MINUTES)) for p in RUN]
 )
 def test_the_commands_of(page, world):
-    entries = KNOWN[page]
+    entries = KNOWN.get(page, [])
     if any("yolo11n.pt" in entry["command"] for entry in entries):
         write_weights(world)
     path, silent = "", []
@@ -161,6 +222,10 @@ def test_the_commands_of(page, world):
         if "says" in entry:
             more = [SMALL[name] for name in entry.get("small", ())] + [entry.get("more", "")]
             said = run(" ".join([entry["command"], *more]), world, path)
+            for output in OUTPUTS:
+                after = output.get("after", "\0")
+                if page == output.get("by", output["page"]) and entry["command"].startswith(after):
+                    silent += [f"{entry['command']}: no {line}" for line in missing(output, said)]
             if entry["says"] not in said:
                 silent.append(f"{entry['command']}\n{said[-1500:]}")
             silent += [
@@ -168,6 +233,10 @@ def test_the_commands_of(page, world):
                 for file in entry.get("makes", ())
                 if not (world / file).exists()
             ]
+    for output in OUTPUTS:
+        if page == output["page"] and "command" in output:
+            said = run(f"{output['command']} {output.get('more', '')}", world)
+            silent += [f"{output['command']}: no {line}" for line in missing(output, said)]
     assert not silent, "\n\n".join(silent)
 
 
