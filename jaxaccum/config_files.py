@@ -64,8 +64,9 @@ def _shown(file: Path) -> str:
 
 def shipped() -> list[tuple[str, str]]:
     """(path, its first sentence) of every config that comes with this package."""
+    patterns = ("*.py", "guides/*.py", "repro/*.py")
     found = []
-    for file in [*sorted(_folder().glob("*.py")), *sorted(_folder().glob("guides/*.py"))]:
+    for file in [file for pattern in patterns for file in sorted(_folder().glob(pattern))]:
         told = ast.get_docstring(ast.parse(file.read_bytes())) or ""
         found.append((_shown(file), told.partition("\n")[0]))
     return found

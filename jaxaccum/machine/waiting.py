@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 _TICK = 0.5  # seconds between two looks
 _DELAY = 2.0  # seconds before a terminal's line appears
+_SOON = 1.0  # seconds before a plain line of what follows a silence
 SILENCE = 4.0  # seconds without a line, after which one is due while something is young
 _heard = time.monotonic() - time.process_time()  # nothing since the process began, about
 
@@ -75,7 +76,7 @@ class _Wait:
                 self._draw()
         elif self.seconds >= self._due or (
             # Who has heard nothing for longer does not listen to a run: Python's prompt, say.
-            _DELAY <= self.seconds < 60 and SILENCE <= time.monotonic() - _heard < 2 * SILENCE
+            _SOON <= self.seconds < 60 and SILENCE <= time.monotonic() - _heard < 2 * SILENCE
         ):
             print(self, file=sys.stderr, flush=True)
             heard()

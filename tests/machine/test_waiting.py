@@ -78,10 +78,10 @@ def test_a_wait_after_a_silence_is_said_sooner(monkeypatch):
     later = module._Wait("evaluating", 0, "")  # begins 3.5 s after the last word
     for now[0] in (1004.5, 1005.6, 1006.0, 1007.4):
         later.say()
-    assert stream.getvalue() == "evaluating: 2 s\n"
+    assert stream.getvalue() == "evaluating: 1 s\n"
     for now[0] in (1007.6, 1008.0):  # four seconds of its own
         later.say()
-    assert stream.getvalue() == "evaluating: 2 s\nevaluating: 4 s\n"
+    assert stream.getvalue() == "evaluating: 1 s\nevaluating: 4 s\n"
     now[0] = 2000.0  # a new call, long after
     call = module._Wait("predicting", 0, "")
     for now[0] in (2002.0, 2003.9):

@@ -7,6 +7,7 @@ A command or an output that a page shows and the table lacks is an error, and th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -134,6 +135,54 @@ def write_images(folder: Path) -> None:
     )
 
 
+def write_coco(folder: Path) -> None:
+    """COCO's layout, 8 and 4 images."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in {"train": 8, "val": 4}.items():
+        scenes = Scenes(split, length=count, size=64)
+        (folder / f"{split}2017").mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            file, (height, width) = f"{i:012d}.jpg", scenes.size(i)
+            cv2.imwrite(str(folder / f"{split}2017" / file), scenes.image(i)[..., ::-1])
+            images.append({"id": i, "file_name": file, "height": height, "width": width})
+            objects = scenes.objects(i)
+            for kind, (x1, y1, x2, y2) in zip(objects.classes, objects.boxes.tolist(), strict=True):
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i, "category_id": int(kind) + 1,
+                     "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+                     "iscrowd": 0}
+                )  # fmt: skip
+        categories = [{"id": k + 1, "name": name} for k, name in enumerate(scenes.names)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+def write_pcd(file: Path, points: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = (
+        "VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nHEIGHT 1\n"
+        f"WIDTH {len(points)}\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(points)}\nDATA binary\n"
+    )
+    file.write_bytes(header.encode() + np.ascontiguousarray(points, "<f4").tobytes())
+
+
+def write_pcn(folder: Path) -> None:
+    """PCN's layout, two categories, four shapes of training with eight views each."""
+    shapes, taken, index = Shapes("train", length=8), 0, []
+    for synset, name in (("04379243", "table"), ("03001627", "chair")):
+        splits = {"train": [f"{name}1", f"{name}2"], "val": [f"{name}3"], "test": [f"{name}4"]}
+        index.append({"taxonomy_id": synset, "taxonomy_name": name, **splits})
+        for split, model in [(split, model) for split, names in splits.items() for model in names]:
+            points = shapes.complete(taken)
+            taken += 1
+            write_pcd(folder / split / "complete" / synset / f"{model}.pcd", points)
+            for view in range(8 if split == "train" else 1):
+                part = points[points @ np.random.default_rng(view).normal(size=3) > 0]
+                write_pcd(folder / split / "partial" / synset / model / f"{view:02d}.pcd", part)
+    (folder / "PCN.json").write_text(json.dumps(index))
+
+
 def write_clouds(folder: Path) -> None:
     """ShapeNet's layout: chairs, tables and, unseen, rockets."""
     (folder / "shapenet_pc").mkdir(parents=True)
@@ -146,6 +195,7 @@ def write_clouds(folder: Path) -> None:
         np.save(folder / "shapenet_pc" / name, shapes.complete(i))
         which = "ShapeNet-34/train" if i < 4 else "ShapeNet-34/test" if i < 5 else None
         lists[which or "ShapeNet-Unseen21/test"].append(name)
+    lists |= {f"ShapeNet-55/{split}": lists[f"ShapeNet-34/{split}"] for split in ("train", "test")}
     for name, rows in lists.items():
         file = folder / f"{name}.txt"
         file.parent.mkdir(exist_ok=True)
@@ -172,7 +222,9 @@ def world(tmp_path):
         (tmp_path / name).symlink_to("DIR")
     for name in ("new", "photos"):
         (tmp_path / name).symlink_to("DIR/images/val")
+    write_coco(tmp_path / "COCO")
     write_clouds(tmp_path / "DATA")
+    write_pcn(tmp_path / "PCN")
     (tmp_path / "scans").mkdir()
     np.save(tmp_path / "scans" / "chair.npy", Shapes("val", length=1).complete(0)[:2048])
     write_street_pictures(tmp_path / "KITTI")

@@ -40,7 +40,7 @@ def test_every_package_is_in_the_wheel():
         ".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "jaxaccum").rglob("*.py")
     }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {
-        "jaxaccum.configs", "jaxaccum.configs.guides",
+        "jaxaccum.configs", "jaxaccum.configs.guides", "jaxaccum.configs.repro",
     }  # fmt: skip
 
 

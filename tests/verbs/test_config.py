@@ -47,6 +47,35 @@ def test_the_guides_recipes(spec, model, nbs, rate):
         configs.validate(config_files.load(f"{spec.partition(':')[0]}:7"))
 
 
+@pytest.mark.parametrize(
+    ("spec", "model", "nbs", "epochs", "rate", "decay"),
+    [
+        ("coco", "yolov8-n", 128, 500, 0.01, 1e-3), ("coco:11", "yolo11-n", 128, 600, 0.01, 1e-3),
+        ("coco:12", "yolo12-n", 256, 600, 0.01, 2e-3),
+        ("coco:26", "yolo26-n", 128, 245, 0.01, 1e-3),
+        ("kitti", "yolov12-3d-n", 64, 100, 0.01, 5e-4),
+        ("kitti:s-original", "yolov12-3d-s", 64, 100, 0.01, 5e-4),
+        ("pcn", "adapointr-pcn", 16, 600, 1e-4, 5e-4),
+        ("pcn:pointr", "pointr-pcn", 48, 300, 5e-4, 5e-4),
+        ("shapenet", "adapointr-shapenet", 48, 600, 1e-4, 5e-4),
+        ("shapenet:adapointr-34", "adapointr-shapenet", 48, 600, 1e-4, 5e-4),
+        ("shapenet:pointr-55", "pointr-shapenet", 96, 200, 5e-4, 5e-4),
+        ("shapenet:pointr-34", "pointr-shapenet", 128, 200, 5e-4, 5e-4),
+    ],
+)  # fmt: skip
+def test_published_recipes(spec, model, nbs, epochs, rate, decay):
+    config = config_files.load(f"repro/{spec}")
+    configs.validate(config)
+    assert (config.model, config.nbs, config.epochs) == (model, nbs, epochs)
+    assert optim.scaled_lr(config.lr, config.nbs) == rate
+    scaled = config.optimizer.weight_decay_scaling == "linear"
+    share = config.nbs / config.lr.base_batch if scaled else 1
+    assert config.optimizer.weight_decay * share == pytest.approx(decay)
+    assert config.get("compat", False) == spec.endswith("original")
+    with pytest.raises(configs.ConfigError, match="no recipe"):
+        config_files.load(f"repro/{spec.partition(':')[0]}:n-7")
+
+
 @pytest.mark.parametrize("scale", "nsmlx")
 def test_family_argument(scale):
     module = load(next(p for p in CONFIGS if p.stem == f"yolo_{scale}"))
