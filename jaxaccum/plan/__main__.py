@@ -82,7 +82,7 @@ def as_json(choice: Choice, target: targets.Target, memory: int, dtype: str) -> 
             "host_bytes": m.host, "temp_bytes": m.temp,
             "argument_bytes": m.state + m.batch, "state_bytes": m.state, "batch_bytes": m.batch,
             "output_bytes": m.outputs, "flops": m.flops, "relative_time": m.seconds / fastest,
-            "least_seconds": m.seconds, "compiled": m.compiled, "fits": m.peak <= choice.budget,
+            "compiled": m.compiled, "fits": m.peak <= choice.budget,
         }  # fmt: skip
 
     return {
