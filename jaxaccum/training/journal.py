@@ -17,6 +17,7 @@ from jaxaccum import tasks
 from jaxaccum.accumulate.noise import NoiseScale
 from jaxaccum.draw import contact_sheet
 from jaxaccum.errors import TrainingError
+from jaxaccum.machine import memory as of_machine
 from jaxaccum.training import run
 from jaxaccum.training.cadence import Cadence
 from jaxaccum.training.distributed import Peers
@@ -60,6 +61,7 @@ class Journal:
         self._since = Counter[str]()  # updates and sums of losses since the last line
         self._noise = NoiseScale(memory.get("noise"))
         self._divergence = Divergence(memory.get("divergence"))
+        self._taken: dict[str, int] = {}  # bytes of memory that were said last
         where = None if peers.first else sys.stdout  # which leads nowhere in the others
         self._console = Console(this.steps, start, this.recipe.nbs, this.task.unit, stream=where)
         wanted = this.config.log.tensorboard and peers.first
@@ -182,6 +184,7 @@ class Journal:
             if not k.startswith(("samples", "skipped", "sums/", "weight/"))
         }
         self.line(format_line(step, this.steps, shown | more))
+        more |= self._memory()
         for board in self._boards:
             board.scalars(record | more, step)
         if self._stream.truncated:  # only detectors have objects
@@ -190,6 +193,14 @@ class Journal:
                 f"{'' if self._peers.alone else ' by this process'}: samples with more than "
                 f"data.max_objects={this.config.data.max_objects} (the smallest go first)"
             )
+
+    def _memory(self) -> dict[str, float]:
+        """GiB taken, as curves; what has grown by a tenth since it was said is said."""
+        found = of_machine.used()
+        if any(used.taken > 1.1 * self._taken.get(where, 0) for where, used in found.items()):
+            self._taken = {where: used.taken for where, used in found.items()}
+            self.line(of_machine.said(found))
+        return {f"memory_gib/{where}": u.taken / of_machine.GIB for where, u in found.items()}
 
     def _skipped(self, number: int, log: dict[str, Any]) -> None:
         this, limit = self._this, self._this.config.max_skipped

@@ -26,6 +26,7 @@ from jaxaccum.training.workdir import WorkdirError
 ON = {"log.wandb": True, "log.mlflow": True}
 RUN = ON | {"log.report": True, "steps": 6, "eval.every": 3, "checkpoint.every": 3}
 VARIABLES = ("WANDB_", "MLFLOW_")
+OF_THE_MACHINE = {"images_per_second", "memory_gib/host"}
 
 
 def records(workdir: Path) -> list[dict]:
@@ -146,6 +147,7 @@ def fakes(monkeypatch):
 def test_they_get_all_that_the_workdir_gets(fakes, tmp_path, capsys):
     wandb, mlflow = fakes
     train.train(tiny_config(**RUN), tmp_path / "mine")
+    assert re.search(r"^memory: host [\d.]+ of [\d.]+ GiB$", capsys.readouterr().err, re.MULTILINE)
     (ours,), (theirs,) = wandb.runs, mlflow.store.values()
     wanted = expected(tmp_path / "mine")
     assert len(wanted) > 60 and ("val/map50", 3) in wanted and ("loss/box", 1) in wanted
@@ -153,9 +155,10 @@ def test_they_get_all_that_the_workdir_gets(fakes, tmp_path, capsys):
     rows = [row for row in ours.rows if not any(isinstance(v, tuple) for v in row.values())]
     sent = {(k, row["update"]): v for row in rows for k, v in row.items() if k != "update"}
     named = {(m.key, m.step): m.value for m in theirs.metrics}
-    of_the_clock = {("images_per_second", step) for step in range(1, 7)}  # not in the file
+    # Not in the file, which a resumed run writes as an uninterrupted one does.
+    of_the_machine = {(key, step) for key in OF_THE_MACHINE for step in range(1, 7)}
     for found in (sent, named):
-        assert found.keys() - wanted.keys() == of_the_clock
+        assert found.keys() - wanted.keys() == of_the_machine
         assert {key: found[key] for key in wanted} == wanted
 
     pictures = {f"pictures/{f.stem}" for f in (tmp_path / "mine" / "pictures").iterdir()}
@@ -218,7 +221,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(fakes, tmp_path):
     # Parameters stay those of the first start; tags and run.json are of the last.
     assert theirs.params["microbatch"] == "2" and theirs.tags["geometry.microbatch"] == "4"
     assert theirs.dicts["run.json"]["geometry"]["microbatch"] == 4
-    named = {(m.key, m.step): m.value for m in theirs.metrics if m.key != "images_per_second"}
+    named = {(m.key, m.step): m.value for m in theirs.metrics if m.key not in OF_THE_MACHINE}
     assert named == expected(tmp_path)
 
     # A run that is over is not opened again.
@@ -333,7 +336,7 @@ def test_a_network_that_goes_away_is_said_once_and_ends_nothing(fakes, tmp_path,
     assert len(records(tmp_path)) == 8 and int(lost["mlflow"]) >= 8  # pictures, which are fewer
     assert int(lost["wandb"]) == int(lost["mlflow"]) + 8
     (theirs,) = mlflow.store.values()
-    named = {(m.key, m.step): m.value for m in theirs.metrics if m.key != "images_per_second"}
+    named = {(m.key, m.step): m.value for m in theirs.metrics if m.key not in OF_THE_MACHINE}
     assert named == expected(tmp_path) and theirs.status[-1] == "FINISHED"
 
 
