@@ -31,6 +31,7 @@ NOT_LEARNED = (
 LATER: Mapping[str, Any] = {
     "freeze": (0, ""), "data.fraction": (1.0,), "data.single_cls": (False,),
     "loss.one_to_many": (0.8,), "loss.one_to_many_final": (0.1,), "loss.class_weights": ("",),
+    "augment.sizes": ("",),
 }  # fmt: skip
 
 DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16", "float64": "float64"}

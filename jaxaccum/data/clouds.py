@@ -124,7 +124,8 @@ class CloudStream(SampleStream):
         self._mirror = mirror
         self._texts = texts
 
-    def _empty(self, count: int) -> Batch:
+    def _empty(self, count: int, position: int) -> Batch:
+        del position
         return _empty(count, self._source.points, self._texts)
 
     def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:

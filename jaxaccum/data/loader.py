@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, cast
 
+import cv2
 import numpy as np
 
 from jaxaccum.data.augment import Augment, Sample, augmented, letterbox, resize_long
@@ -21,8 +22,8 @@ _GIB = 1 << 30
 class TrainStream(SampleStream):
     """Random access to the samples of a run.
 
-    A sample is image (S, S, 3) uint8 RGB; boxes (M, 4) float32 xyxy pixels; classes (M,) int32;
-    valid (M,) bool; weight () float32, 1; index () int32; epoch () int32.
+    A sample is image (S, S, 3) uint8 RGB, S being its window's; boxes (M, 4) float32 xyxy pixels;
+    classes (M,) int32; valid (M,) bool; weight () float32, 1; index () int32; epoch () int32.
 
     Attributes:
       truncated: objects left out so far because a sample had more than `max_objects`; the
@@ -41,6 +42,8 @@ class TrainStream(SampleStream):
         cache: Literal["ram", "none"] = "ram",
         cache_bytes: int = 2 * _GIB,
         on_error: OnError = "raise",
+        sizes: Sequence[int] = (),
+        window: int = 1,
     ) -> None:
         """Describes a run's samples; reads nothing yet.
 
@@ -56,6 +59,9 @@ class TrainStream(SampleStream):
           cache_bytes: most bytes to keep, the least recently used go first; each worker process
             keeps its own share.
           on_error: as in `SampleStream`; a sample is lost if any image of its mosaic is.
+          sizes: what S may be; drawn for each window of `window` samples from (seed, its number).
+            Samples are made at image_size and resized, bilinearly. () for image_size alone.
+          window: samples of a window; one by default.
 
         Raises:
           ValueError: an argument is out of range.
@@ -66,6 +72,8 @@ class TrainStream(SampleStream):
             ("seed", seed, 0),
             ("close_mosaic_at", close_mosaic_at or 0, 0),
             ("cache_bytes", cache_bytes, 0),
+            ("sizes", min(sizes, default=2), 2),
+            ("window", window, 1),
         ):
             if value < lowest:
                 raise ValueError(f"{name} is {value}, expected at least {lowest}.")
@@ -74,20 +82,31 @@ class TrainStream(SampleStream):
         super().__init__(len(source), seed, on_error)
         self._source = source
         self._size = image_size
+        self._sizes, self._window = tuple(sizes), window
         self._rows = max_objects
         self._augment = augment
         self._close_at = sys.maxsize if close_mosaic_at is None else close_mosaic_at
         self._images = _ResizedImages(source, image_size, cache_bytes if cache == "ram" else 0)
 
-    def _empty(self, count: int) -> Batch:
-        return _empty(count, (self._size, self._size), self._rows)
+    def side(self, window: int) -> int:
+        """The side of the images of a window, in pixels."""
+        if not self._sizes:
+            return self._size
+        # The spawn key keeps this apart from the orders of epochs and from the samples.
+        entropy = np.random.SeedSequence([self._seed, window], spawn_key=(1,))
+        rng = np.random.Generator(np.random.PCG64(entropy))
+        return int(self._sizes[rng.integers(len(self._sizes))])
+
+    def _empty(self, count: int, position: int) -> Batch:
+        side = self.side(position // self._window)
+        return _empty(count, (side, side), self._rows)
 
     def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:
         augment = self._augment
         if place.position >= self._close_at:
             augment = augment.without_mosaic()
         sample = augmented(self._load, place.index, len(self._source), self._size, augment, rng)
-        return _write(batch, row, sample)
+        return _write(batch, row, _resized(sample, batch["image"].shape[1]))
 
     def _load(self, index: int) -> Sample:
         image, (height, width) = self._images[index]
@@ -218,6 +237,15 @@ def _empty(count: int, shape: tuple[int, int], rows: int) -> Batch:
         "index": np.zeros(count, np.int32),
         "epoch": np.zeros(count, np.int32),
     }
+
+
+def _resized(sample: Sample, side: int) -> Sample:
+    """A square sample at another side."""
+    if sample.image.shape[0] == side:
+        return sample
+    image = cv2.resize(sample.image, (side, side), interpolation=cv2.INTER_LINEAR)
+    factor = np.float32(side / sample.image.shape[0])
+    return Sample(cast(Image, image), sample.boxes * factor, sample.classes)
 
 
 def _write(batch: Batch, row: int, sample: Sample) -> int:

@@ -96,8 +96,8 @@ class SampleStream(abc.ABC):
         self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
     @abc.abstractmethod
-    def _empty(self, count: int) -> Batch:
-        """A batch of `count` samples of weight 0.
+    def _empty(self, count: int, position: int) -> Batch:
+        """A batch of `count` samples of weight 0, of the window that holds the position.
 
         It holds weight (n,) float32, index and epoch (n,) int32, and what the subclass adds.
         """
@@ -214,7 +214,7 @@ class SampleStream(abc.ABC):
         def jobs() -> Iterator[tuple[Batch, list[Callable[[], Outcome]]]]:
             done = 0
             for size in sizes:
-                batch = self._empty(size)
+                batch = self._empty(size, position(done))
                 yield (
                     batch,
                     [
@@ -254,12 +254,13 @@ class SampleStream(abc.ABC):
                 ),
                 worker_init_fn=_end_with_parent,
             )
-        iterator = iter(samples)
+        iterator, done = iter(samples), 0
         try:
             while coming:
                 size = coming.popleft()
                 coming.extend(islice(remaining, 1))
-                batch = self._empty(size)
+                batch = self._empty(size, position(done))
+                done += size
                 outcomes = []
                 for i in range(size):
                     sample, outcome = next(iterator)
@@ -271,7 +272,7 @@ class SampleStream(abc.ABC):
             iterator.close()
 
     def _sample(self, position: int) -> tuple[Batch, Outcome]:
-        batch = self._empty(1)
+        batch = self._empty(1, int(position))
         outcome = self._fill(batch, 0, int(position))
         return {key: value[0] for key, value in batch.items()}, outcome
 

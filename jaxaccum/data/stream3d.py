@@ -241,7 +241,8 @@ class TrainStream3D(SampleStream):
         self._mirror_world = not compat
         self._images = _FittedImages(source, size, cache_bytes if cache == "ram" else 0)
 
-    def _empty(self, count: int) -> Batch:
+    def _empty(self, count: int, position: int) -> Batch:
+        del position
         return _empty(count, self._size, self._rows)
 
     def _write(self, batch: Batch, row: int, place: Place, rng: np.random.Generator) -> int:

@@ -39,7 +39,7 @@ class Progress:
         """
         self.state = state
         self.done, self.consumed = int(state.step), int(state.windows)
-        self._began = self.consumed
+        self._compiled: set[tuple] = set()  # shapes of samples that there is a program for
         self._this, self._engine = this, engine
         self._stream, self._journal = stream, journal
         self._width = this.window.geometry.microbatch * this.window.geometry.devices
@@ -63,8 +63,10 @@ class Progress:
     def compute(self, batch: dict[str, np.ndarray]) -> None:
         """Starts the update of the next window on the devices."""
         steps = -(-self._this.size_of(self.consumed) // self._width)
-        first = self.consumed == self._began
-        with waiting("compiling the update" if first else "computing"):
+        shapes = tuple(a.shape[1:] for a in batch.values())
+        new = shapes not in self._compiled
+        self._compiled.add(shapes)
+        with waiting("compiling the update" if new else "computing"):
             self.state, log = self._engine.update(self.state, batch, steps)
         self._pending.append((self.consumed, log))
         self.consumed, self.done = self.consumed + 1, self.done + 1

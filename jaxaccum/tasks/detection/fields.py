@@ -7,7 +7,7 @@ import ml_collections
 from jaxaccum import fields
 from jaxaccum.models import yolo
 from jaxaccum.models.families import FAMILIES, has_one_to_one
-from jaxaccum.tasks.detection import class_weights
+from jaxaccum.tasks.detection import class_weights, sizes
 
 
 def detection() -> ml_collections.ConfigDict:
@@ -34,6 +34,9 @@ def detection() -> ml_collections.ConfigDict:
             "shear": 0.0, "perspective": 0.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
             "flipud": 0.0, "fliplr": 0.5,
             "close_mosaic": 10.0,  # epochs at the end without mosaic and mixup
+            # Every update's images have one of these sides, as in 512,576,640, drawn by its
+            # number; "": data.image_size, at which is evaluated.
+            "sizes": fields.any_of(""),
         }
     )  # fmt: skip
     c.data = ml_collections.ConfigDict(
@@ -66,6 +69,7 @@ def detection() -> ml_collections.ConfigDict:
 
 def _check(c: ml_collections.ConfigDict) -> None:
     class_weights.check(c)
+    sizes.check(c)
     fields.multiples_of_stride(c, "data.image_size")
     if c.eval.end_to_end and c.model in yolo.names() and not has_one_to_one(c.model):
         able = ", ".join(name for name, family in FAMILIES.items() if family.one_to_one)
@@ -94,7 +98,7 @@ FIELDS = fields.Fields(
         "loss.one_to_many": UNIT, "loss.one_to_many_final": UNIT,
         "augment.flipud": UNIT, "data.image_size": (32, 16384), "data.fraction": (1e-6, 1),
     },
-    free=("loss.class_weights",),
+    free=("loss.class_weights", sizes.FIELD),
     not_learned=("data.val_path", "data.images"),
     check=_check,
 )  # fmt: skip

@@ -26,6 +26,7 @@ from jaxaccum.models.families import has_one_to_one
 from jaxaccum.tasks import files, packing
 from jaxaccum.tasks.base import Adopted, Interface, PackedSplit, Task, Trained
 from jaxaccum.tasks.detection import adopt, class_weights, predict
+from jaxaccum.tasks.detection import sizes as image_sizes
 from jaxaccum.tasks.detection.evaluator import Evaluator
 from jaxaccum.tasks.detection.fields import FIELDS
 from jaxaccum.tasks.results import Predictor, Sample
@@ -58,6 +59,7 @@ class DetectionTask(Task):
       max_det: detections of an image that `predict` then gives at most; agnostic: of an anchor only
         one.
       class_weights: of each class in the cls term; () for 1.
+      sizes: of the squares that updates are computed on; () for image_size alone.
     """
 
     name: ClassVar[str] = "detection"
@@ -81,6 +83,7 @@ class DetectionTask(Task):
     max_det: int = 300
     agnostic: bool = False
     class_weights: tuple[float, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def open(
@@ -138,6 +141,7 @@ class DetectionTask(Task):
             config.data.max_objects, tuple(names), (loss.one_to_many, loss.one_to_many_final),
             end_to_end=config.eval.end_to_end, max_det=config.eval.max_det,
             class_weights=class_weights.by_class(loss.class_weights, names),
+            sizes=image_sizes.parsed(config.augment.sizes),
         )  # fmt: skip
 
     @property
@@ -190,8 +194,10 @@ class DetectionTask(Task):
         targets = detection.Targets(batch["boxes"], batch["classes"], batch["valid"], weight)
         two = predictions.one_to_one is not None
         loss: Callable[..., Any] = detection.loss_of_two if two else detection.detection_loss
+        height, width = batch["image"].shape[1:3]
+        anchors = yolo.anchors(height, width, self.model.strides)
         numerators, denominators, _ = loss(
-            predictions, self.anchors, targets, class_weights=self.class_weights
+            predictions, anchors, targets, class_weights=self.class_weights
         )
         return Output(numerators, denominators, changed.get("moments", {}))
 
@@ -226,12 +232,12 @@ class DetectionTask(Task):
         return yolo.decode(predictions, anchors)
 
     def example(self, samples: int) -> PyTree:
-        """Shapes of a batch."""
+        """Shapes of a batch, of the largest images."""
 
         def shape(*dims, dtype=jnp.float32):
             return jax.ShapeDtypeStruct((samples, *dims), dtype)
 
-        size, room = self.image_size, self.max_objects
+        size, room = max(self.sizes, default=self.image_size), self.max_objects
         return {
             "image": shape(size, size, 3, dtype=jnp.uint8),
             "boxes": shape(room, 4),
@@ -244,7 +250,8 @@ class DetectionTask(Task):
 
     def evaluation(self, samples: int) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
         """What an evaluation computes on the device, and the shapes of a batch of it."""
-        return self.predict, (self.example(samples)["image"],)
+        image = jax.ShapeDtypeStruct((samples, self.image_size, self.image_size, 3), jnp.uint8)
+        return self.predict, (image,)
 
     def stream(
         self,
@@ -259,7 +266,7 @@ class DetectionTask(Task):
           ConfigError: an augmentation is out of its range.
         """
         options = config.augment.to_dict()
-        options.pop("close_mosaic")
+        del options["close_mosaic"], options["sizes"]
         try:
             augment = data.Augment(**options)
         except ValueError as error:
@@ -274,21 +281,26 @@ class DetectionTask(Task):
             cache=config.data.cache,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
             on_error=config.data.on_error,
+            sizes=self.sizes,
+            window=config.nbs,
         )
 
     def notes(
         self, config: ml_collections.ConfigDict, source: data.Source, samples: int
     ) -> list[str]:
         """Lines to print at the start of a run of `samples` of a source."""
+        sides = ", ".join(map(str, self.sizes))
+        chosen = [f"images of {sides} px, by update, compiled once each"] if sides else []
+        chosen += self._chosen()
         if not (config.augment.mosaic or config.augment.mixup):
-            return self._chosen()
+            return chosen
         until = mosaic_until(config, samples, len(source)) // config.nbs
         lines = [
             f"mosaic and mixup until update {until} (augment.close_mosaic)" if until else
             "no mosaic or mixup: the run is no longer than augment.close_mosaic="
             f"{config.augment.close_mosaic:g} epochs"
         ]  # fmt: skip
-        return [*lines, *self._chosen()]
+        return [*lines, *chosen]
 
     def evaluator(self, config: ml_collections.ConfigDict, source: data.Source) -> Evaluator:
         """COCO mAP on a source."""
