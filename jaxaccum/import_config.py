@@ -173,6 +173,13 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         if isinstance(freeze, list):
             freeze = ",".join(f"model.{number}" for number in freeze)
         found.fields["freeze"] = (freeze, "batch norm there by the running statistics")
+    if around := given.get("multi_scale"):
+        share = 0.5 if around is True else _number(given, "multi_scale", 0.0, file)
+        side = int(_number(given, "imgsz", 640, file))
+        sides = {32 * max(round(side * (1 + share * t) / 32), 1) for t in (-1, -0.5, 0, 0.5, 1)}
+        if len(sides) > 1:
+            text = ",".join(map(str, sorted(sides)))
+            found.fields["augment.sizes"] = (text, "there any multiple of 32 between the ends")
     if hours := given.get("time"):
         found.fields["hours"] = (hours, "ends there; that trainer makes its schedule shorter")
     two_branches = has_one_to_one(str(found.fields.get("model", ("",))[0]))
@@ -187,7 +194,7 @@ def _of_ultralytics(given: Mapping[str, Any], file: Path) -> Imported:
         if name in _TELLS and value not in (None, "", False):
             found.without.append(f"{name}={value}: {_TELLS[name]}")
         taken = {*_SAME, *_MEANS_NOTHING, "model", "pretrained", "batch", "nbs", "cos_lr",
-                 "optimizer", "save_period", "freeze", "time"}  # fmt: skip
+                 "optimizer", "save_period", "freeze", "time", "multi_scale"}  # fmt: skip
         if two_branches:
             taken.add("end2end")
         if name not in taken and value not in (None, False, 0, 0.0, "", "default"):

@@ -117,6 +117,18 @@ def test_switches(tmp_path, freeze, field):
     assert (config.data.single_cls, config.data.fraction) == (True, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [("0.25", "384,448,512,576,640"), ("true", "256,384,512,640,768"), ("0.0", ""), ("0.01", "")],
+)
+def test_several_sizes(tmp_path, given, sides):
+    file = args(tmp_path)
+    file.write_text(f"{file.read_text()}multi_scale: {given}\n")
+    found = imported(file)
+    assert not any("multi_scale" in line for line in found.without)
+    assert written(found, tmp_path).augment.sizes == sides
+
+
 def test_two_devices_share_a_batch(tmp_path):
     config = written(imported(args(tmp_path, device="'0,1'")), tmp_path)
     assert (config.nbs, config.bn_group, config.microbatch) == (72, 12, 12)
