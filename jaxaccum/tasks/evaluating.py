@@ -1,16 +1,21 @@
-"""The loop that every evaluation has: the host works on a batch while the device is on the next."""
+"""The loop that every evaluation has: the host works on a batch while the devices are on the next.
+
+Of several GPUs or TPUs of a process each predicts a batch of its own, by the program that one alone
+would run: what is found does not depend on their number.
+"""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccum.machine.waiting import waiting
 from jaxaccum.tasks import speed as speeds
@@ -34,8 +39,7 @@ def overlapped(
 
     Args:
       predict: compiled, (params, stats, *inputs) -> output.
-      params, stats: the weights. One device evaluates; weights that lie on all of them would have
-        each do all of it.
+      params, stats: the weights.
       batches: dicts of arrays, in order.
       inputs: what of a batch `predict` takes.
       use: takes every batch and its output, in order; may give phases of it on the host that are to
@@ -43,7 +47,13 @@ def overlapped(
       samples, unit: in all batches, and what they are, for who waits.
       speed: of the evaluation, see `speed.of_evaluation`; its own by default.
     """
-    params, stats = jax.device_put((params, stats), jax.local_devices()[0])
+    devices = of_evaluation()
+    if len(devices) == 1:
+        params, stats = jax.device_put((params, stats), devices[0])
+    else:
+        predict, whole, parts = _spread(predict, tuple(devices))
+        params, stats = jax.device_put((params, stats), whole)
+        batches = _merged(batches, len(devices))
     speed = speeds.of_evaluation(unit) if speed is None else speed
     pending: tuple[Batch, PyTree] | None = None
     with (
@@ -59,6 +69,8 @@ def overlapped(
 
         for batch in batches:
             taken = inputs(batch)
+            if len(devices) > 1:
+                taken = jax.device_put(taken, parts)
             if pending is not None and clock.compiles(taken):
                 done(*pending)  # on a device that compiling does not slow, as a CPU is by it
                 pending = None
@@ -68,6 +80,53 @@ def overlapped(
             pending = batch, output
         if pending is not None:
             done(*pending)
+
+
+def of_evaluation() -> Sequence[jax.Device]:
+    """The devices of this process that evaluate: all GPUs or TPUs, or one of what JAX makes of a
+    CPU, whose cores one program uses."""
+    devices = jax.local_devices()
+    return devices[:1] if devices[0].platform == "cpu" else devices
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(
+    predict: Callable[..., PyTree], devices: tuple[jax.Device, ...]
+) -> tuple[Callable[..., PyTree], NamedSharding, NamedSharding]:
+    """What predicts an equal part of a batch on each device; where weights, and batches, lie."""
+    mesh = Mesh(np.array(devices), ("batch",))
+    every, part = PartitionSpec(), PartitionSpec("batch")
+
+    def on_devices(params, stats, *inputs):
+        return jax.shard_map(
+            predict, mesh=mesh, in_specs=(every, every, *(part for _ in inputs)), out_specs=part,
+            check_vma=False,  # nothing crosses between devices
+        )(params, stats, *inputs)  # fmt: skip
+
+    return jax.jit(on_devices), NamedSharding(mesh, every), NamedSharding(mesh, part)
+
+
+def _merged(batches: Iterable[Batch], number: int) -> Iterator[Batch]:
+    """As many batches of one shape in one; the last are filled up with samples of weight 0."""
+    group: list[Batch] = []
+
+    def joined() -> Batch:
+        filler = group[-1] | {
+            "weight": np.zeros_like(group[-1]["weight"]),
+            "index": np.full_like(group[-1]["index"], -1),
+        }
+        parts = [*group, *[filler] * (number - len(group))]
+        group.clear()
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    for batch in batches:
+        if group and _shape(tuple(batch.values())) != _shape(tuple(group[0].values())):
+            yield joined()
+        group.append(batch)
+        if len(group) == number:
+            yield joined()
+    if group:
+        yield joined()
 
 
 class _Begun(NamedTuple):
