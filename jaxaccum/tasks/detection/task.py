@@ -281,7 +281,7 @@ class DetectionTask(Task):
             cache=config.data.cache,
             cache_bytes=int(config.data.cache_gib * 2**30) // max(config.data.workers, 1),
             on_error=config.data.on_error,
-            sizes=self.sizes,
+            sizes=() if plain else self.sizes,  # statistics are recomputed at what is evaluated
             window=config.nbs,
         )
 
