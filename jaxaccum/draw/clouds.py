@@ -1,4 +1,5 @@
-"""Pictures of point clouds: one cloud as lit beads, or input, prediction and target side by side.
+"""Pictures of point clouds: one cloud as lit beads, or input, prediction, its error by point and
+target side by side.
 
 Clouds are (n, 3) with y up, seen from in front (+z), or as a `View` says, in mild perspective.
 Points that are not finite, and all-zero ones (padding), are not drawn. Images are (height, width,
@@ -8,17 +9,20 @@ Points that are not finite, and all-zero ones (padding), are not drawn. Images a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree  # type: ignore[import-untyped]
 
 from jaxaccum.draw.boxes import Color, Image, contact_sheet
 
 PARTIAL: Color = (100, 116, 139)
 PREDICTED: Color = (37, 110, 235)
 TARGET: Color = (22, 150, 82)
+WRONG: Color = (220, 38, 38)
+WORST = 0.05  # of a shape's size: an error that is drawn in WRONG
 BACKGROUND: Color = (250, 250, 251)
 INK: Color = (63, 63, 70)
 
@@ -81,7 +85,7 @@ def draw_cloud(
     points: ArrayLike,
     size: int = 256,
     *,
-    colour: Color = PREDICTED,
+    colour: Color | NDArray[np.floating] = PREDICTED,
     view: View = THREE_QUARTER,
     frame: Frame | None = None,
 ) -> Image:
@@ -90,7 +94,7 @@ def draw_cloud(
     Args:
       points: (n, 3), y up; may be empty.
       size: side of the picture in pixels.
-      colour: RGB of the points.
+      colour: RGB of the points, or (n, 3) of each.
       view: where it is seen from.
       frame: what to show, of the same view; None to show the whole cloud.
 
@@ -104,11 +108,18 @@ def draw_cloud(
         raise ValueError(f"a picture needs a size of at least 1 pixel, got {size}")
     frame = frame_of([points], view) if frame is None else frame
     side = size * _SUPERSAMPLING
-    projected = _project((_seen(points, view) - frame.centre) / frame.reach)
-    covered, depth, light = _beads(projected, frame, side)
+    scaled = (_seen(points, view) - frame.centre) / frame.reach
+    covered, depth, light, owners = _beads(_project(scaled), frame, side)
     haze = np.clip(0.18 - 0.22 * depth, 0, 0.4)  # far points pale towards the background
     paint, bare = np.zeros((side, side), np.float32), np.ones((side, side), np.float32)
     paint.flat[covered], bare.flat[covered] = light * (1 - haze), haze
+    if not isinstance(colour, tuple):
+        own = np.asarray(colour, np.float32)[_drawable(points)][_before_the_eye(scaled)][owners]
+        canvas = np.full((side * side, 3), BACKGROUND, np.float32)
+        canvas[covered] = own * paint.flat[covered][:, None] + canvas[covered] * haze[:, None]
+        square = canvas.reshape(side, side, 3)
+        shrunk = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA)
+        return np.rint(shrunk).clip(0, 255).astype(np.uint8)
     image = sum(
         np.multiply.outer(cv2.resize(share, (size, size), interpolation=cv2.INTER_AREA), shade)
         for share, shade in ((paint, np.array(colour)), (bare, np.array(BACKGROUND)))
@@ -124,6 +135,7 @@ def draw_completion(
     title: str = "",
     size: int = 256,
     views: Sequence[View] = (THREE_QUARTER,),
+    errors: bool = False,
 ) -> Image:
     """Draws a completion: input, prediction and target side by side, on one scale.
 
@@ -134,6 +146,7 @@ def draw_completion(
       title: a line above the panels; none if empty.
       size: side of a panel in pixels.
       views: one row of panels from each.
+      errors: also draw the prediction with the error of each point, see `error_colours`.
 
     Returns:
       (height, width, 3) uint8 RGB.
@@ -141,9 +154,12 @@ def draw_completion(
     Raises:
       ValueError: as `draw_cloud`, or without views.
     """
-    roles = [("input", partial, PARTIAL)]
+    roles: list[tuple[str, ArrayLike, Any]] = [("input", partial, PARTIAL)]
     if predicted is not None:
         roles.append(("prediction", predicted, PREDICTED))
+    if errors and predicted is not None and target is not None:
+        name = f"error, {WORST:.0%} of the size in red"
+        roles.append((name, predicted, error_colours(predicted, target)))
     if target is not None:
         roles.append(("target", target, TARGET))
     panels = []
@@ -152,10 +168,34 @@ def draw_completion(
         for name, cloud, colour in roles:
             panel = draw_cloud(cloud, size, colour=colour, view=view, frame=frame)
             if row == len(views):
-                panel = _with_line(panel, name, colour, below=True)
+                ink = colour if isinstance(colour, tuple) else WRONG
+                panel = _with_line(panel, name, ink, below=True)
             panels.append(panel)
     sheet = contact_sheet(panels, len(roles), gap=2, color=BACKGROUND)
     return _with_line(sheet, title, INK, below=False) if title else sheet
+
+
+def error_colours(predicted: ArrayLike, target: ArrayLike) -> NDArray[np.float64]:
+    """A colour for each predicted point, by its distance to the nearest point of the target.
+
+    Args:
+      predicted: (P, 3). target: (Q, 3), at least one point.
+    Returns:
+      (P, 3) RGB: PREDICTED where the point lies on the target, WRONG from WORST of the target's
+      largest extent on.
+    """
+    true = np.asarray(target, np.float64)
+    true = true[_drawable(true)]
+    points = np.nan_to_num(np.asarray(predicted, np.float64), posinf=0.0, neginf=0.0)
+    size = float(np.ptp(true, axis=0).max()) or 1.0
+    share = np.clip(cKDTree(true).query(points)[0] / (WORST * size), 0, 1)[:, None]
+    return (1 - share) * np.array(PREDICTED) + share * np.array(WRONG)
+
+
+def _drawable(cloud: ArrayLike) -> NDArray[np.bool_]:
+    """Which points are drawn: (n,) bool."""
+    points = np.asarray(cloud, np.float64)
+    return np.isfinite(points).all(1) & points.any(1)
 
 
 def _seen(cloud: ArrayLike, view: View) -> NDArray[np.float64]:
@@ -163,7 +203,7 @@ def _seen(cloud: ArrayLike, view: View) -> NDArray[np.float64]:
     points = np.asarray(cloud, np.float64)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"expected points of shape (n, 3), got {points.shape}")
-    points = points[np.isfinite(points).all(1) & points.any(1)]
+    points = points[_drawable(points)]
     azimuth, elevation = np.radians(view)
     right = [np.cos(azimuth), 0, -np.sin(azimuth)]
     to_viewer = [
@@ -175,20 +215,25 @@ def _seen(cloud: ArrayLike, view: View) -> NDArray[np.float64]:
     return points @ np.stack([right, up, to_viewer], axis=1)
 
 
+def _before_the_eye(seen: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return seen[:, 2] < 0.8 * _EYE
+
+
 def _project(seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """Perspective: (right, up, towards the viewer) becomes (right, up) on the plane through 0.
 
     Points that are beside or behind the eye are dropped.
     """
-    seen = seen[seen[:, 2] < 0.8 * _EYE]
+    seen = seen[_before_the_eye(seen)]
     flat = seen[:, :2] * (_EYE / (_EYE - seen[:, 2:]))
     return np.concatenate([flat, seen[:, 2:]], axis=1)
 
 
 def _beads(
     projected: NDArray[np.float64], frame: Frame, side: int
-) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]:
-    """Paints points as spheres: the pixels covered (flat indices), depth and light of each."""
+) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.float32], NDArray[np.intp]]:
+    """Paints points as spheres: the pixels covered (flat indices), depth and light of each, and
+    which point it shows."""
     scale = (0.5 - _MARGIN) * side / frame.half
     dy, dx, bulge, facing = _sphere(max(_BEAD * side, 1.0))
     edge = int(dy.max()) + 1
@@ -208,7 +253,7 @@ def _beads(
     surface = np.full((side, side), _EMPTY, np.float32)
     surface.flat[covered] = depth
     light = _slope(surface, covered, scale) * _occlusion(surface, covered)
-    return covered, depth, light * facing[part]
+    return covered, depth, light * facing[part], shown[point]
 
 
 def _sphere(

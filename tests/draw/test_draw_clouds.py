@@ -115,6 +115,39 @@ def test_padding_and_broken_points_are_not_drawn():
         assert (draw_cloud(nothing, 32) == BACKGROUND).all()
 
 
+def test_every_point_has_its_colour():
+    """Also behind points that are not drawn, and as one colour where all have it."""
+    left, right = box((-0.6, 0, 0), (0.3, 0.6, 0.3)), box((0.6, 0, 0), (0.3, 0.6, 0.3), seed=1)
+    nothing = np.array([[np.nan, 0, 0], [0, 0, 0], [0.2, 0.2, 1e6]], np.float32)
+    cloud = np.concatenate([nothing, left, nothing, right])
+    colours = np.array([INK] * 3 + [RED] * 4000 + [INK] * 3 + [GREEN] * 4000, float)
+    frame = frame_of([left, right], FRONT)
+    image = draw_cloud(cloud, 128, colour=colours, view=FRONT, frame=frame).astype(int)
+    plain = draw_cloud(left, 128, colour=RED, view=FRONT, frame=frame).astype(int)
+    seen = drawn(plain)
+    assert np.abs(image - plain)[seen].mean() < 1
+    share = image[..., 1] - image[..., 0]
+    assert (share[:, :64][drawn(image)[:, :64]] < 0).mean() > 0.97  # red to the left
+    assert (share[:, 64:][drawn(image)[:, 64:]] > 0).mean() > 0.97
+    every = draw_cloud(left, 128, colour=np.full((4000, 3), RED, float), view=FRONT, frame=frame)
+    assert np.abs(every.astype(int) - plain).max() <= 1
+
+
+def test_errors_are_shares_of_the_size():
+    """Blue on the target, red from a twentieth of its size on."""
+    target = np.array([[0, 0, 0.1], [2, 0, 0.1], [0, 1, 0.1], [np.nan] * 3, [0, 0, 0]])
+    points = [[2, 0, 0.1], [2, 0.05, 0.1], [2, 0.1, 0.1], [2, 0.7, 0.1], [np.inf, 0, 0]]
+    found = draw_clouds.error_colours(points, target)
+    middle = (np.array(PREDICTED) + draw_clouds.WRONG) / 2
+    wrong = draw_clouds.WRONG
+    np.testing.assert_allclose(found[:4], [PREDICTED, middle, wrong, wrong], atol=1e-9)
+    assert np.isfinite(found).all()
+    three = draw_completion(points, points, target, size=32)
+    four = draw_completion(points, points, target, size=32, errors=True)
+    assert four.shape[1] - three.shape[1] == 34
+    assert draw_completion(points, points, size=32, errors=True).shape[1] < three.shape[1]
+
+
 def test_one_point_and_a_flat_cloud():
     rows, columns = np.nonzero(drawn(draw_cloud([[0.5, 0.5, 0.5]], 101)))
     assert 0 < len(rows) < 40

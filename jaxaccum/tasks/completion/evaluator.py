@@ -113,6 +113,7 @@ class Evaluator:
                     draw_clouds.draw_completion(
                         partial[row], predicted[real[row]], target[row] if source.points else None,
                         title=prefix.replace("/", " ") + source.names[source.category(index)],
+                        errors=True,
                     )
                 )  # fmt: skip
 
