@@ -177,7 +177,7 @@ def small(cache=None, **fields):
 def test_the_account_is_the_compilers():
     made = small()
     found = made.compiled(4)
-    this = made.prepared(4, "scan", False)
+    this = made.prepared(4, "scan", "none")
     engine = make_engine(this.forward, this.rule, this.window)
     state = jax.eval_shape(engine.init, *this.task.initialise(0))
     (program,) = engine.lowered(state, this.task.example(8))
