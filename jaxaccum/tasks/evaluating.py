@@ -117,10 +117,10 @@ def _merged(batches: Iterable[Batch], number: int) -> Iterator[Batch]:
         }
         parts = [*group, *[filler] * (number - len(group))]
         group.clear()
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     for batch in batches:
-        if group and _shape(tuple(batch.values())) != _shape(tuple(group[0].values())):
+        if group and _shape((batch,)) != _shape((group[0],)):
             yield joined()
         group.append(batch)
         if len(group) == number:

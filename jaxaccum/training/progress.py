@@ -63,7 +63,7 @@ class Progress:
     def compute(self, batch: dict[str, np.ndarray]) -> None:
         """Starts the update of the next window on the devices."""
         steps = -(-self._this.size_of(self.consumed) // self._width)
-        shapes = tuple(a.shape[1:] for a in batch.values())
+        shapes = tuple(a.shape[1:] for a in jax.tree.leaves(batch))
         new = shapes not in self._compiled
         self._compiled.add(shapes)
         with waiting("compiling the update" if new else "computing"):

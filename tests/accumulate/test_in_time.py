@@ -222,6 +222,13 @@ def test_where_it_is_kept(monkeypatch, offload):
     assert float(total) == pytest.approx(float(jnp.sum(2 * (flat - flat.mean(0)) ** 3)), rel=1e-3)
 
 
+@pytest.mark.parametrize("remat", ["none", "blocks", "host"])
+def test_a_config_says_how_activations_are_held(remat):
+    this, _ = detector(Geometry(4), remat, "float32")
+    held = this.task.model.remat, this.window.geometry.offload
+    assert held == (remat == "blocks", remat == "host")
+
+
 def test_a_run_says_where_it_is_kept():
     recipe = Recipe(16, "all")
     assert "groups of 4 microbatches kept on the host" in str(
@@ -250,7 +257,8 @@ def detector(geometry, remat="none", dtype="float64", **changes):
 def detector_trace(geometry, remat="none", updates=5):
     this, source = detector(geometry, remat)
     return equivalence.trace(
-        this.forward, this.rule, this.recipe, geometry, *this.task.initialise(0, np.float64),
+        this.forward, this.rule, this.recipe, this.window.geometry,
+        *this.task.initialise(0, np.float64),
         lambda: run.make_stream(this, source).windows(0, [16] * updates, backend="threads"),
         updates,
     )  # fmt: skip
@@ -266,7 +274,8 @@ def whole_detector():
 @pytest.mark.parametrize(
     ("geometry", "remat"),
     [
-        (Geometry(2), "none"), (Geometry(2), "blocks"), (Geometry(1, 2, "multisteps"), "none"),
+        (Geometry(2), "none"), (Geometry(2), "blocks"), (Geometry(2), "host"),
+        (Geometry(1, 2, "multisteps"), "none"),
         pytest.param(Geometry(1), "blocks", marks=pytest.mark.long),
         pytest.param(Geometry(4, 2), "blocks", marks=pytest.mark.long),
     ],
